@@ -1,0 +1,200 @@
+"""IQL, implicit Q-learning (Kostrikov et al. 2021, arXiv 2110.06169): never asks for the value of an unseen action.
+
+Symbols: B batch, O observation size, A action size; ``Q1, Q2`` the critics, ``V`` the value network, ``pi`` the actor,
+``Q'`` the smaller of the two target critics.
+
+    value:    V(s)       -> the expectile of Q'(s, a) over the data's actions                 (equation 5)
+    critics:  Q_m(s, a)  -> r + gamma (1 - terminated) V(s')                                  (equation 6)
+    actor:    maximise  exp(beta (Q'(s, a) - V(s))) log pi(a | s)                              (equation 7)
+    targets:  move by tau at every update
+
+The three losses are taken at the weights before the update. No weight has a gradient in two of them, so their sum is
+minimised in one step.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from dawm.agents.base import OfflineAgent
+from dawm.agents.losses import (
+    advantage_weights,
+    cosine_decay,
+    critic_loss,
+    expectile_loss,
+    gaussian_log_likelihood,
+    td_target,
+)
+from dawm.data.transitions import Transitions
+from dawm.networks import BatchedMLP
+
+__all__ = ["IQL"]
+
+LOG_STD_RANGE = (-20.0, 2.0)
+
+
+class IQL(OfflineAgent):
+    """Implicit Q-learning with a Gaussian policy whose spread is the same at every observation.
+
+    Args:
+        observation_size: O.
+        action_size: A.
+        hidden: Widths of the hidden layers of actor, value network and each critic.
+        learning_rate: Adam's learning rate, of all networks.
+        decay_actor_learning_rate: Let the actor's learning rate fall to 0 along a cosine over the run's
+            ``max_steps``; without a trainer or a ``max_steps`` it stays constant.
+        discount: Gamma, per environment step, in [0, 1].
+        tau: Share of the way that the target critics move per update, in (0, 1].
+        expectile: Expectile of Q that V stands for, in (0, 1).
+        beta: Inverse temperature of the actor's weights.
+        max_weight: Largest weight of a row in the actor's loss.
+        deterministic_actor: Regress on the actions by squared error instead of by a Gaussian's likelihood.
+        actor_dropout: Share of the actor's hidden units dropped in training, in [0, 1).
+        normalize_observations: Standardise observations by the real data's mean and standard deviation.
+        normalize_rewards: Scale rewards so that the returns of the data's episodes span 1000.
+        reward_shift: Added to every reward after scaling (AntMaze: -1).
+    """
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        hidden: tuple[int, ...] = (256, 256),
+        learning_rate: float = 3e-4,
+        decay_actor_learning_rate: bool = True,
+        discount: float = 0.99,
+        tau: float = 0.005,
+        expectile: float = 0.7,
+        beta: float = 3.0,
+        max_weight: float = 100.0,
+        deterministic_actor: bool = False,
+        actor_dropout: float = 0.0,
+        normalize_observations: bool = True,
+        normalize_rewards: bool = True,
+        reward_shift: float = 0.0,
+    ) -> None:
+        super().__init__(observation_size, action_size, normalize_observations, normalize_rewards, reward_shift)
+        self.save_hyperparameters()
+        self.learning_rate = learning_rate
+        self.decay_actor_learning_rate = decay_actor_learning_rate
+        self.discount = discount
+        self.tau = tau
+        self.expectile = expectile
+        self.beta = beta
+        self.max_weight = max_weight
+        self.deterministic_actor = deterministic_actor
+        activation = nn.Sequential(nn.ReLU(), nn.Dropout(actor_dropout)) if actor_dropout > 0 else nn.ReLU()
+        self.actor = BatchedMLP(1, observation_size, hidden, action_size, activation=lambda: activation)
+        self.log_std = nn.Parameter(torch.zeros(action_size), requires_grad=not deterministic_actor)
+        self.value = BatchedMLP(1, observation_size, hidden, 1)
+        self.critics = BatchedMLP(2, observation_size + action_size, hidden, 1)
+        self.target_critics = self.target_of(self.critics)
+        actor_parameters = [*self.actor.parameters(), *([] if deterministic_actor else [self.log_std])]
+        value_parameters = [*self.value.parameters(), *self.critics.parameters()]
+        self.optimizer = Adam(
+            [{"params": actor_parameters}, {"params": value_parameters}], lr=learning_rate, fused=True
+        )
+
+    # Losses
+
+    def value_loss(self, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The expectile regression of V on the target critics.
+
+        Args:
+            advantages: ``Q'(s, a) - V(s)``, shape (B,).
+        """
+        loss = expectile_loss(advantages, self.expectile)
+        return loss, {"value_loss": loss.detach(), "advantage": advantages.detach().mean()}
+
+    def critic_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both critics' squared TD error against one target.
+
+        Args:
+            batch: Prepared transitions, fields of shape (B, ...).
+        """
+        with torch.no_grad():
+            next_values = self.value(batch.next_observations).view(-1)
+            target = td_target(batch.rewards, batch.terminations, next_values, self.discount)
+        values = self.critics(torch.cat([batch.observations, batch.actions], dim=1)).squeeze(-1)
+        loss = critic_loss(values, target)
+        return loss, {"critic_loss": loss.detach(), "q": values.detach().mean()}
+
+    def actor_loss(self, batch: Transitions, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cloning of the data's actions, the better ones weighing more.
+
+        Args:
+            batch: Prepared transitions, fields of shape (B, ...).
+            advantages: ``Q'(s, a) - V(s)``, shape (B,).
+        """
+        means = self.actor(batch.observations)[0].tanh()
+        if self.deterministic_actor:
+            errors = (means - batch.actions).square().sum(dim=-1)
+        else:
+            errors = -gaussian_log_likelihood(batch.actions, means, self.log_std.clamp(*LOG_STD_RANGE))
+        weights = advantage_weights(advantages, self.beta, self.max_weight)
+        loss = (weights * errors).mean()
+        return loss, {"actor_loss": loss.detach(), "actor_weight": weights.mean()}
+
+    def total_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the three.
+
+        Args:
+            batch: Prepared transitions, fields of shape (B, ...).
+        """
+        with torch.no_grad():
+            target_values = self.target_critics(torch.cat([batch.observations, batch.actions], dim=1))
+            target_values = target_values.squeeze(-1).amin(dim=0)
+        advantages = target_values - self.value(batch.observations).view(-1)
+
+        value_loss, value_metrics = self.value_loss(advantages)
+        critic_loss, critic_metrics = self.critic_loss(batch)
+        actor_loss, actor_metrics = self.actor_loss(batch, advantages)
+        return value_loss + critic_loss + actor_loss, value_metrics | critic_metrics | actor_metrics
+
+    # Update
+
+    def update(self, batch: Transitions) -> dict[str, Tensor]:
+        """One update of value network, critics, actor and targets.
+
+        Args:
+            batch: Transitions in the data's units, fields of shape (B, ...).
+        """
+        self.optimizer.param_groups[0]["lr"] = self.actor_learning_rate()
+        loss, metrics = self.total_loss(self.prepare(batch))
+        self.minimize(loss, self.optimizer)
+        self.update_targets()
+        self.update_index += 1
+        return metrics
+
+    def actor_learning_rate(self) -> float:
+        """The actor's learning rate at this update, a function of the update's number alone."""
+        total = self._trainer.max_steps if self._trainer is not None else -1
+        if not self.decay_actor_learning_rate or total < 1:
+            return self.learning_rate
+        return self.learning_rate * cosine_decay(self.update_index, total)
+
+    def optimizers_in_order(self) -> list[Optimizer]:
+        """One optimiser: actor, then value network and critics."""
+        return [self.optimizer]
+
+    # Target update
+
+    def update_targets(self) -> None:
+        """Moves the target critics by tau."""
+        self.move_target(self.target_critics, self.critics, self.tau)
+
+    # Act
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, deterministic: bool = True) -> Tensor:
+        """The policy's actions, shape (B, A).
+
+        Args:
+            observations: Observations in the data's units, shape (B, O).
+            deterministic: The mean, or a draw from the Gaussian, bounded to [-1, 1].
+        """
+        actions = self.actor(self.observation_normalizer(observations))[0].tanh()
+        if not (deterministic or self.deterministic_actor):
+            std = self.log_std.clamp(*LOG_STD_RANGE).exp()
+            actions = (actions + std * torch.randn_like(actions)).clamp(-1, 1)
+        return actions

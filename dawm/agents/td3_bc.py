@@ -1,0 +1,163 @@
+"""TD3+BC (Fujimoto & Gu 2021, arXiv 2106.06860): TD3 whose actor also clones the data.
+
+Symbols: B batch, O observation size, A action size; ``Q1, Q2`` the critics, ``pi`` the actor, ``'`` a target network.
+
+    critics:  Q_m(s, a) -> r + gamma (1 - terminated) min_m Q'_m(s', pi'(s') + clipped noise)
+    actor:    minimise  -lambda Q1(s, pi(s)) + (pi(s) - a)^2,   lambda = alpha / mean |Q1(s, pi(s))|
+    targets:  move by tau at every update of the actor
+"""
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.optim import Adam, Optimizer
+
+from dawm.agents.base import OfflineAgent
+from dawm.agents.losses import (
+    behaviour_cloning_loss,
+    critic_loss,
+    policy_improvement_weight,
+    smoothed_actions,
+    td_target,
+)
+from dawm.data.transitions import Transitions
+from dawm.networks import BatchedMLP
+
+__all__ = ["TD3BC"]
+
+
+class TD3BC(OfflineAgent):
+    """TD3 with behaviour cloning.
+
+    Args:
+        observation_size: O.
+        action_size: A.
+        hidden: Widths of the hidden layers of the actor and of each critic.
+        learning_rate: Adam's learning rate, of actor and critics.
+        discount: Gamma, per environment step, in [0, 1].
+        tau: Share of the way that the targets move per actor update, in (0, 1].
+        alpha: Strength of the value term against behaviour cloning.
+        policy_noise: Standard deviation of the noise on the target's actions, actions being in [-1, 1].
+        noise_clip: Largest absolute noise on the target's actions.
+        policy_every: Critic updates per update of the actor and the targets.
+        normalize_observations: Standardise observations by the real data's mean and standard deviation.
+    """
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        hidden: tuple[int, ...] = (256, 256),
+        learning_rate: float = 3e-4,
+        discount: float = 0.99,
+        tau: float = 0.005,
+        alpha: float = 2.5,
+        policy_noise: float = 0.2,
+        noise_clip: float = 0.5,
+        policy_every: int = 2,
+        normalize_observations: bool = True,
+    ) -> None:
+        super().__init__(observation_size, action_size, normalize_observations)
+        self.save_hyperparameters()
+        self.discount = discount
+        self.tau = tau
+        self.alpha = alpha
+        self.policy_noise = policy_noise
+        self.noise_clip = noise_clip
+        self.policy_every = policy_every
+        self.actor = BatchedMLP(1, observation_size, hidden, action_size)
+        self.critics = BatchedMLP(2, observation_size + action_size, hidden, 1)
+        self.target_actor = self.target_of(self.actor)
+        self.target_critics = self.target_of(self.critics)
+        self.critic_optimizer = Adam(self.critics.parameters(), lr=learning_rate, fused=True)
+        self.actor_optimizer = Adam(self.actor.parameters(), lr=learning_rate, fused=True)
+
+    # Losses
+
+    def critic_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both critics' squared TD error against one target.
+
+        Args:
+            batch: Prepared transitions, fields of shape (B, ...).
+        """
+        # Target: the smaller of the two target critics at a noisy action of the target actor
+        with torch.no_grad():
+            noise = self.policy_noise * torch.randn_like(batch.actions)
+            next_actions = self.target_actor(batch.next_observations)[0].tanh()
+            next_actions = smoothed_actions(next_actions, noise, self.noise_clip)
+            next_values = self.target_critics(torch.cat([batch.next_observations, next_actions], dim=1))
+            target = td_target(batch.rewards, batch.terminations, next_values.squeeze(-1).amin(dim=0), self.discount)
+
+        # Error
+        values = self.critics(torch.cat([batch.observations, batch.actions], dim=1)).squeeze(-1)
+        loss = critic_loss(values, target)
+        return loss, {"critic_loss": loss.detach(), "q": values.detach().mean()}
+
+    def actor_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value of the actor's actions under the first critic, against their distance from the data's.
+
+        Args:
+            batch: Prepared transitions, fields of shape (B, ...).
+        """
+        actions = self.actor(batch.observations)[0].tanh()
+
+        # Value term
+        values = self._first_critic(torch.cat([batch.observations, actions], dim=1))
+        value_loss = -policy_improvement_weight(values, self.alpha) * values.mean()
+
+        # Behaviour cloning
+        cloning_loss = behaviour_cloning_loss(actions, batch.actions)
+
+        loss = value_loss + cloning_loss
+        return loss, {"actor_loss": loss.detach(), "cloning_loss": cloning_loss.detach()}
+
+    def _first_critic(self, inputs: Tensor) -> Tensor:
+        """``Q1`` with its weights held constant, shape (B,); running both critics for it would cost twice as much.
+
+        Args:
+            inputs: Observations and actions side by side, shape (B, O + A).
+        """
+        first = {name: weights[:1].detach() for name, weights in self.critics.named_parameters()}
+        return functional_call(self.critics, first, (inputs,)).view(-1)
+
+    # Update
+
+    def update(self, batch: Transitions) -> dict[str, Tensor]:
+        """One update of the critics, and every ``policy_every`` times one of the actor and the targets.
+
+        Args:
+            batch: Transitions in the data's units, fields of shape (B, ...).
+        """
+        batch = self.prepare(batch)
+        loss, metrics = self.critic_loss(batch)
+        self.minimize(loss, self.critic_optimizer)
+        if (self.update_index + 1) % self.policy_every == 0:
+            loss, actor_metrics = self.actor_loss(batch)
+            self.minimize(loss, self.actor_optimizer)
+            self.update_targets()
+            metrics |= actor_metrics
+        self.update_index += 1
+        return metrics
+
+    def optimizers_in_order(self) -> list[Optimizer]:
+        """Critics, actor."""
+        return [self.critic_optimizer, self.actor_optimizer]
+
+    # Target update
+
+    def update_targets(self) -> None:
+        """Moves both targets by tau."""
+        self.move_target(self.target_critics, self.critics, self.tau)
+        self.move_target(self.target_actor, self.actor, self.tau)
+
+    # Act
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, deterministic: bool = True) -> Tensor:
+        """The actor's actions, shape (B, A).
+
+        Args:
+            observations: Observations in the data's units, shape (B, O).
+            deterministic: Without effect: this policy has no noise of its own.
+        """
+        return self.actor(self.observation_normalizer(observations))[0].tanh()

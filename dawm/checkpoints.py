@@ -1,0 +1,155 @@
+"""Checkpoints: written whole or not at all, kept twice, and read without unpickling anything but tensors."""
+
+import os
+import time
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from dawm.errors import UserError
+
+__all__ = ["ORIGIN", "AtomicCheckpointIO", "SaveCheckpoint", "read_checkpoint", "write_whole"]
+
+ORIGIN = "dawm_origin"
+"""Key of a checkpoint under which the data set it was trained on is named."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary file, syncs it to the disk and renames it; the checkpoint before is kept beside it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        """Saves a checkpoint; a kill at any moment leaves the old file or the new one, never half a file.
+
+        Args:
+            checkpoint: What to save.
+            path: Where to.
+            storage_options: Unused.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                os.replace(path, previous_of(path))
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot write {path}: {error.strerror or error}; free the disk or set --output_dir"
+            ) from None
+        except RuntimeError as error:  # torch reports a full disk in its own words
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path}; is the disk full? Free it or set --output_dir ({error})") from None
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before the last one is kept.
+
+    Args:
+        path: Where the last one is kept.
+    """
+    return path.with_name(f"previous{path.suffix}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all.
+
+    Args:
+        path: Where to.
+        text: What.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU.
+
+    Args:
+        path: File to read.
+
+    Raises:
+        UserError: The file is missing, damaged, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}; check the path, or train that stage first") from None
+    except UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged or not a safe checkpoint and was not loaded ({reason})") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); delete it to start anew") from None
+
+
+class SaveCheckpoint(Checkpoint):
+    """Saves ``last.ckpt`` every N updates and at the end, and the random states with it.
+
+    Args:
+        path: Where to save.
+        every_n_steps: Updates between two checkpoints.
+        origin: What the checkpoint was trained on, kept in it.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int, origin: dict[str, Any]) -> None:
+        self.path = path
+        self.every_n_steps = every_n_steps
+        self.origin = origin
+        self.seconds = 0.0  # of training, over all starts of the run
+        self._started = 0.0
+        self._last_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._started = time.monotonic()
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves when the count of updates has passed a multiple of ``every_n_steps``."""
+        if trainer.global_step // self.every_n_steps > self._last_step // self.every_n_steps:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the last state."""
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._started
+        self._started = now
+        self._last_step = trainer.global_step
+        trainer.save_checkpoint(self.path, weights_only=False)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the origin and every rank's random state."""
+        checkpoint[ORIGIN] = self.origin
+        state = torch.get_rng_state().to(trainer.strategy.root_device)
+        checkpoint["random_states"] = trainer.strategy.all_gather(state).reshape(trainer.world_size, -1).cpu()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the random numbers where the interrupted run stopped."""
+        states = checkpoint["random_states"]
+        if len(states) == trainer.world_size:
+            torch.set_rng_state(states[trainer.global_rank])
+
+    def state_dict(self) -> dict[str, float]:
+        """The seconds trained so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Goes on counting the seconds."""
+        self.seconds = state_dict["seconds"]

@@ -1,0 +1,132 @@
+"""Drawing batches: seeded streams of row numbers, and the loaders that Lightning iterates over.
+
+Symbols: K updates drawn at once, B batch size.
+
+A stream is a function of its seed alone, and each update takes a fixed count of numbers from it. So results do not
+depend on K, and a resumed run skips what the interrupted one has used: its position is one number, the same on every
+rank, and that is all a checkpoint holds.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["BatchLoader", "FixedBatches", "RowStream", "derive_seed", "take"]
+
+SKIP_CHUNK = 1 << 22
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed of its own for each purpose: a hash of the parts.
+
+    Args:
+        parts: What sets this seed apart, such as the experiment's seed, the rank and a word.
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])
+
+
+class RowStream:
+    """An endless stream of uniform row numbers.
+
+    Args:
+        seed: The stream's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, high: int, updates: int, batch_size: int) -> Tensor:
+        """The next row numbers.
+
+        Args:
+            high: Row numbers are in [0, high).
+            updates: Updates K.
+            batch_size: Rows per update B.
+
+        Returns:
+            Row numbers, shape (K, B).
+        """
+        return torch.randint(high, (updates, batch_size), generator=self._generator)
+
+    def skip(self, count: int) -> None:
+        """Passes over row numbers already used.
+
+        Args:
+            count: How many numbers to pass over.
+        """
+        for start in range(0, count, SKIP_CHUNK):
+            torch.randint(2, (min(SKIP_CHUNK, count - start),), generator=self._generator)
+
+
+class BatchLoader:
+    """Yields K batches at once, for a stated number of updates; Lightning can resume it.
+
+    Args:
+        draw: Draws the batches of the next ``count`` updates.
+        streams: The streams that `draw` reads, each with the count of numbers it takes per update.
+        updates: Updates to draw for, all in all.
+        updates_per_step: Updates K that one item serves.
+    """
+
+    def __init__(
+        self, draw: Callable[[int], Any], streams: Sequence[tuple[RowStream, int]], updates: int, updates_per_step: int
+    ) -> None:
+        self._draw = draw
+        self._streams = streams
+        self._updates = updates
+        self._updates_per_step = updates_per_step
+        self._drawn = 0
+
+    def __len__(self) -> int:
+        return ceil(self._updates / self._updates_per_step)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self._drawn < self._updates:
+            count = min(self._updates_per_step, self._updates - self._drawn)
+            self._drawn += count
+            yield self._draw(count)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of updates drawn for."""
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on behind the updates already drawn for."""
+        for stream, numbers in self._streams:
+            stream.skip((state["drawn"] - self._drawn) * numbers)
+        self._drawn = state["drawn"]
+
+
+class FixedBatches:
+    """The same batches in every epoch, for validation.
+
+    Args:
+        batches: The batches.
+    """
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+
+def take(table: Tensor, rows: Tensor) -> Tensor:
+    """Packed rows by number, in one gather.
+
+    Args:
+        table: Packed rows, shape (N, D).
+        rows: Row numbers, on any device, shape (...).
+
+    Returns:
+        Rows, shape (..., D).
+    """
+    rows = rows.to(table.device, non_blocking=True)
+    return table.index_select(0, rows.reshape(-1)).view(*rows.shape, -1)

@@ -1,0 +1,283 @@
+"""TransitionDataModule: real and imagined transitions, mixed while batches are drawn.
+
+All data stand in memory as tensors on the training device and are drawn there, in the main process: a gather of packed
+rows is far cheaper than worker processes, and a refill of the imagined rows is visible in the next batch.
+
+Symbols: N real rows, B batch size, K batches drawn at once, H horizon, O observation size, A action size.
+"""
+
+import lightning as L
+import torch
+from gymnasium.envs.registration import EnvSpec
+from torch import Tensor
+
+from dawm.data.batches import BatchLoader, FixedBatches, RowStream, derive_seed, take
+from dawm.data.episodes import Episodes, load_episodes
+from dawm.data.scores import ReferenceScores
+from dawm.data.segments import SegmentTable
+from dawm.data.transitions import Segments, Transitions
+from dawm.errors import UserError
+from dawm.returns import returns_to_go
+
+__all__ = ["TransitionDataModule"]
+
+VALIDATION_ROWS = 8192  # enough to see an error to two digits
+VALIDATION_BATCH = 1024
+
+
+class TransitionDataModule(L.LightningDataModule):
+    """Loads a data set and draws batches for the three stages.
+
+    Args:
+        dataset: Minari id, embedded id, path of a D4RL-layout HDF5 file, or several of them joined with ``+``.
+        env_id: Gymnasium environment to evaluate in; None takes the data set's own.
+        horizon: Steps of a segment H, in environment steps.
+        discount: Discount of the return-to-go.
+        return_window: Rewards summed in the return-to-go; None sums to the episode's end.
+        batch_size: Transitions per update and per rank (agent and inverse dynamics).
+        segment_batch_size: Segments per update and per rank (world model).
+        synthetic_fraction: Share of imagined rows in an agent's batch, in [0, 1]. 0 trains on real data alone.
+        updates_per_step: Batches drawn at once K. Saves Lightning's cost per step; results do not depend on it.
+        validation_fraction: Share of the episodes held out from the world model and the inverse dynamics, in (0, 1).
+        seed: Seed of the split and of all draws; ranks draw different rows from it.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "embedded/hopper/medium-replay",
+        env_id: str | None = None,
+        horizon: int = 8,
+        discount: float = 0.99,
+        return_window: int | None = None,
+        batch_size: int = 256,
+        segment_batch_size: int = 256,
+        synthetic_fraction: float = 0.5,
+        updates_per_step: int = 20,
+        validation_fraction: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check("synthetic_fraction", synthetic_fraction, 0 <= synthetic_fraction <= 1, "a number from 0 to 1")
+        _check("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "a number between 0 and 1")
+        _check("discount", discount, 0 <= discount <= 1, "a number from 0 to 1")
+        for key, value in {
+            "horizon": horizon,
+            "batch_size": batch_size,
+            "segment_batch_size": segment_batch_size,
+            "updates_per_step": updates_per_step,
+        }.items():
+            _check(key, value, value >= 1, "a whole number of at least 1")
+        self.dataset = dataset
+        self.env_id = env_id
+        self.horizon = horizon
+        self.discount = discount
+        self.return_window = return_window
+        self.batch_size = batch_size
+        self.segment_batch_size = segment_batch_size
+        self.synthetic_fraction = synthetic_fraction
+        self.updates_per_step = updates_per_step
+        self.validation_fraction = validation_fraction
+        self.seed = seed
+        self._episodes: Episodes | None = None
+        self._synthetic_rows: Tensor | None = None
+        self._synthetic_count = 0
+
+    # The data set
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads the data set once, and splits off the held-out episodes."""
+        if self._episodes is not None:
+            return
+        episodes = load_episodes(self.dataset, self.env_id)
+        longest = int(episodes.lengths.max())
+        if longest < self.horizon:
+            raise UserError(
+                f"horizon: {self.horizon} steps, but the longest episode of {self.dataset!r} has {longest}; "
+                f"set --horizon to {longest} or less"
+            )
+        self._episodes = episodes
+        self.returns_to_go = returns_to_go(
+            episodes.transitions.rewards, episodes.ends, self.discount, self.return_window
+        )
+        self._real_rows = episodes.transitions.pack()
+        order = torch.randperm(len(episodes.ends), generator=torch.Generator().manual_seed(self.seed))
+        held_out = max(1, round(self.validation_fraction * len(order))) if len(order) > 1 else 0
+        self.validation_episodes, self.training_episodes = order[:held_out].sort()[0], order[held_out:].sort()[0]
+        if held_out == 0:  # a single episode: nothing to hold out, validate on what is there
+            self.validation_episodes = self.training_episodes
+
+    @property
+    def episodes(self) -> Episodes:
+        """The real data set."""
+        self.setup()
+        assert self._episodes is not None
+        return self._episodes
+
+    @property
+    def observation_size(self) -> int:
+        """O."""
+        return self.episodes.transitions.observations.shape[1]
+
+    @property
+    def action_size(self) -> int:
+        """A."""
+        return self.episodes.transitions.actions.shape[1]
+
+    @property
+    def env_spec(self) -> EnvSpec | None:
+        """How to make the evaluation environment."""
+        return self.episodes.env_spec
+
+    @property
+    def reference(self) -> ReferenceScores | None:
+        """What a score of 0 and of 100 stand for."""
+        return self.episodes.reference
+
+    def rows_of(self, episode_ids: Tensor) -> Tensor:
+        """Row numbers of some episodes' transitions.
+
+        Args:
+            episode_ids: Episodes, shape (E,).
+        """
+        starts, ends = self.episodes.starts[episode_ids], self.episodes.ends[episode_ids]
+        return torch.cat([torch.arange(int(s), int(e)) for s, e in zip(starts, ends)])
+
+    # Stage 1: segments for the world model
+
+    def segment_loader(self, updates: int, rank: int = 0) -> BatchLoader:
+        """Random segments of the training episodes: `Segments` with fields of shape (K, B, ...).
+
+        Args:
+            updates: Updates to draw for.
+            rank: The process that draws; each draws different rows.
+        """
+        table = self._segment_table(self.training_episodes)
+        stream = RowStream(derive_seed(self.seed, rank, "segments"))
+
+        def draw(count: int) -> Segments:
+            return table.gather(stream.draw(len(table), count, self.segment_batch_size))
+
+        return BatchLoader(draw, [(stream, self.segment_batch_size)], updates, self.updates_per_step)
+
+    def validation_segment_loader(self, rank: int = 0, world_size: int = 1) -> FixedBatches:
+        """A fixed sample of held-out segments, a share for each rank.
+
+        Args:
+            rank: This process.
+            world_size: Number of processes.
+        """
+        table = self._segment_table(self.validation_episodes)
+        return FixedBatches([table.gather(rows) for rows in self._validation_sample(len(table), rank, world_size)])
+
+    def _segment_table(self, episode_ids: Tensor) -> SegmentTable:
+        table = SegmentTable(self.episodes, episode_ids, self._real_rows, self.returns_to_go, self.horizon)
+        if len(table) == 0:
+            raise UserError(
+                f"horizon: no segment of {self.horizon} steps fits into the episodes of {self.dataset!r} chosen for "
+                "training or validation; lower --horizon"
+            )
+        return table
+
+    # Stage 2: pairs of observations for the inverse dynamics
+
+    def transition_loader(self, updates: int, rank: int = 0) -> BatchLoader:
+        """Random real transitions of the training episodes: `Transitions` with fields of shape (K, B, ...).
+
+        Args:
+            updates: Updates to draw for.
+            rank: The process that draws; each draws different rows.
+        """
+        rows = self._pairs(self.training_episodes)
+        stream = RowStream(derive_seed(self.seed, rank, "transitions"))
+
+        def draw(count: int) -> Transitions:
+            return self._gather(self._real_rows, rows[stream.draw(len(rows), count, self.batch_size)])
+
+        return BatchLoader(draw, [(stream, self.batch_size)], updates, self.updates_per_step)
+
+    def validation_transition_loader(self, rank: int = 0, world_size: int = 1) -> FixedBatches:
+        """A fixed sample of held-out transitions, a share for each rank.
+
+        Args:
+            rank: This process.
+            world_size: Number of processes.
+        """
+        rows = self._pairs(self.validation_episodes)
+        sample = self._validation_sample(len(rows), rank, world_size)
+        return FixedBatches([self._gather(self._real_rows, rows[chosen]) for chosen in sample])
+
+    def _pairs(self, episode_ids: Tensor) -> Tensor:
+        """Rows whose next observation was recorded: without it nothing can be learnt of the action."""
+        rows = self.rows_of(episode_ids)
+        return rows[self.episodes.next_observed[rows]]
+
+    # Stage 3: real and imagined transitions for the agent
+
+    def train_dataloader(self) -> BatchLoader:
+        """Mixed batches for the agent: `Transitions` with fields of shape (K, B, ...)."""
+        assert self.trainer is not None
+        return self.mixed_loader(self.trainer.max_steps, self.trainer.global_rank)
+
+    def mixed_loader(self, updates: int, rank: int = 0) -> BatchLoader:
+        """Batches of ``round(batch_size * synthetic_fraction)`` imagined rows, the rest real.
+
+        Until the first refill all rows are real.
+
+        Args:
+            updates: Updates to draw for.
+            rank: The process that draws; each draws different rows.
+        """
+        real = RowStream(derive_seed(self.seed, rank, "real"))
+        synthetic = RowStream(derive_seed(self.seed, rank, "synthetic"))
+        synthetic_size = round(self.batch_size * self.synthetic_fraction)
+
+        def draw(count: int) -> Transitions:
+            # Each stream gives as many numbers per update whatever the mixture, so that resuming can skip them and
+            # the real rows of a run do not depend on its imagined ones.
+            real_rows = real.draw(len(self._real_rows), count, self.batch_size)
+            synthetic_rows = synthetic.draw(max(self._synthetic_count, 1), count, max(synthetic_size, 1))
+            if self._synthetic_rows is None or self._synthetic_count == 0 or synthetic_size == 0:
+                return self._gather(self._real_rows, real_rows)
+            parts = [
+                take(self._real_rows, real_rows[:, : self.batch_size - synthetic_size]),
+                take(self._synthetic_rows, synthetic_rows),
+            ]
+            return Transitions.unpack(torch.cat(parts, dim=1), self.observation_size, self.action_size)
+
+        streams = [(real, self.batch_size), (synthetic, max(synthetic_size, 1))]
+        return BatchLoader(draw, streams, updates, self.updates_per_step)
+
+    def refill(self, transitions: Transitions) -> None:
+        """Replaces the imagined rows in place; the next batch draws from them.
+
+        Args:
+            transitions: Imagined transitions, fields of shape (M, ...).
+        """
+        rows = transitions.pack()
+        if self._synthetic_rows is None or len(self._synthetic_rows) < len(rows):
+            self._synthetic_rows = torch.empty_like(rows)
+        self._synthetic_rows[: len(rows)].copy_(rows)
+        self._synthetic_count = len(rows)
+
+    @property
+    def synthetic(self) -> Transitions:
+        """The imagined rows now in use (views), fields of shape (M, ...)."""
+        if self._synthetic_rows is None:
+            return self.episodes.transitions[:0]
+        rows = self._synthetic_rows[: self._synthetic_count]
+        return Transitions.unpack(rows, self.observation_size, self.action_size)
+
+    # Drawing
+
+    def _gather(self, table: Tensor, rows: Tensor) -> Transitions:
+        return Transitions.unpack(take(table, rows), self.observation_size, self.action_size)
+
+    def _validation_sample(self, size: int, rank: int, world_size: int) -> tuple[Tensor, ...]:
+        """Batches of row numbers below `size`, drawn once; the ranks share them out."""
+        rows = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))[:VALIDATION_ROWS]
+        return rows[rank::world_size].split(VALIDATION_BATCH)
+
+
+def _check(key: str, value: float, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"data.{key} is {value}, but must be {wanted}; set --data.{key}")

@@ -1,0 +1,106 @@
+"""Which spaces can be used, and how observations and actions are laid out as flat rows.
+
+Observations are flat Boxes, or Dicts of them (goal environments), whose entries stand side by side in the order of
+`gymnasium.spaces.flatten`: keys sorted, nested Dicts likewise. Actions are a flat Box with finite bounds.
+"""
+
+import difflib
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+
+from dawm.errors import UserError
+
+__all__ = [
+    "action_box",
+    "environment_spaces",
+    "environment_spec",
+    "observation_box",
+    "observation_leaves",
+    "unbounded",
+]
+
+
+def unbounded(size: int) -> gym.spaces.Box:
+    """A flat observation Box without bounds."""
+    return gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+
+
+def observation_leaves(space: gym.Space, name: str) -> list[tuple[tuple[str, ...], int]]:
+    """The flat Boxes that an observation consists of: path of keys and size, in the order of the flat row.
+
+    Args:
+        space: Observation space of the data set.
+        name: Name of the data set, for the error's text.
+    """
+    if isinstance(space, gym.spaces.Dict):
+        parts = [(str(key), observation_leaves(part, name)) for key, part in space.spaces.items()]
+        return [((key, *path), size) for key, leaves in parts for path, size in leaves]
+    if isinstance(space, gym.spaces.Box) and len(space.shape) <= 1:
+        return [((), int(np.prod(space.shape)))]
+    kind = f"Box of shape {space.shape}" if isinstance(space, gym.spaces.Box) else type(space).__name__
+    raise UserError(
+        f"data.dataset: {name} has observations of the kind {kind}; "
+        "only flat Boxes and Dicts of them can be used, so choose another data set"
+    )
+
+
+def observation_box(space: gym.Space, name: str) -> gym.spaces.Box:
+    """The flat Box that observations fill, or a UserError for images, discrete values, tuples and text."""
+    observation_leaves(space, name)
+    flat = gym.spaces.flatten_space(space)
+    assert isinstance(flat, gym.spaces.Box)
+    return flat
+
+
+def action_box(space: gym.Space, name: str) -> gym.spaces.Box:
+    """The action Box itself, or a UserError where it cannot be scaled to [-1, 1]."""
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
+        raise UserError(
+            f"data.dataset: {name} has the action space {space}; "
+            "only a flat Box of real numbers can be used, so choose another data set"
+        )
+    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()):
+        raise UserError(
+            f"data.dataset: {name} has no finite action bounds ({space}); give its action space real bounds"
+        )
+    return space
+
+
+def environment_spec(env_id: str) -> EnvSpec:
+    """Gymnasium's specification of an environment, or a UserError with the nearest names."""
+    try:
+        return gym.spec(env_id)
+    except (gym.error.Error, ImportError) as error:
+        near = difflib.get_close_matches(env_id, list(gym.registry), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "`module:Name-v0` imports the package that registers it"
+        raise UserError(f"data.env_id: Gymnasium knows no environment {env_id!r}; {hint}") from error
+
+
+def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tuple[gym.spaces.Box, gym.spaces.Box]:
+    """Flat observation Box and action Box of an environment, or a UserError if it is not that of the data.
+
+    Args:
+        spec: The environment.
+        name: Name of the data set.
+        sizes: Sizes of observations and actions in the data, (O, A).
+    """
+    try:
+        environment = gym.make(spec)
+    except (gym.error.Error, ImportError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(
+            f"data.env_id: {spec.id} cannot be made ({line}); install what it needs, or name another environment"
+        ) from error
+    described = f"the environment {spec.id}"
+    observation_space = observation_box(environment.observation_space, described)
+    action_space = action_box(environment.action_space, described)
+    environment.close()
+    expected = (observation_space.shape[0], action_space.shape[0])
+    if sizes != expected:
+        raise UserError(
+            f"data.env_id: {spec.id} has observations and actions of sizes {expected}, but {name} has {sizes}; "
+            "name the environment that the data came from"
+        )
+    return observation_space, action_space

@@ -1,0 +1,117 @@
+"""Transitions and segments: the two shapes in which data travel.
+
+Symbols: N rows, B batch, H horizon, O observation size, A action size.
+
+A transition is one step of an environment: the action ``a_t`` taken at observation ``s_t`` gives the reward ``r_t``
+and the next observation ``s_{t+1}``. Three conventions hold everywhere:
+
+* ``rewards[t]`` and ``next_observations[t]`` result from ``actions[t]``.
+* ``terminations[t]`` is 1 only where the task itself ended at ``s_{t+1}``; such a row never bootstraps. A truncated
+  end (time limit, end of the recording, end of an imagined rollout) has termination 0 and bootstraps.
+* Actions are scaled to [-1, 1]; the environment's own units appear only at the edges (loading, acting).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["Segments", "Transitions"]
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """A batch of one-step transitions; every field shares its leading dimensions.
+
+    Args:
+        observations: Observations ``s_t``, shape (N, O).
+        actions: Actions ``a_t`` in [-1, 1], shape (N, A).
+        rewards: Rewards ``r_t``, shape (N,).
+        next_observations: Observations ``s_{t+1}``, shape (N, O).
+        terminations: 1 where the task ended at ``s_{t+1}``, else 0, shape (N,), float32.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_observations: Tensor
+    terminations: Tensor
+
+    def __len__(self) -> int:
+        return self.rewards.shape[0]
+
+    def __getitem__(self, index: Tensor | slice | int) -> Self:
+        """Rows along the first dimension."""
+        return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same rows on another device."""
+        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    @classmethod
+    def cat(cls, parts: Sequence["Transitions"]) -> "Transitions":
+        """Rows of several parts, one after the other."""
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def pack(self) -> Tensor:
+        """All fields side by side, so that one gather fetches a whole row, shape (N, 2 O + A + 2)."""
+        return torch.cat(
+            [
+                self.observations,
+                self.actions,
+                self.rewards.unsqueeze(-1),
+                self.next_observations,
+                self.terminations.unsqueeze(-1),
+            ],
+            dim=-1,
+        )
+
+    @classmethod
+    def unpack(cls, rows: Tensor, observation_size: int, action_size: int) -> "Transitions":
+        """Views into packed rows; the inverse of `pack`.
+
+        Args:
+            rows: Packed rows, shape (..., 2 O + A + 2).
+            observation_size: O.
+            action_size: A.
+        """
+        sizes = [observation_size, action_size, 1, observation_size, 1]
+        observations, actions, rewards, next_observations, terminations = rows.split(sizes, dim=-1)
+        return cls(observations, actions, rewards.squeeze(-1), next_observations, terminations.squeeze(-1))
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A batch of H consecutive steps of one episode each; a segment never crosses an episode's end.
+
+    A segment that meets a termination before its H-th step is continued by absorbing rows: the observation stays, the
+    reward is 0, the termination stays 1. Those rows have ``valid`` 0.
+
+    Args:
+        observations: ``s_t .. s_{t+H}``, shape (B, H + 1, O).
+        actions: ``a_t .. a_{t+H-1}`` in [-1, 1], shape (B, H, A).
+        rewards: ``r_t .. r_{t+H-1}``, shape (B, H).
+        terminations: 1 at the step that ended the task and after it, shape (B, H).
+        valid: 1 for a recorded step, 0 for an absorbing row, shape (B, H).
+        returns_to_go: Return-to-go at ``s_t``, shape (B,).
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    terminations: Tensor
+    valid: Tensor
+    returns_to_go: Tensor
+
+    def __len__(self) -> int:
+        return self.rewards.shape[0]
+
+    def __getitem__(self, index: Tensor | slice | int) -> Self:
+        """Segments along the first dimension."""
+        return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same segments on another device."""
+        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))

@@ -1,0 +1,192 @@
+"""Evaluation: what a policy earns in its environment, and how sure that figure is.
+
+Symbols: B observations acted on at once, E episodes, O observation size, A action size.
+
+A return is the undiscounted sum of an episode's rewards. Each episode has a seed of its own, so the returns do not
+depend on how many environments run side by side or on how the episodes are shared out among processes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.envs.registration import EnvSpec
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from dawm.errors import UserError
+
+__all__ = ["Environment", "Evaluation", "Policy", "bootstrap_interval", "evaluate", "run_episodes", "summarize"]
+
+Policy = Callable[[Tensor], Tensor]
+Environment = str | EnvSpec | Callable[[], gym.Env]
+
+# A matrix product may round differently for another number of rows, and a simulation with contacts magnifies the last
+# bit into another episode. Rows are padded to a multiple of this, which keeps every row's result the same.
+ROWS = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of an evaluation; low and high bound the mean's 95 % confidence interval.
+
+    Args:
+        returns: Undiscounted return of each episode, shape (E,).
+        mean_return: Their mean.
+        low: Lower bound of the mean return.
+        high: Upper bound of the mean return.
+        score: The mean on the reference's scale of 0 to 100, or None without a reference.
+        score_low: Lower bound of the score.
+        score_high: Upper bound of the score.
+    """
+
+    returns: NDArray[np.float64]
+    mean_return: float
+    low: float
+    high: float
+    score: float | None = None
+    score_low: float | None = None
+    score_high: float | None = None
+
+
+def evaluate(
+    act: Policy,
+    environment: Environment,
+    episodes: int = 10,
+    seed: int = 1000,
+    num_envs: int = 10,
+    normalize: Callable[[float], float] | None = None,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Runs episodes with the seeds ``seed, seed + 1, ...`` and summarises their returns.
+
+    Args:
+        act: The policy: observations, shape (B, O), to actions in [-1, 1], shape (B, A).
+        environment: A Gymnasium id, a specification, or a function that makes the environment.
+        episodes: Number of episodes E.
+        seed: Seed of the first episode.
+        num_envs: Environments side by side.
+        normalize: Turns a return into a score, such as ``ReferenceScores.normalize``.
+        device: Where the policy's observations go.
+    """
+    return summarize(run_episodes(act, environment, range(seed, seed + episodes), num_envs, device), normalize)
+
+
+def summarize(returns: NDArray[np.float64], normalize: Callable[[float], float] | None = None) -> Evaluation:
+    """Mean of the returns with its confidence interval, as returns and as scores.
+
+    Args:
+        returns: Undiscounted returns, shape (E,).
+        normalize: Turns a return into a score by an increasing line; None leaves the scores out.
+    """
+    mean, (low, high) = float(returns.mean()), bootstrap_interval(returns)
+    if normalize is None:
+        return Evaluation(returns, mean, low, high)
+    return Evaluation(returns, mean, low, high, *(float(normalize(value)) for value in (mean, low, high)))
+
+
+def run_episodes(
+    act: Policy,
+    environment: Environment,
+    seeds: Sequence[int],
+    num_envs: int = 10,
+    device: torch.device | str = "cpu",
+) -> NDArray[np.float64]:
+    """Undiscounted return of one episode per seed, shape (E,).
+
+    Args:
+        act: The policy: observations, shape (B, O), to actions in [-1, 1], shape (B, A).
+        environment: A Gymnasium id, a specification, or a function that makes the environment.
+        seeds: Seed of each episode's reset; its length is E.
+        num_envs: Environments side by side; no more are made than there are episodes.
+        device: Where the policy's observations go.
+    """
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    returns = np.zeros(len(seeds))
+    envs: list[gym.Env] = []
+    try:
+        for _ in range(min(num_envs, len(seeds))):
+            envs.append(_make(environment))
+        # Environments of their own instead of Gymnasium's vector ones: those must step finished episodes on, or start
+        # others in their place; here a finished environment takes the next seed, or leaves.
+        waiting = iter(enumerate(seeds))
+        slots = [(env, episode, env.reset(seed=seed)[0]) for env, (episode, seed) in zip(envs, waiting)]
+        while slots:
+            observations = np.stack([observation for _, _, observation in slots])
+            actions = _actions(act, observations, envs[0].action_space, device)
+            still_running = []
+            for (env, episode, _), action in zip(slots, actions):
+                observation, reward, terminated, truncated, _ = env.step(action)
+                returns[episode] += float(reward)
+                if terminated or truncated:
+                    following = next(waiting, None)
+                    if following is None:
+                        continue
+                    episode, seed = following
+                    observation, _ = env.reset(seed=seed)
+                still_running.append((env, episode, observation))
+            slots = still_running
+    finally:
+        for env in envs:
+            env.close()
+    return returns
+
+
+def bootstrap_interval(
+    values: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap of the mean (Efron 1979): the interval that resampled means fall into.
+
+    Args:
+        values: Values, shape (E,).
+        confidence: Share of the resampled means inside, in (0, 1).
+        resamples: Number of resampled means.
+        seed: Seed of the resampling; a generator of its own leaves the global one alone.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"values must have one dimension and at least one entry, got shape {values.shape}")
+    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[rows].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _make(environment: Environment) -> gym.Env:
+    try:
+        # checking every step takes as long as a policy does
+        env = environment() if callable(environment) else gym.make(environment, disable_env_checker=True)
+    except Exception as error:  # gymnasium lets through whatever the environment's own package raises
+        name = environment if isinstance(environment, str) else getattr(environment, "id", environment)
+        raise UserError(
+            f"data.env_id: the environment {name!r} cannot be made ({error}); "
+            "install what it needs or set --data.env_id"
+        ) from error
+    if not isinstance(env.action_space, gym.spaces.Box):
+        env.close()
+        raise UserError(f"data.env_id: {env.action_space} is not a Box of actions; choose another --data.env_id")
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return env
+
+
+def _actions(act: Policy, observations: NDArray, space: gym.Space, device: torch.device | str) -> NDArray:
+    """The policy's actions in the environment's own units, shape (B, A).
+
+    Args:
+        act: The policy.
+        observations: Observations, shape (B, O).
+        space: The environment's Box of actions.
+        device: Where the policy's observations go.
+    """
+    assert isinstance(space, gym.spaces.Box)
+    count, size = observations.shape
+    padded = np.zeros((-(-count // ROWS) * ROWS, size), dtype=np.float32)
+    padded[:count] = observations
+    with torch.no_grad():
+        actions = act(torch.from_numpy(padded).to(device))[:count].cpu().numpy()
+    # centre and half-width: exact where the Box is [-1, 1] already
+    centre, half_width = (space.high + space.low) / 2, (space.high - space.low) / 2
+    return np.clip(centre + half_width * actions.astype(np.float64), space.low, space.high).astype(space.dtype)

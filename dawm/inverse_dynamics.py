@@ -1,0 +1,137 @@
+"""InverseDynamics: the action that led from one observation to the next.
+
+An ensemble of MLPs learns ``a_t = f(s_t, s_{t+1} - s_t)`` on the real transitions, both inputs normalised; the
+normalised difference carries the information that ``s_{t+1}`` beside ``s_t`` would bury. The ensemble's mean fills in the
+actions that the world model leaves out; its disagreement says how certain they are. The recipe of inferring actions
+behind a diffusion model is Decision Diffuser's (arXiv 2211.15657) and DAWM's (arXiv 2509.19538).
+
+The network that infers is the one of the best validation so far, so that training too long does no harm.
+
+Symbols: B batch, O observation size, A action size, M members.
+"""
+
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from dawm.data.transitions import Transitions
+from dawm.metrics import MeanPerColumn
+from dawm.networks import BatchedMLP
+from dawm.normalizer import Normalizer
+from dawm.updates import UpdateModule
+
+__all__ = ["InferredActions", "InverseDynamics"]
+
+
+class InferredActions(NamedTuple):
+    """Actions of an ensemble.
+
+    Args:
+        actions: Mean over the members, in [-1, 1], shape (..., A).
+        disagreement: Largest standard deviation over the members of any action dimension, shape (...,).
+    """
+
+    actions: Tensor
+    disagreement: Tensor
+
+
+class InverseDynamics(UpdateModule):
+    """Ensemble of MLPs that infers actions from pairs of observations.
+
+    Args:
+        observation_size: O.
+        action_size: A.
+        members: Networks in the ensemble M.
+        hidden: Widths of the hidden layers.
+        learning_rate: Adam's learning rate.
+    """
+
+    name = "inverse_dynamics"
+    best_errors: Tensor
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        members: int = 3,
+        hidden: tuple[int, ...] = (256, 256),
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.observation_normalizer = Normalizer(observation_size)
+        self.difference_normalizer = Normalizer(observation_size)
+        self.network = BatchedMLP(members, 2 * observation_size, hidden, action_size)
+        self.optimizer = Adam(self.network.parameters(), lr=learning_rate, fused=True)
+        self.best_network = deepcopy(self.network).requires_grad_(False)
+        self.register_buffer("best_errors", torch.full((action_size,), torch.inf))
+        self.validation_errors = MeanPerColumn(action_size)
+
+    def fit_normalizers(self, transitions: Transitions) -> None:
+        """Takes the normalisers' statistics from real transitions.
+
+        Args:
+            transitions: Real transitions, fields of shape (N, ...).
+        """
+        self.observation_normalizer.fit(transitions.observations)
+        self.difference_normalizer.fit(transitions.next_observations - transitions.observations)
+
+    def features(self, observations: Tensor, next_observations: Tensor) -> Tensor:
+        """What the networks see, shape (B, 2 O).
+
+        Args:
+            observations: ``s_t``, shape (B, O).
+            next_observations: ``s_{t+1}``, shape (B, O).
+        """
+        differences = self.difference_normalizer(next_observations - observations)
+        return torch.cat([self.observation_normalizer(observations), differences], dim=-1)
+
+    def update(self, batch: Transitions) -> dict[str, Tensor]:
+        """One step on the mean squared error of the action, the same batch for every member.
+
+        Args:
+            batch: Real transitions, fields of shape (B, ...).
+        """
+        features = self.features(batch.observations, batch.next_observations)
+        loss = (self.network(features) - batch.actions).square().mean()
+        self.minimize(loss, self.optimizer)
+        return {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def infer(self, observations: Tensor, next_observations: Tensor) -> InferredActions:
+        """The ensemble's action for each pair of observations.
+
+        Args:
+            observations: ``s_t``, shape (B, O).
+            next_observations: ``s_{t+1}``, shape (B, O).
+        """
+        actions = self.best_network(self.features(observations, next_observations)).clamp(-1, 1)
+        return InferredActions(actions.mean(dim=0), actions.std(dim=0, correction=0).amax(dim=-1))
+
+    def validation_step(self, batch: Transitions, batch_idx: int) -> None:
+        """Squared error of the ensemble's action on held-out transitions.
+
+        Args:
+            batch: Held-out transitions, fields of shape (B, ...).
+            batch_idx: Unused.
+        """
+        actions = self.network(self.features(batch.observations, batch.next_observations)).clamp(-1, 1).mean(dim=0)
+        self.validation_errors.update((actions - batch.actions).square())
+
+    def on_validation_epoch_end(self) -> None:
+        """Keeps the network if it is the best so far; logs the error of each action dimension and their mean."""
+        errors = self.validation_errors.compute()
+        self.validation_errors.reset()
+        if errors.mean() < self.best_errors.mean():
+            self.best_errors.copy_(errors)
+            self.best_network.load_state_dict(self.network.state_dict())
+        self.log("inverse_dynamics/validation_error", errors.mean(), prog_bar=True)
+        self.log_dict({f"inverse_dynamics/validation_error/action_{d}": e for d, e in enumerate(errors)})
+        self.log("inverse_dynamics/best_validation_error", self.best_errors.mean())
+
+    def optimizers_in_order(self) -> list[Optimizer]:
+        """The one optimiser."""
+        return [self.optimizer]

@@ -1,0 +1,46 @@
+"""Metrics of the world model and the inverse dynamics, for held-out data.
+
+Symbols: B batch, H horizon.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+__all__ = ["MeanPerColumn"]
+
+
+class MeanPerColumn(Metric):
+    """Mean of each column over all rows that count, gathered over the ranks.
+
+    One column is a step of the horizon, or a dimension of an action.
+
+    Args:
+        columns: Number of columns H.
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, columns: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros(columns, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(columns, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weights: Tensor | None = None) -> None:
+        """Adds rows.
+
+        Args:
+            values: Values, shape (B, H).
+            weights: How much each value counts (0 leaves it out), shape (B, H); all 1 if None.
+        """
+        weights = torch.ones_like(values) if weights is None else weights
+        self.total += (values * weights).sum(dim=0).double()
+        self.count += weights.sum(dim=0).double()
+
+    def compute(self) -> Tensor:
+        """Mean of each column, NaN where no row counted, shape (H,)."""
+        return (self.total / self.count).float()

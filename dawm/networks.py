@@ -1,0 +1,305 @@
+"""Networks: batched multi-layer perceptrons, and the denoisers of the world model.
+
+Symbols: M members, B batch, H horizon, R size of a row, C size of the condition.
+
+A `BatchedMLP` is M independent networks of equal shape whose weights lie in one tensor, so that twin critics, ensembles
+and whole independent seeds cost one matrix product per layer. A `Denoiser` is what the world model trains; any class
+that keeps its contract can be named in a config.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dawm.errors import UserError
+
+__all__ = ["BatchedLinear", "BatchedMLP", "Denoiser", "ResidualMLP", "TemporalTransformer", "TemporalUNet"]
+
+
+class BatchedLinear(nn.Module):
+    """M linear layers side by side, each initialised on its own as `torch.nn.Linear` is.
+
+    Args:
+        members: M.
+        in_size: Size of the input.
+        out_size: Size of the output.
+    """
+
+    def __init__(self, members: int, in_size: int, out_size: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_size)
+        self.weight = nn.Parameter(torch.empty(members, in_size, out_size).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, out_size).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs of every member, shape (M, B, out).
+
+        Args:
+            inputs: One input for all members, shape (B, in), or one for each, shape (M, B, in).
+        """
+        members, in_size, _ = self.weight.shape
+        if members == 1:  # a plain product is faster than a batch of one
+            return torch.addmm(self.bias[0], inputs.reshape(-1, in_size), self.weight[0]).unsqueeze(0)
+        if inputs.dim() == 2:
+            inputs = inputs.expand(members, -1, -1)
+        return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class BatchedMLP(nn.Module):
+    """M multi-layer perceptrons side by side; no gradient passes between members.
+
+    Args:
+        members: M.
+        in_size: Size of the input.
+        hidden: Sizes of the hidden layers; empty for a linear map.
+        out_size: Size of the output.
+        activation: Class of the activation between layers.
+        layer_norm: Normalise each hidden layer before its activation.
+    """
+
+    def __init__(
+        self,
+        members: int,
+        in_size: int,
+        hidden: Sequence[int],
+        out_size: int,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = [in_size, *hidden, out_size]
+        self.layers = nn.ModuleList(BatchedLinear(members, a, b) for a, b in zip(sizes[:-1], sizes[1:]))
+        self.norms = nn.ModuleList(_BatchedLayerNorm(members, size) if layer_norm else nn.Identity() for size in hidden)
+        self.activation = activation()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs of every member, shape (M, B, out).
+
+        Args:
+            inputs: One input for all members, shape (B, in), or one for each, shape (M, B, in).
+        """
+        for layer, norm in zip(self.layers, self.norms):
+            inputs = self.activation(norm(layer(inputs)))
+        return self.layers[-1](inputs)
+
+
+class _BatchedLayerNorm(nn.Module):
+    """Layer norm whose scale and shift are each member's own."""
+
+    def __init__(self, members: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(members, 1, size))
+        self.bias = nn.Parameter(torch.zeros(members, 1, size))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalised inputs, shape (M, B, size)."""
+        return torch.addcmul(self.bias, functional.layer_norm(inputs, inputs.shape[-1:]), self.weight)
+
+
+class Denoiser(nn.Module, ABC):
+    """The network ``F`` inside a preconditioning.
+
+    A subclass takes the three sizes first and its own typed settings after them, and answers rows with rows.
+
+    Args:
+        horizon: H.
+        row_size: R.
+        condition_size: C.
+    """
+
+    def __init__(self, horizon: int, row_size: int, condition_size: int) -> None:
+        super().__init__()
+        self.horizon = horizon
+        self.row_size = row_size
+        self.condition_size = condition_size
+
+    @abstractmethod
+    def forward(self, rows: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
+        """The network's answer, shape (B, H, R).
+
+        Args:
+            rows: Noisy rows scaled to variance 1, shape (B, H, R).
+            noise_level: ``c_noise`` of the preconditioning, of order 1, shape (B,).
+            condition: What the rows depend on, shape (B, C).
+        """
+
+
+class _Embedding(nn.Module):
+    """Noise level and condition together as one vector.
+
+    The noise level enters as sines and cosines of geometrically spaced frequencies: with ``c_noise = ln(sigma) / 4``
+    their periods run from 16 to 0.5 in ln(sigma), from slower than the whole range to finer than a sampler's step.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, condition_size: int, width: int, features: int = 16) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(-2, 3, features, base=2) * 2 * math.pi, persistent=False)
+        self.layers = nn.Sequential(
+            nn.Linear(condition_size + 2 * features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
+
+    def forward(self, noise_level: Tensor, condition: Tensor) -> Tensor:
+        """The embedding, shape (B, width)."""
+        angles = noise_level.unsqueeze(-1) * self.frequencies
+        return self.layers(torch.cat([condition, angles.sin(), angles.cos()], dim=-1))
+
+
+class _MLPBlock(nn.Module):
+    def __init__(self, width: int, embedding_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width + embedding_size, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        inner = functional.silu(self.inner(torch.cat([self.norm(hidden), embedding], dim=-1)))
+        return hidden + self.outer(inner)
+
+
+class ResidualMLP(Denoiser):
+    """The whole horizon as one vector through residual blocks; the fastest on CPU.
+
+    Args:
+        horizon: H.
+        row_size: R.
+        condition_size: C.
+        width: Size of the hidden layers.
+        depth: Number of residual blocks, of two layers each.
+    """
+
+    def __init__(self, horizon: int, row_size: int, condition_size: int, width: int = 256, depth: int = 2) -> None:
+        super().__init__(horizon, row_size, condition_size)
+        self.embedding = _Embedding(condition_size, width)
+        self.first = nn.Linear(horizon * row_size + width, width)
+        self.blocks = nn.ModuleList(_MLPBlock(width, width) for _ in range(depth))
+        self.last = nn.Linear(width, horizon * row_size)
+
+    def forward(self, rows: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
+        """The network's answer, shape (B, H, R); see `Denoiser`."""
+        embedding = self.embedding(noise_level, condition)
+        hidden = self.first(torch.cat([rows.flatten(1), embedding], dim=-1))
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+        return self.last(hidden).view_as(rows)
+
+
+class _TemporalBlock(nn.Module):
+    """Two convolutions over time with group norm and Mish; the embedding is added between them."""
+
+    def __init__(self, channels_in: int, channels: int, embedding_size: int, kernel_size: int) -> None:
+        super().__init__()
+        padding = kernel_size // 2
+        groups = math.gcd(8, channels)
+        self.first = nn.Conv1d(channels_in, channels, kernel_size, padding=padding)
+        self.first_norm = nn.GroupNorm(groups, channels)
+        self.embedding = nn.Linear(embedding_size, channels)
+        self.second = nn.Conv1d(channels, channels, kernel_size, padding=padding)
+        self.second_norm = nn.GroupNorm(groups, channels)
+        self.skip = nn.Conv1d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+
+    def forward(self, rows: Tensor, embedding: Tensor) -> Tensor:
+        hidden = functional.mish(self.first_norm(self.first(rows))) + self.embedding(embedding).unsqueeze(-1)
+        return functional.mish(self.second_norm(self.second(hidden))) + self.skip(rows)
+
+
+class TemporalUNet(Denoiser):
+    """One-dimensional U-Net over the horizon (Janner et al. 2022, arXiv 2205.09991, appendix), for any horizon.
+
+    With three multipliers it has DWM's six residual blocks: three on the way down, one in the middle, two up.
+
+    Args:
+        horizon: H.
+        row_size: R.
+        condition_size: C.
+        width: Channels of the first level.
+        multipliers: Channels of each level as multiples of ``width``; each level after the first halves the length.
+        kernel_size: Odd size of the convolutions.
+    """
+
+    def __init__(
+        self,
+        horizon: int,
+        row_size: int,
+        condition_size: int,
+        width: int = 32,
+        multipliers: Sequence[int] = (1, 2, 4),
+        kernel_size: int = 5,
+    ) -> None:
+        super().__init__(horizon, row_size, condition_size)
+        if kernel_size % 2 == 0:
+            raise UserError(f"kernel_size {kernel_size} of TemporalUNet: choose an odd number")
+        channels = [width * multiplier for multiplier in multipliers]
+        embedding_size = 4 * width
+
+        def block(channels_in: int, channels_out: int) -> _TemporalBlock:
+            return _TemporalBlock(channels_in, channels_out, embedding_size, kernel_size)
+
+        pairs = list(zip(channels[:-1], channels[1:]))
+        self.embedding = _Embedding(condition_size, embedding_size)
+        self.down = nn.ModuleList(block(a, b) for a, b in zip([row_size, *channels[:-1]], channels))
+        self.shorten = nn.ModuleList(nn.Conv1d(a, a, 3, stride=2, padding=1) for a, _ in pairs)
+        self.middle = block(channels[-1], channels[-1])
+        self.lengthen = nn.ModuleList(nn.Conv1d(b, a, 3, padding=1) for a, b in reversed(pairs))
+        self.up = nn.ModuleList(block(2 * a, a) for a, _ in reversed(pairs))
+        self.last = nn.Conv1d(channels[0], row_size, 1)
+
+    def forward(self, rows: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
+        """The network's answer, shape (B, H, R); see `Denoiser`."""
+        embedding = self.embedding(noise_level, condition)
+        hidden = self.down[0](rows.transpose(1, 2), embedding)
+        skips = []
+        for shorten, block in zip(self.shorten, self.down[1:]):
+            skips.append(hidden)
+            hidden = block(shorten(hidden), embedding)
+        hidden = self.middle(hidden, embedding)
+        for lengthen, block in zip(self.lengthen, self.up):
+            skip = skips.pop()
+            # To the skip's own length rather than twice the length: an odd horizon was halved upwards.
+            hidden = lengthen(functional.interpolate(hidden, size=skip.shape[-1]))
+            hidden = block(torch.cat([hidden, skip], dim=1), embedding)
+        return self.last(hidden).transpose(1, 2)
+
+
+class TemporalTransformer(Denoiser):
+    """Rows as tokens; the embedding of noise level and condition is added to each of them before every layer.
+
+    Args:
+        horizon: H.
+        row_size: R.
+        condition_size: C.
+        width: Size of a token.
+        depth: Number of layers.
+        heads: Attention heads; must divide ``width``.
+    """
+
+    def __init__(
+        self, horizon: int, row_size: int, condition_size: int, width: int = 128, depth: int = 2, heads: int = 4
+    ) -> None:
+        super().__init__(horizon, row_size, condition_size)
+        if width % heads:
+            raise UserError(f"heads {heads} of TemporalTransformer: choose a divisor of width {width}")
+        self.embedding = _Embedding(condition_size, width)
+        self.first = nn.Linear(row_size, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(horizon, width))
+        self.embeddings = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, row_size))
+
+    def forward(self, rows: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
+        """The network's answer, shape (B, H, R); see `Denoiser`."""
+        embedding = self.embedding(noise_level, condition)
+        tokens = self.first(rows) + self.positions
+        for project, layer in zip(self.embeddings, self.layers):
+            tokens = layer(tokens + project(embedding).unsqueeze(1))
+        return self.last(tokens)

@@ -1,0 +1,172 @@
+"""Synthesis: complete imagined transitions from the world model and the inverse dynamics.
+
+The world model imagines observations and rewards from real starts (s_t, a_t) and a target return; the inverse dynamics
+infers every action but the first, which is the real a_t; rows that cannot be trusted are dropped and counted.
+
+Symbols: B starts, H horizon, O observation size, A action size, M rows kept.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dawm.data.transitions import Transitions
+from dawm.errors import UserError
+from dawm.inverse_dynamics import InverseDynamics
+from dawm.world_model import DiffusionWorldModel
+
+__all__ = ["ConstantReturn", "LiftedReturn", "QuantileReturn", "Synthesized", "TargetReturn", "synthesize"]
+
+CHUNK = 4096  # starts imagined at once: bounds the memory, and is past the point where larger is faster
+
+
+class TargetReturn(ABC):
+    """Which return-to-go an imagined future aims at."""
+
+    @abstractmethod
+    def __call__(self, returns_to_go: Tensor, data_returns_to_go: Tensor) -> Tensor:
+        """Targets for some starts, shape (B,).
+
+        Args:
+            returns_to_go: The recorded return-to-go of each start, shape (B,).
+            data_returns_to_go: The return-to-go of every recorded row, shape (N,).
+        """
+
+
+class QuantileReturn(TargetReturn):
+    """The same quantile of the data's returns-to-go for every start.
+
+    Args:
+        quantile: In [0, 1]; 1 is the best return in the data.
+    """
+
+    def __init__(self, quantile: float = 0.9) -> None:
+        if not 0 <= quantile <= 1:
+            raise UserError(f"quantile is {quantile}, but must be a number from 0 to 1; set target_return's quantile")
+        self.quantile = quantile
+
+    def __call__(self, returns_to_go: Tensor, data_returns_to_go: Tensor) -> Tensor:
+        """The quantile, shape (B,)."""
+        place = round(self.quantile * (len(data_returns_to_go) - 1))
+        # torch.quantile refuses more than 16 million values
+        return data_returns_to_go.kthvalue(place + 1).values.expand_as(returns_to_go)
+
+
+class LiftedReturn(TargetReturn):
+    """Each start's own recorded return-to-go, lifted by a share of the data's spread.
+
+    A lift in standard deviations, not a factor: returns may be negative.
+
+    Args:
+        lift: Standard deviations of the data's returns-to-go to add; 0 imagines futures as good as the recorded one.
+    """
+
+    def __init__(self, lift: float = 0.0) -> None:
+        self.lift = lift
+
+    def __call__(self, returns_to_go: Tensor, data_returns_to_go: Tensor) -> Tensor:
+        """Each start's return-to-go plus the lift, shape (B,)."""
+        return returns_to_go + self.lift * data_returns_to_go.std()
+
+
+class ConstantReturn(TargetReturn):
+    """One return-to-go for every start.
+
+    Args:
+        value: The discounted return to aim at, in the environment's units.
+    """
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, returns_to_go: Tensor, data_returns_to_go: Tensor) -> Tensor:
+        """The value, shape (B,)."""
+        return torch.full_like(returns_to_go, self.value)
+
+
+class Synthesized(NamedTuple):
+    """Imagined transitions and what became of the rows that were imagined.
+
+    Args:
+        transitions: The rows kept, fields of shape (M, ...).
+        counts: Rows by fate: ``kept``, ``after_end`` (behind an imagined termination), ``non_finite``,
+            ``out_of_range`` and ``uncertain``; a rollout's rows behind a bad one are dropped with it.
+    """
+
+    transitions: Transitions
+    counts: Counter[str]
+
+
+@torch.no_grad()
+def synthesize(
+    world_model: DiffusionWorldModel,
+    inverse_dynamics: InverseDynamics,
+    observations: Tensor,
+    actions: Tensor,
+    returns_to_go: Tensor,
+    guidance: float = 1.0,
+    generator: torch.Generator | None = None,
+    bounds: tuple[Tensor, Tensor] | None = None,
+    max_disagreement: float | None = None,
+) -> Synthesized:
+    """Imagines one future from each start and completes it with actions.
+
+    The last row of a rollout is a truncation: it bootstraps. Only an imagined termination sets ``terminations``.
+
+    Args:
+        world_model: Imagines observations, rewards and terminations.
+        inverse_dynamics: Infers the actions behind the first.
+        observations: Real ``s_t``, shape (B, O).
+        actions: Real ``a_t`` in [-1, 1], shape (B, A).
+        returns_to_go: The return-to-go to aim at, shape (B,).
+        guidance: Weight of classifier-free guidance.
+        generator: Source of the noise; same generator state, same transitions.
+        bounds: Lowest and highest observation to accept, each shape (O,); None accepts all.
+        max_disagreement: Largest disagreement of the inverse dynamics to accept; None accepts all.
+    """
+    parts: list[Transitions] = []
+    counts: Counter[str] = Counter()
+    for chunk in torch.arange(len(observations), device=observations.device).split(CHUNK):
+        imagined = world_model.imagine(
+            observations[chunk], actions[chunk], returns_to_go[chunk], guidance=guidance, generator=generator
+        )
+        before, after = imagined.observations[:, :-1], imagined.observations[:, 1:]
+        inferred = inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
+        inferred_actions = inferred.actions.unflatten(0, before.shape[:2])
+        inferred_actions[:, 0] = actions[chunk]
+        terminations = (imagined.terminations > 0.5).float()
+
+        finite = after.isfinite().all(-1) & imagined.rewards.isfinite() & imagined.terminations.isfinite()
+        in_range, certain = torch.ones_like(finite), torch.ones_like(finite)
+        if bounds is not None:
+            in_range = ((after >= bounds[0]) & (after <= bounds[1])).all(-1)
+        if max_disagreement is not None:
+            certain[:, 1:] = (inferred.disagreement <= max_disagreement).unflatten(0, before.shape[:2])[:, 1:]
+
+        kept = torch.ones_like(finite)
+        no_end_before = terminations.cumsum(dim=1) - terminations == 0
+        fates = {
+            "after_end": no_end_before,
+            "non_finite": _all_so_far(finite),
+            "out_of_range": _all_so_far(in_range),
+            "uncertain": _all_so_far(certain),
+        }
+        for fate, good in fates.items():  # a row is counted under the first reason that drops it
+            counts[fate] += int((kept & ~good).sum())
+            kept = kept & good
+        counts["kept"] += int(kept.sum())
+        rows = Transitions(before, inferred_actions, imagined.rewards, after, terminations)
+        parts.append(rows[kept])
+    return Synthesized(Transitions.cat(parts), counts)
+
+
+def _all_so_far(good: Tensor) -> Tensor:
+    """True where a row and all rows before it in the rollout are good, shape (B, H).
+
+    Args:
+        good: Whether each row is good by itself, shape (B, H).
+    """
+    return good.cumprod(dim=1).bool()

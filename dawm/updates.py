@@ -1,0 +1,111 @@
+"""Gradient updates: the training loop that the world model, the inverse dynamics and the agents share.
+
+An *update* is one gradient step of a module's main network, and it is the one unit of training everywhere:
+``max_steps``, ``every_n_steps``, logs, progress bars and checkpoints all count updates. A loader hands over K batches
+at once; `UpdateModule.training_step` runs K updates on them, so that what Lightning costs per training step (hooks,
+logging, progress bar) is paid once for K updates. Results do not depend on K.
+"""
+
+from abc import abstractmethod
+from dataclasses import fields
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["UpdateModule"]
+
+
+class UpdateModule(L.LightningModule):
+    """A LightningModule that trains by `update`, several times per training step.
+
+    Subclasses build their networks and optimisers in the constructor, list the optimisers in `optimizers_in_order`,
+    and write the update itself with `minimize`. ``name`` prefixes the logged metrics.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False  # several optimisers, several updates per training step
+        self.update_index = 0  # number of the update under way, from 0; set by training_step
+
+    @abstractmethod
+    def update(self, batch: Any) -> dict[str, Tensor]:
+        """One gradient update on one batch.
+
+        Args:
+            batch: One batch, fields of shape (B, ...).
+
+        Returns:
+            Metrics as detached scalars, logged under ``<name>/<key>``.
+        """
+
+    def minimize(self, loss: Tensor, optimizer: Optimizer) -> None:
+        """Takes one gradient step of one optimiser on a loss, with gradients averaged over the ranks.
+
+        Only the gradients of the optimiser's own parameters are computed: an actor's loss that runs through a critic
+        leaves the critic's weights without a gradient.
+
+        Args:
+            loss: The loss of this rank's batch, shape ().
+            optimizer: The optimiser to step.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # autograd.grad instead of backward: DDP's hooks sit on backward and expect one pass per training step
+        gradients = torch.autograd.grad(loss, parameters)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+            gradients = tuple(
+                part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients)
+            )
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        optimizer.step()
+
+    def training_step(self, batches: Any, batch_idx: int) -> None:
+        """Runs one update per batch.
+
+        Args:
+            batches: A dataclass of tensors, fields of shape (K, B, ...).
+            batch_idx: Unused.
+        """
+        count = getattr(batches, fields(batches)[0].name).shape[0]
+        if self.trainer.max_steps > 0:
+            count = min(count, self.trainer.max_steps - self.trainer.global_step)
+        totals: dict[str, Tensor] = {}
+        first = self.trainer.global_step
+        for k in range(count):
+            self.update_index = first + k
+            for key, value in self.update(batches[k]).items():
+                totals[key] = totals[key] + value if key in totals else value
+        self._count_updates(count)
+        metrics = {f"{self.name}/{key}": value / count for key, value in totals.items()}
+        # "step" sets the loggers' x-axis; Lightning would otherwise count training steps, not updates
+        self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=self.trainer.world_size > 1)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """The optimisers, for Lightning's checkpoints."""
+        return self.optimizers_in_order()
+
+    @abstractmethod
+    def optimizers_in_order(self) -> list[Optimizer]:
+        """The module's optimisers, always in the same order."""
+
+    def _count_updates(self, count: int) -> None:
+        """Advances ``trainer.global_step`` by the updates done.
+
+        Lightning counts the steps of optimisers that it wraps: several per update for an agent with an actor and
+        critics, none for the optimisers stepped here. This keeps its one counter, which max_steps, checkpoints and
+        callbacks read, equal to the number of updates.
+        """
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.total.ready += count
+        progress.total.completed += count
+        progress.current.ready += count
+        progress.current.completed += count
