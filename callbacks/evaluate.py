@@ -21,13 +21,11 @@ class EvaluateInEnvironment(L.Callback):
     95 % confidence interval, ``eval/normalized_score_low`` and ``eval/normalized_score_high``. Every rank runs its
     share of the episodes; the result does not depend on their number. The training's random numbers stay untouched.
 
-    Example:
-        >>> from dawm.callbacks import EvaluateInEnvironment
-        >>> evaluate = EvaluateInEnvironment(every_n_steps=5000, episodes=10)
-        >>> trainer = L.Trainer(max_steps=100_000, callbacks=[evaluate])  # doctest: +SKIP
-        >>> trainer.fit(agent, datamodule=data)  # doctest: +SKIP
-        >>> evaluate.history[-1]  # doctest: +SKIP
-        {'step': 100000, 'return': 1873.2, 'score': 57.0, 'score_low': 49.8, 'score_high': 64.1}
+    Example::
+
+        callback = EvaluateInEnvironment(every_n_steps=1000, episodes=10)
+        Trainer(max_steps=10_000, callbacks=[callback]).fit(agent, datamodule=data)
+        callback.history  # one entry per evaluation: step, return and, with reference scores, score and its bounds
 
     Args:
         every_n_steps: Updates between two evaluations; a multiple of the data's ``updates_per_step``.

@@ -1,19 +1,18 @@
 """The command line: ``python -m dawm fit --config FILE`` and its sisters.
 
-Built on jsonargparse as LightningCLI is: every constructor argument of the data module, the three modules, the Trainer and
-the callbacks is a key of the config and an option of the command line. `LightningCLI` itself is not used because it serves one
-model and one Trainer.
+Built on jsonargparse as LightningCLI is: every constructor argument of the data module, the three modules, the Trainer
+and the callbacks is a key of the config and an option of the command line. `LightningCLI` itself is not used because it
+serves one model and one Trainer.
 """
 
 import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning as L
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 # Imported so that configs can name these classes without their module.
@@ -21,12 +20,15 @@ import dawm.agents
 import dawm.callbacks
 import dawm.diffusion
 import dawm.networks
+import dawm.samplers
 import dawm.synthesis  # noqa: F401
+from dawm.callbacks import RegenerateRollouts
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
-from dawm.evaluation import evaluate
+from dawm.evaluation import Policy, evaluate
 from dawm.experiment import Experiment, Stages
 from dawm.inverse_dynamics import InverseDynamics
+from dawm.mistakes import explain, one_line
 from dawm.modules import SIZES, build_module
 from dawm.report import collect_results, show_results, write_files
 from dawm.world_model import DiffusionWorldModel
@@ -50,7 +52,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises instead of printing."""
-        raise UserError(_one_line(message))
+        raise UserError(explain(message))
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -68,19 +70,18 @@ def main(args: Sequence[str] | None = None) -> int:
         command = config.subcommand
         _COMMANDS[command](config[command], console)
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_one_line(str(error))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {one_line(str(error))}", style="bold red", markup=False, highlight=False
+        )
         return 2
     return 0
 
 
-def _one_line(message: str) -> str:
-    return " ".join(message.split())
-
-
 def _parser() -> Parser:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=False)
-    parser = Parser(prog="python -m dawm", description="Diffusion action world models for offline RL.",
-                    parser_mode="omegaconf+")
+    parser = Parser(
+        prog="python -m dawm", description="Diffusion action world models for offline RL.", parser_mode="omegaconf+"
+    )
     parser.add_argument("--version", action="version", version=f"dawm {dawm.__version__}")
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("fit", _fit_parser(), help="train world model, inverse dynamics and agent; score the agent")
@@ -97,9 +98,9 @@ def _fit_parser() -> Parser:
     parser.add_argument("--final_episodes", type=int, default=20, help="episodes of the last evaluation")
     parser.add_class_arguments(TransitionDataModule, "data")
     parser.link_arguments("seed_everything", "data.seed")
-    parser.add_subclass_arguments(DiffusionWorldModel, "world_model", skip=set(SIZES), required=False)
-    parser.add_subclass_arguments(InverseDynamics, "inverse_dynamics", skip=set(SIZES), required=False)
-    parser.add_subclass_arguments(L.LightningModule, "model", skip=set(SIZES), required=False)
+    parser.add_subclass_arguments(DiffusionWorldModel, "world_model", skip=set(SIZES), required=True)
+    parser.add_subclass_arguments(InverseDynamics, "inverse_dynamics", skip=set(SIZES), required=True)
+    parser.add_subclass_arguments(L.LightningModule, "model", skip=set(SIZES), required=True)
     parser.add_class_arguments(Stages, "stages")
     parser.add_class_arguments(L.Trainer, "trainer", skip=STAGE_SETTINGS, instantiate=False)
     parser.set_defaults(
@@ -134,14 +135,19 @@ def fit(config: Namespace, console: Console) -> None:
     data.setup()
     horizon = modules["world_model"]["init_args"].get("horizon", data.horizon)
     if horizon != data.horizon:
-        raise UserError(f"data.horizon is {data.horizon} but world_model.horizon is {horizon}; set both to ${{horizon}}")
+        raise UserError(
+            f"data.horizon is {data.horizon} but world_model.horizon is {horizon}; set both to ${{horizon}}"
+        )
     experiment = Experiment(
         data=data,
         stages=parts.stages,
         trainer=settings["trainer"],
         settings={
-            name: {"data": settings["data"], "module": modules["model" if name == "agent" else name],
-                   "callbacks": settings["stages"][name]["callbacks"]}
+            name: {
+                "data": settings["data"],
+                "module": modules["model" if name == "agent" else name],
+                "callbacks": settings["stages"][name]["callbacks"],
+            }
             for name in ("world_model", "inverse_dynamics", "agent")
         },
         output_dir=output_dir,
@@ -152,19 +158,22 @@ def fit(config: Namespace, console: Console) -> None:
     if data.synthetic_fraction > 0:
         for name in ("world_model", "inverse_dynamics"):
             trained[name] = experiment.run_stage(name, build_module(modules[name]))
-        for callback in parts.stages.agent.callbacks:
-            if isinstance(callback, dawm.callbacks.RegenerateRollouts):
-                callback.connect(trained["world_model"], trained["inverse_dynamics"])
+        for callback in _regenerate(parts.stages.agent.callbacks):
+            callback.connect(trained["world_model"], trained["inverse_dynamics"])
     else:
+        for callback in _regenerate(parts.stages.agent.callbacks):
+            parts.stages.agent.callbacks.remove(callback)
         console.print("synthetic_fraction is 0: the agent learns from real data alone, nothing is imagined")
     agent = experiment.run_stage("agent", build_module(modules["model"]))
-    if rank_zero_only.rank != 0:
+    if experiment.rank != 0:
         return
     if data.env_spec is None:
         raise UserError("data.env_id: the data set names no environment to score the agent in; set --data.env_id")
     console.print(f"scoring the agent over {config.final_episodes} episodes of {data.env_spec.id}")
     normalize = None if data.reference is None else data.reference.normalize
-    evaluation = evaluate(agent.act, data.env_spec, config.final_episodes, EVALUATION_SEED, normalize=normalize)
+    evaluation = evaluate(
+        cast(Policy, agent.act), data.env_spec, config.final_episodes, EVALUATION_SEED, normalize=normalize
+    )
     results = collect_results(
         data.episodes, modules["model"]["class_path"], evaluation, experiment.results, config.seed_everything
     )
@@ -175,9 +184,15 @@ def fit(config: Namespace, console: Console) -> None:
 _COMMANDS = {"fit": fit}
 
 
+def _regenerate(callbacks: Sequence[L.Callback]) -> list[RegenerateRollouts]:
+    return [callback for callback in callbacks if isinstance(callback, RegenerateRollouts)]
+
+
 def _quiet() -> None:
     """Keeps Lightning's advice off the screen where the project has decided otherwise."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # of another library's making: Lightning calls a deprecated part of torch
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     # the data stand in memory: worker processes would only slow the drawing down
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
 

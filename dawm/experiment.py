@@ -1,8 +1,8 @@
 """Experiment: the three stages in order, in one process or one DDP group, and their results.
 
 A stage is trained in ``<output_dir>/<stage>/<key>/``, where the key is a hash of all that its result depends on: data,
-settings, seed, and the stages before it. So a stage that is complete is reused, an interrupted one goes on where it was, and a
-changed setting starts anew beside the old result instead of over it.
+settings, seed, and the stages before it. So a stage that is complete is reused, an interrupted one goes on where it
+was, and a changed setting starts anew beside the old result instead of over it.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from dawm import __version__
@@ -118,6 +119,7 @@ class Experiment:
         self.seed = seed
         self.console = console
         self.results: dict[str, StageResult] = {}
+        self.rank = 0
         self._keys: list[str] = []
 
     def run_stage(self, name: str, build: Build) -> L.LightningModule:
@@ -161,7 +163,7 @@ class Experiment:
         last = folder / "last.ckpt"
         save = SaveCheckpoint(last, stage.checkpoint_every_n_steps, self._origin(name))
         trainer = self._trainer(name, stage, module, folder, save)
-        rank, world_size = trainer.global_rank, trainer.world_size
+        self.rank, rank, world_size = trainer.global_rank, trainer.global_rank, trainer.world_size
         loaders: dict[str, Any] = {"datamodule": self.data}
         validation: Iterable[Any] | None = None
         if name == "world_model":
@@ -193,7 +195,7 @@ class Experiment:
         if stage.patience is not None:
             monitor = f"{name}/validation_error"
             callbacks.append(EarlyStopping(monitor, patience=stage.patience, check_finite=True))
-        return L.Trainer(
+        settings = dict(
             **self.trainer_settings,
             max_steps=stage.max_steps,
             max_epochs=-1,
@@ -209,6 +211,10 @@ class Experiment:
             # Lightning shards only its own loaders' samplers; ours draw by rank themselves
             use_distributed_sampler=False,
         )
+        try:
+            return L.Trainer(**settings)
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            raise UserError(f"trainer: {error} Change --trainer.*") from None
 
     def _fit_normalizers(self, name: str, module: L.LightningModule) -> None:
         real = self.data.episodes.transitions
@@ -271,4 +277,3 @@ class Experiment:
             "version": __version__,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-

@@ -1,8 +1,8 @@
 """InverseDynamics: the action that led from one observation to the next.
 
 An ensemble of MLPs learns ``a_t = f(s_t, s_{t+1} - s_t)`` on the real transitions, both inputs normalised; the
-normalised difference carries the information that ``s_{t+1}`` beside ``s_t`` would bury. The ensemble's mean fills in the
-actions that the world model leaves out; its disagreement says how certain they are. The recipe of inferring actions
+normalised difference carries the information that ``s_{t+1}`` beside ``s_t`` would bury. The ensemble's mean fills in
+the actions that the world model leaves out; its disagreement says how certain they are. The recipe of inferring actions
 behind a diffusion model is Decision Diffuser's (arXiv 2211.15657) and DAWM's (arXiv 2509.19538).
 
 The network that infers is the one of the best validation so far, so that training too long does no harm.

@@ -1,8 +1,8 @@
 """Building the three LightningModules from class paths, for a new run and from a checkpoint alone.
 
 A module is described by plain values, ``{"class_path": ..., "init_args": {...}}``. The description travels in the
-checkpoint, so that `load_module` needs nothing else; it is also what Lightning keeps as the module's hyper-parameters, so
-that ``SomeModule.load_from_checkpoint(path, weights_only=True)`` works.
+checkpoint, so that `load_module` needs nothing else; it is also what Lightning keeps as the module's hyper-parameters,
+so that ``SomeModule.load_from_checkpoint(path, weights_only=True)`` works.
 """
 
 from collections.abc import Callable, Mapping

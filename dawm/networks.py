@@ -10,6 +10,7 @@ that keeps its contract can be named in a config.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +78,7 @@ class BatchedMLP(nn.Module):
         self.activation = activation()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs of every member, shape (M, B, out).
-
-        Args:
-            inputs: One input for all members, shape (B, in), or one for each, shape (M, B, in).
-        """
+        """Outputs of every member, shape (M, B, out), for inputs of shape (B, in) or (M, B, in)."""
         for layer, norm in zip(self.layers, self.norms):
             inputs = self.activation(norm(layer(inputs)))
         return self.layers[-1](inputs)
@@ -151,10 +148,10 @@ class _Embedding(nn.Module):
 
 
 class _MLPBlock(nn.Module):
-    def __init__(self, width: int, embedding_size: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.inner = nn.Linear(width + embedding_size, width)
+        self.inner = nn.Linear(2 * width, width)
         self.outer = nn.Linear(width, width)
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
@@ -177,7 +174,7 @@ class ResidualMLP(Denoiser):
         super().__init__(horizon, row_size, condition_size)
         self.embedding = _Embedding(condition_size, width)
         self.first = nn.Linear(horizon * row_size + width, width)
-        self.blocks = nn.ModuleList(_MLPBlock(width, width) for _ in range(depth))
+        self.blocks = nn.ModuleList(_MLPBlock(width) for _ in range(depth))
         self.last = nn.Linear(width, horizon * row_size)
 
     def forward(self, rows: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
@@ -194,12 +191,11 @@ class _TemporalBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels: int, embedding_size: int, kernel_size: int) -> None:
         super().__init__()
-        padding = kernel_size // 2
         groups = math.gcd(8, channels)
-        self.first = nn.Conv1d(channels_in, channels, kernel_size, padding=padding)
+        self.first = nn.Conv1d(channels_in, channels, kernel_size, padding="same")
         self.first_norm = nn.GroupNorm(groups, channels)
         self.embedding = nn.Linear(embedding_size, channels)
-        self.second = nn.Conv1d(channels, channels, kernel_size, padding=padding)
+        self.second = nn.Conv1d(channels, channels, kernel_size, padding="same")
         self.second_norm = nn.GroupNorm(groups, channels)
         self.skip = nn.Conv1d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
@@ -235,13 +231,12 @@ class TemporalUNet(Denoiser):
         if kernel_size % 2 == 0:
             raise UserError(f"kernel_size {kernel_size} of TemporalUNet: choose an odd number")
         channels = [width * multiplier for multiplier in multipliers]
-        embedding_size = 4 * width
 
         def block(channels_in: int, channels_out: int) -> _TemporalBlock:
-            return _TemporalBlock(channels_in, channels_out, embedding_size, kernel_size)
+            return _TemporalBlock(channels_in, channels_out, 4 * width, kernel_size)
 
         pairs = list(zip(channels[:-1], channels[1:]))
-        self.embedding = _Embedding(condition_size, embedding_size)
+        self.embedding = _Embedding(condition_size, 4 * width)
         self.down = nn.ModuleList(block(a, b) for a, b in zip([row_size, *channels[:-1]], channels))
         self.shorten = nn.ModuleList(nn.Conv1d(a, a, 3, stride=2, padding=1) for a, _ in pairs)
         self.middle = block(channels[-1], channels[-1])
@@ -288,11 +283,9 @@ class TemporalTransformer(Denoiser):
         self.first = nn.Linear(row_size, width)
         self.positions = nn.Parameter(0.02 * torch.randn(horizon, width))
         self.embeddings = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        options: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(depth)
+            nn.TransformerEncoderLayer(width, heads, 4 * width, **options) for _ in range(depth)
         )
         self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, row_size))
 

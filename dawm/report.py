@@ -86,7 +86,8 @@ def show_results(console: Console, output_dir: Path, results: Mapping[str, Any])
         )
     returns = agent["return"]
     table.add_row("data's mean return", f"{data['return']:.1f}")
-    table.add_row("agent's return", f"{returns['mean']:.1f}  (95 % interval {returns['low']:.1f} to {returns['high']:.1f})")
+    interval = f"95 % interval {returns['low']:.1f} to {returns['high']:.1f}"
+    table.add_row("agent's return", f"{returns['mean']:.1f}  ({interval})")
     for label, key, stage in HELD_OUT:
         if stage in stages and key in stages[stage]["metrics"]:
             table.add_row(label, f"{stages[stage]['metrics'][key]:.4g}")

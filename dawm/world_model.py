@@ -16,7 +16,7 @@ Symbols: B batch, H horizon, O observation size, A action size, R = O + 2 row si
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -244,9 +244,8 @@ class DiffusionWorldModel(UpdateModule):
             condition = self.condition(observations, actions, returns_to_go, keep)
             return lambda noisy, sigma: self.preconditioning.denoise(network, noisy, sigma, condition)
 
-        noise = torch.randn(
-            len(observations), network.horizon, network.row_size, generator=generator, device=observations.device
-        )
+        shape = len(observations), self.network.horizon, self.network.row_size
+        noise = torch.randn(shape, generator=generator, device=observations.device)
         sigmas = self.preconditioning.sampling_sigmas(self.sampler.num_steps, observations.device)
         observe = None
         if self.inpaint_start:
@@ -299,9 +298,13 @@ class DiffusionWorldModel(UpdateModule):
         difference = (imagined.observations - batch.observations)[:, 1:] / self.observation_normalizer.std
         reward_error = (imagined.rewards - batch.rewards) / self.reward_normalizer.std
         wrong = (imagined.terminations > 0.5) != (batch.terminations > 0.5)
-        errors["observation"].update(difference.square().mean(dim=-1), batch.valid)
-        errors["reward"].update(reward_error.square(), batch.valid)
-        errors["termination"].update(wrong.float(), batch.valid)
+        values = {
+            "observation": difference.square().mean(dim=-1),
+            "reward": reward_error.square(),
+            "termination": wrong.float(),
+        }
+        for key, metric in errors.items():
+            cast(MeanPerColumn, metric).update(values[key], batch.valid)
 
     def on_validation_epoch_end(self) -> None:
         """Logs every error at every step, and the first step's ratio to the baseline."""
@@ -310,8 +313,8 @@ class DiffusionWorldModel(UpdateModule):
             if source == "regression" and self.regression is None:
                 continue
             for key, metric in errors.items():
-                values = metric.compute()
-                metric.reset()
+                values = cast(MeanPerColumn, metric).compute()
+                cast(MeanPerColumn, metric).reset()
                 first[f"{source}_{key}"] = float(values[0])
                 self.log_dict({f"world_model/{source}_{key}_error/step_{k + 1}": v for k, v in enumerate(values)})
         self.log("world_model/validation_error", first["validation_observation"], prog_bar=True)

@@ -18,6 +18,7 @@ from dawm.data.segments import SegmentTable
 from dawm.data.transitions import Segments, Transitions
 from dawm.errors import UserError
 from dawm.returns import returns_to_go
+from dawm.updates import UpdateModule
 
 __all__ = ["TransitionDataModule"]
 
@@ -214,11 +215,17 @@ class TransitionDataModule(L.LightningDataModule):
     # Stage 3: real and imagined transitions for the agent
 
     def train_dataloader(self) -> BatchLoader:
-        """Mixed batches for the agent: `Transitions` with fields of shape (K, B, ...)."""
+        """Mixed batches for the agent: `Transitions` with fields of shape (K, B, ...); (B, ...) for a plain module."""
         assert self.trainer is not None
-        return self.mixed_loader(self.trainer.max_steps, self.trainer.global_rank)
+        takes_many = isinstance(self.trainer.lightning_module, UpdateModule)
+        if not takes_many and self.updates_per_step != 1:
+            raise UserError(
+                f"data.updates_per_step is {self.updates_per_step}, but a plain LightningModule trains on one batch per "
+                "step; set --data.updates_per_step 1, or derive the agent from dawm.agents.OfflineAgent"
+            )
+        return self.mixed_loader(self.trainer.max_steps, self.trainer.global_rank, squeeze=not takes_many)
 
-    def mixed_loader(self, updates: int, rank: int = 0) -> BatchLoader:
+    def mixed_loader(self, updates: int, rank: int = 0, squeeze: bool = False) -> BatchLoader:
         """Batches of ``round(batch_size * synthetic_fraction)`` imagined rows, the rest real.
 
         Until the first refill all rows are real.
@@ -226,6 +233,7 @@ class TransitionDataModule(L.LightningDataModule):
         Args:
             updates: Updates to draw for.
             rank: The process that draws; each draws different rows.
+            squeeze: Leave out the first dimension of one batch.
         """
         real = RowStream(derive_seed(self.seed, rank, "real"))
         synthetic = RowStream(derive_seed(self.seed, rank, "synthetic"))
@@ -237,12 +245,12 @@ class TransitionDataModule(L.LightningDataModule):
             real_rows = real.draw(len(self._real_rows), count, self.batch_size)
             synthetic_rows = synthetic.draw(max(self._synthetic_count, 1), count, max(synthetic_size, 1))
             if self._synthetic_rows is None or self._synthetic_count == 0 or synthetic_size == 0:
-                return self._gather(self._real_rows, real_rows)
-            parts = [
-                take(self._real_rows, real_rows[:, : self.batch_size - synthetic_size]),
-                take(self._synthetic_rows, synthetic_rows),
-            ]
-            return Transitions.unpack(torch.cat(parts, dim=1), self.observation_size, self.action_size)
+                rows = take(self._real_rows, real_rows)
+            else:
+                real_part = take(self._real_rows, real_rows[:, : self.batch_size - synthetic_size])
+                rows = torch.cat([real_part, take(self._synthetic_rows, synthetic_rows)], dim=1)
+            rows = rows.squeeze(0) if squeeze else rows
+            return Transitions.unpack(rows, self.observation_size, self.action_size)
 
         streams = [(real, self.batch_size), (synthetic, max(synthetic_size, 1))]
         return BatchLoader(draw, streams, updates, self.updates_per_step)

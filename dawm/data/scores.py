@@ -82,11 +82,8 @@ def d4rl_scores(name: str) -> ReferenceScores | None:
         name: D4RL's name with dashes or underscores, such as ``hopper-medium-v2`` or ``hopper_medium-v2``.
     """
     words = re.sub(r"-v\d+$", "", name.lower().replace("_", "-")).split("-")
-    dense = words[-1] == "dense"
     for length in range(len(words), 0, -1):
         family = "-".join(words[:length])
-        if dense and f"{family}-dense" in _D4RL:
-            family = f"{family}-dense"
         if family in _D4RL:
             return ReferenceScores(*_D4RL[family], source="D4RL v2 table")
     return None

@@ -1,7 +1,8 @@
 """Which spaces can be used, and how observations and actions are laid out as flat rows.
 
-Observations are flat Boxes, or Dicts of them (goal environments), whose entries stand side by side in the order of
-`gymnasium.spaces.flatten`: keys sorted, nested Dicts likewise. Actions are a flat Box with finite bounds.
+Observations are flat Boxes, or Dicts of them (goal environments), whose entries stand side by side with the keys
+sorted, nested Dicts likewise. So does Gymnasium's ``FlattenObservation``, unless an environment was given an order of
+its own, which Minari does not keep. Actions are a flat Box with finite bounds.
 """
 
 import difflib
@@ -27,18 +28,18 @@ def unbounded(size: int) -> gym.spaces.Box:
     return gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
 
 
-def observation_leaves(space: gym.Space, name: str) -> list[tuple[tuple[str, ...], int]]:
-    """The flat Boxes that an observation consists of: path of keys and size, in the order of the flat row.
+def observation_leaves(space: gym.Space, name: str) -> list[tuple[tuple[str, ...], gym.spaces.Box]]:
+    """The flat Boxes that an observation consists of, with their paths of keys, in the order of the flat row.
 
     Args:
         space: Observation space of the data set.
         name: Name of the data set, for the error's text.
     """
     if isinstance(space, gym.spaces.Dict):
-        parts = [(str(key), observation_leaves(part, name)) for key, part in space.spaces.items()]
-        return [((key, *path), size) for key, leaves in parts for path, size in leaves]
+        parts = [(key, observation_leaves(part, name)) for key, part in sorted(space.spaces.items())]
+        return [((key, *path), box) for key, leaves in parts for path, box in leaves]
     if isinstance(space, gym.spaces.Box) and len(space.shape) <= 1:
-        return [((), int(np.prod(space.shape)))]
+        return [((), space)]
     kind = f"Box of shape {space.shape}" if isinstance(space, gym.spaces.Box) else type(space).__name__
     raise UserError(
         f"data.dataset: {name} has observations of the kind {kind}; "
@@ -48,10 +49,9 @@ def observation_leaves(space: gym.Space, name: str) -> list[tuple[tuple[str, ...
 
 def observation_box(space: gym.Space, name: str) -> gym.spaces.Box:
     """The flat Box that observations fill, or a UserError for images, discrete values, tuples and text."""
-    observation_leaves(space, name)
-    flat = gym.spaces.flatten_space(space)
-    assert isinstance(flat, gym.spaces.Box)
-    return flat
+    boxes = [box for _, box in observation_leaves(space, name)]
+    low = np.concatenate([box.low.ravel() for box in boxes])
+    return gym.spaces.Box(low, np.concatenate([box.high.ravel() for box in boxes]), dtype=low.dtype.type)
 
 
 def action_box(space: gym.Space, name: str) -> gym.spaces.Box:

@@ -1,0 +1,59 @@
+"""Users' mistakes on the command line, told in one line.
+
+jsonargparse explains a bad value by every type it tried, over many lines. What helps is the setting and the reason.
+"""
+
+import re
+
+__all__ = ["explain", "one_line"]
+
+LONGEST = 300
+
+KEY = re.compile(r'Parser key "([^"]+)"|Problem with given class_path \'[^\']*\'|key="([^"]+)"')
+REASONS = (
+    # pattern in jsonargparse's text, and what to say instead
+    (r"Problem with given class_path '([^']+)': No module named '([^']+)'",
+     r"class path '\1' does not import (no module named '\2'); check its spelling, or run from the folder it lies in"),
+    (r"Expected a dot import path string: (\S+)",
+     r"class '\1' is not known; give a class of dawm by its name, and any other as module.Class"),
+    (r"Problem with given class_path '([^']+)': .*?(?:not accepted|Key '([^']+)' is not expected|does not exist)",
+     r"class '\1' takes no argument '\2'; see --help"),
+    (r"Problem with given class_path '([^']+)': ([^-]+)", r"class path '\1': \2"),
+    (r"File does not exist: '?([^']+)'?", r"the file \1 does not exist; check the path"),
+    (r"Expected a <class '(\w+)'>\. Got value: (\S+)", r"expected \1, got \2"),
+    (r"Does not validate against any .*Given value: (.+)", r"\1 is not among the values it takes; see --help"),
+)  # fmt: skip
+
+
+def one_line(text: str) -> str:
+    """A text with its line breaks taken out, and its end if it is long.
+
+    Args:
+        text: Any text.
+    """
+    flat = " ".join(text.split())
+    return flat if len(flat) <= LONGEST else flat[: LONGEST - 3] + "..."
+
+
+def explain(message: str) -> str:
+    """A parser's message as one line: setting and reason.
+
+    Args:
+        message: What jsonargparse says, over any number of lines.
+    """
+    flat = " ".join(message.split())
+    keys: list[str] = []
+    for match in KEY.finditer(flat):
+        key = match.group(1)
+        if key and key not in keys:
+            keys.append(key)
+    nested = re.search(r"- --(\S+): (.*?)(?: - Expected a <class 'NoneType'>| Given value type:|$)", flat)
+    if nested:  # a part of the value was explained already, by the parser of that part
+        return one_line(f"--{'.'.join([*keys, nested.group(1)])}: {nested.group(2)}")
+    setting = ".".join(keys)
+    for pattern, replacement in REASONS:
+        found = re.search(pattern, flat)
+        if found:
+            reason = found.expand(replacement)
+            return one_line(f"--{setting}: {reason}" if setting else reason)
+    return one_line(flat)

@@ -1,0 +1,121 @@
+"""`fit` from end to end, through the command line's own function."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dawm.agents import TD3BC
+from dawm.cli import main
+from dawm.modules import load_module
+from dawm.report import read_curve
+from dawm.world_model import DiffusionWorldModel
+
+
+def results_of(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    return torch.load(results_of(run)["stages"][stage]["checkpoint"], weights_only=True)["state_dict"]
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_fit_trains_all_stages_and_leaves_what_it_promises(smoke, tmp_path, capsys):
+    assert main(["fit", "--config", str(smoke)]) == 0
+    run = tmp_path / "run"
+    results = results_of(run)
+    assert {"mean", "low", "high"} <= results["agent"]["normalized_score"].keys()
+    assert results["agent"]["normalized_score"]["low"] <= results["agent"]["normalized_score"]["mean"]
+    assert isinstance(results["data"]["normalized_score"], float)
+    assert len(results["agent"]["returns"]) == 2
+    for stage, steps in (("world_model", 20), ("inverse_dynamics", 20), ("agent", 40)):
+        assert results["stages"][stage]["steps"] == steps
+        assert results["stages"][stage]["seconds"] > 0
+        checkpoint = torch.load(results["stages"][stage]["checkpoint"], weights_only=True)
+        assert checkpoint["global_step"] == steps, "updates and Lightning's counter must agree"
+    assert (run / "curves.png").stat().st_size > 0
+    assert (run / "config.yaml").exists()
+    table = capsys.readouterr().out
+    for line in ("agent's score", "data's mean score", "first-step observation", "squared action", "stage agent"):
+        assert line in table
+
+    agent_folder = Path(results["stages"]["agent"]["checkpoint"]).parent
+    assert read_curve(agent_folder, "eval/return")[0] == [20, 40]
+    assert read_curve(agent_folder, "synthetic/kept")[0] == [0, 10, 20, 30]
+    assert read_curve(agent_folder, "agent/critic_loss")[0][-1] == 40
+    wm_folder = Path(results["stages"]["world_model"]["checkpoint"]).parent
+    assert read_curve(wm_folder, "world_model/regression_observation_error/step_3")[0]
+
+    # each stage's checkpoint loads alone, ours and Lightning's way
+    agent = load_module(Path(results["stages"]["agent"]["checkpoint"]))
+    again = TD3BC.load_from_checkpoint(results["stages"]["agent"]["checkpoint"], weights_only=True)
+    assert equal(agent.state_dict(), again.state_dict())
+    world_model = DiffusionWorldModel.load_from_checkpoint(
+        results["stages"]["world_model"]["checkpoint"], weights_only=True
+    )
+    assert world_model.network.embedding is not None
+    assert sum(p.numel() for p in world_model.network.parameters()) < 20_000, "the small network of the config"
+
+    # the written config is itself a config, and a complete run is reused
+    assert main(["fit", "--config", str(run / "config.yaml")]) == 0
+    assert all(stage["reused"] for stage in results_of(run)["stages"].values())
+
+
+def test_same_seed_same_run_and_changed_setting_trains_beside(smoke, tmp_path):
+    first, second = str(tmp_path / "a"), str(tmp_path / "b")
+    assert main(["fit", "--config", str(smoke), "--output_dir", first]) == 0
+    assert main(["fit", "--config", str(smoke), "--output_dir", second]) == 0
+    for stage in ("world_model", "inverse_dynamics", "agent"):
+        assert equal(weights(Path(first), stage), weights(Path(second), stage))
+    before = weights(Path(first), "agent")
+    assert main(["fit", "--config", str(smoke), "--output_dir", first, "--model.alpha", "1.0"]) == 0
+    stages = results_of(Path(first))["stages"]
+    assert stages["world_model"]["reused"]
+    assert not stages["agent"]["reused"]
+    assert len(list((Path(first) / "agent").glob("*/last.ckpt"))) == 2
+    assert not equal(before, weights(Path(first), "agent"))
+
+
+def test_results_do_not_depend_on_updates_per_step(smoke, tmp_path):
+    for k in ("5", "10"):
+        options = ["--output_dir", str(tmp_path / k), "--data.updates_per_step", k]
+        assert main(["fit", "--config", str(smoke), *options]) == 0
+    for stage in ("world_model", "inverse_dynamics", "agent"):
+        assert equal(weights(tmp_path / "5", stage), weights(tmp_path / "10", stage))
+
+
+def test_fraction_zero_is_the_real_only_agent(smoke, tmp_path):
+    """With fraction 0 nothing is imagined, and the agent is the one trained without the callback at all."""
+    options = ["--data.synthetic_fraction", "0", "--stages.world_model.max_steps", "20"]
+    assert main(["fit", "--config", str(smoke), "--output_dir", str(tmp_path / "zero"), *options]) == 0
+    assert list(results_of(tmp_path / "zero")["stages"]) == ["agent"]
+    bare = ["--output_dir", str(tmp_path / "bare"), "--stages.agent.callbacks", "[]", *options]
+    assert main(["fit", "--config", str(smoke), *bare]) == 0
+    assert equal(weights(tmp_path / "zero", "agent"), weights(tmp_path / "bare", "agent"))
+
+
+@pytest.mark.parametrize("fraction", ["0.5", "1.0"])
+def test_iql_learns_from_mixed_and_imagined_data(smoke, tmp_path, fraction):
+    options = ["--model", "IQL", "--model.hidden", "[16,16]", "--data.synthetic_fraction", fraction]
+    assert main(["fit", "--config", str(smoke), *options]) == 0
+    assert results_of(tmp_path / "run")["agent"]["class"].endswith("IQL")
+
+
+def test_shared_number_on_the_command_line_reaches_all_its_users(smoke, tmp_path):
+    assert main(["fit", "--config", str(smoke), "--horizon", "2"]) == 0
+    checkpoint = results_of(tmp_path / "run")["stages"]["world_model"]["checkpoint"]
+    assert load_module(Path(checkpoint)).horizon == 2
+
+
+def test_given_checkpoint_is_used_instead_of_training(smoke, tmp_path):
+    assert main(["fit", "--config", str(smoke)]) == 0
+    checkpoint = results_of(tmp_path / "run")["stages"]["world_model"]["checkpoint"]
+    options = ["--output_dir", str(tmp_path / "other"), "--stages.world_model.ckpt_path", checkpoint]
+    assert main(["fit", "--config", str(smoke), *options]) == 0
+    assert not (tmp_path / "other" / "world_model").exists()
+    assert results_of(tmp_path / "other")["stages"]["world_model"]["checkpoint"] == checkpoint

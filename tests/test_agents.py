@@ -1,0 +1,288 @@
+"""Offline data of five tiny problems whose values are known, and the contract that every agent keeps."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dawm.agents import IQL, TD3BC, OfflineAgent
+from dawm.data.transitions import Transitions
+from dawm.errors import UserError
+
+SETTINGS = {"hidden": (32, 32), "learning_rate": 3e-3, "tau": 0.05, "discount": 0.9}
+AGENTS = [
+    pytest.param(lambda **kwargs: TD3BC(1, 1, **SETTINGS | kwargs), id="td3_bc"),
+    pytest.param(lambda **kwargs: IQL(1, 1, **SETTINGS | kwargs), id="iql"),
+    pytest.param(lambda **kwargs: IQL(1, 1, deterministic_actor=True, **SETTINGS | kwargs), id="iql_deterministic"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def uniform(rows: int = 512) -> Transitions:
+    """Terminated one-step episodes with observations and actions spread over [-1, 1] and reward 0."""
+    observations, actions = torch.rand(2, rows, 1) * 2 - 1
+    return Transitions(observations, actions, torch.zeros(rows), observations, torch.ones(rows))
+
+
+def train(agent: OfflineAgent, data: Transitions, updates: int = 400, batch_size: int = 64) -> OfflineAgent:
+    for _ in range(updates):
+        agent.update(data[torch.randint(len(data), (batch_size,))])
+    return agent
+
+
+def values(agent: OfflineAgent, data: Transitions) -> torch.Tensor:
+    """The mean of both critics at the data's observations and actions, shape (N,)."""
+    inputs = torch.cat([agent.observation_normalizer(data.observations), data.actions], dim=1)
+    return agent.critics(inputs).detach().squeeze(-1).mean(dim=0)
+
+
+# Probe problems
+
+
+@pytest.mark.parametrize("make", AGENTS)
+def test_constant_reward(make):
+    data = replace(uniform(), rewards=torch.ones(512))
+    error = values(train(make(), data), data) - 1
+    assert error.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("make", AGENTS)
+def test_reward_depends_on_observation(make):
+    data = uniform()
+    data = replace(data, rewards=data.observations[:, 0].sign())
+    data = data[data.observations[:, 0].abs() > 0.2]
+    error = values(train(make(), data), data) - data.rewards
+    assert error.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("make", AGENTS)
+def test_two_steps_with_discounting(make):
+    # observation 0 leads to observation 1 without reward, observation 1 ends the task with reward 1
+    first = torch.arange(512) % 2 == 0
+    observations = (~first).float().unsqueeze(-1)
+    data = Transitions(observations, torch.rand(512, 1) * 2 - 1, (~first).float(), torch.ones(512, 1), (~first).float())
+    learnt = values(train(make(), data), data)
+    assert (learnt[first] - 0.9).abs().max() < 0.1
+    assert (learnt[~first] - 1.0).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("make", AGENTS)
+def test_reward_depends_on_action(make):
+    # two actions in the data, the rarer one better: a clone of the data would prefer the other
+    data = uniform()
+    good = torch.arange(512) % 4 == 0
+    data = replace(data, actions=torch.where(good, 0.8, -0.8).unsqueeze(-1), rewards=torch.where(good, 1.0, -1.0))
+    agent = train(make(), data)
+    error = values(agent, data) - data.rewards
+    assert error.abs().max() < 0.1
+    assert agent.act(data.observations).min() > 0.4
+
+
+@pytest.mark.parametrize("make", AGENTS)
+@pytest.mark.parametrize(("termination", "value"), [(0.0, 2.0), (1.0, 1.0)])
+def test_truncated_end_bootstraps_and_terminated_end_does_not(make, termination, value):
+    data = uniform()
+    data = replace(data, rewards=torch.ones(512), terminations=torch.full((512,), termination))
+    error = values(train(make(discount=0.5), data), data) - value
+    assert error.abs().max() < 0.1
+
+
+# The contract
+
+
+@pytest.mark.parametrize("make", AGENTS)
+def test_actor_moves_in_units_of_the_data(make):
+    # observations far from 0: without normalisation in `act` as in `update` the policy would not tell them apart
+    data = uniform()
+    data = replace(data, actions=data.observations.sign() / 2, rewards=torch.ones(512))
+    data = data[data.observations[:, 0].abs() > 0.2]
+    far = replace(
+        data, observations=data.observations * 100 + 5000, next_observations=data.next_observations * 100 + 5000
+    )
+    agent = make()
+    agent.fit_normalizers(far, torch.tensor([0.0, 1000.0]))
+    prepared = agent.prepare(far)
+    assert torch.equal(prepared.observations, prepared.next_observations)
+    train(agent, far)
+    assert torch.equal(agent.act(far.observations).sign(), data.actions.sign())
+
+
+def test_rewards_are_scaled_to_a_span_of_1000_and_shifted():
+    agent = IQL(1, 1, normalize_rewards=True, reward_shift=-1.0)
+    data = replace(uniform(), rewards=torch.full((512,), 3.0))
+    agent.fit_normalizers(data, torch.tensor([100.0, 600.0, 300.0]))
+    torch.testing.assert_close(agent.prepare(data).rewards, torch.full((512,), 3.0 * 1000 / 500 - 1))
+    with pytest.raises(ValueError, match="episodes"):
+        agent.fit_normalizers(data)
+
+
+def test_normalisation_can_be_switched_off():
+    agent = TD3BC(1, 1, normalize_observations=False)
+    data = uniform()
+    agent.fit_normalizers(data)
+    assert torch.equal(agent.prepare(data).observations, data.observations)
+    assert torch.equal(agent.prepare(data).rewards, data.rewards)
+
+
+def test_td3_bc_actor_loss_is_the_paper_s():
+    agent = TD3BC(1, 1, **SETTINGS, alpha=1.5)
+    batch = agent.prepare(uniform(64))
+    loss, _ = agent.actor_loss(batch)
+    actions = agent.actor(batch.observations)[0].tanh()
+    first = agent.critics(torch.cat([batch.observations, actions], dim=1))[0, :, 0]
+    expected = -1.5 / first.abs().mean() * first.mean() + (actions - batch.actions).square().mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_td3_bc_actor_step_leaves_the_critics_alone():
+    agent = TD3BC(1, 1, **SETTINGS)
+    batch = agent.prepare(uniform(64))
+    before = [p.detach().clone() for p in agent.critics.parameters()]
+    loss, _ = agent.actor_loss(batch)
+    agent.minimize(loss, agent.actor_optimizer)
+    assert all(p.grad is None for p in agent.critics.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.critics.parameters()))
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in agent.actor.parameters())
+
+
+def test_td3_bc_updates_actor_and_targets_every_second_time():
+    agent = TD3BC(1, 1, **SETTINGS, policy_every=2)
+    actor = [p.detach().clone() for p in agent.actor.parameters()]
+    targets = [p.detach().clone() for p in agent.target_critics.parameters()]
+    assert "actor_loss" not in agent.update(uniform(64))
+    assert all(torch.equal(a, b) for a, b in zip(actor, agent.actor.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(targets, agent.target_critics.parameters()))
+    assert "actor_loss" in agent.update(uniform(64))
+    assert not any(torch.equal(a, b) for a, b in zip(actor, agent.actor.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(targets, agent.target_critics.parameters()))
+
+
+@pytest.mark.parametrize("make", AGENTS)
+def test_targets_have_no_gradient_and_move_by_tau(make):
+    agent = make(tau=0.1)
+    pairs = [(agent.target_critics, agent.critics)]
+    if isinstance(agent, TD3BC):
+        pairs.append((agent.target_actor, agent.actor))
+        agent.policy_every = 1
+    for target, network in pairs:
+        assert not any(p.requires_grad for p in target.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(target.parameters(), network.parameters()))
+    before = [[p.detach().clone() for p in target.parameters()] for target, _ in pairs]
+    agent.update(uniform(64))
+    for (target, network), old in zip(pairs, before):
+        for moved, source, start in zip(target.parameters(), network.parameters(), old):
+            assert not torch.equal(source, start)
+            torch.testing.assert_close(moved, start + 0.1 * (source - start))
+
+
+def test_iql_actor_learning_rate_follows_a_cosine_over_the_run():
+    agent = IQL(1, 1, **SETTINGS)
+    assert agent.actor_learning_rate() == SETTINGS["learning_rate"]
+    agent._trainer = SimpleNamespace(max_steps=100)
+    agent.update_index = 50
+    assert agent.actor_learning_rate() == pytest.approx(SETTINGS["learning_rate"] / 2)
+    agent.update(uniform(64))
+    rates = [group["lr"] for group in agent.optimizer.param_groups]
+    assert rates == pytest.approx([SETTINGS["learning_rate"] / 2, SETTINGS["learning_rate"]])
+    agent.decay_actor_learning_rate = False
+    assert agent.actor_learning_rate() == SETTINGS["learning_rate"]
+
+
+def test_iql_draws_from_its_gaussian_and_drops_units_in_training_only():
+    agent = IQL(1, 1, **SETTINGS, actor_dropout=0.5)
+    observations = uniform().observations
+    agent.log_std.data.fill_(-1.5)
+    assert agent.train().act(observations).ne(agent.act(observations)).any()
+    agent.eval()
+    mean = agent.act(observations)
+    assert torch.equal(mean, agent.act(observations))
+    draws = agent.act(observations, deterministic=False)
+    assert draws.abs().max() <= 1
+    assert (draws - mean).std().item() == pytest.approx(math.exp(-1.5), rel=0.1)
+
+
+# Under Lightning
+
+
+def fit(agent: OfflineAgent, data: Transitions, updates: int, chunk: int, root, ckpt_path=None) -> L.Trainer:
+    """Trains on the same batches of 16 rows, handed over `chunk` at a time."""
+    chunks = data.pack().view(-1, chunk, 16, 5)
+    loader = DataLoader([Transitions.unpack(rows, 1, 1) for rows in chunks], batch_size=None)
+    trainer = L.Trainer(
+        max_steps=updates,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+    )
+    torch.manual_seed(1)
+    trainer.fit(agent, loader, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def equal_weights(a: OfflineAgent, b: OfflineAgent) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about workers and logging intervals
+@pytest.mark.parametrize("make", AGENTS)
+def test_results_do_not_depend_on_batches_per_step(make, tmp_path):
+    data = replace(uniform(16 * 12), rewards=torch.randn(16 * 12))
+    agents = []
+    for chunk in (1, 4):
+        torch.manual_seed(2)
+        agent = make()
+        trainer = fit(agent, data, 10, chunk, tmp_path)  # 10 is no multiple of 4
+        assert trainer.global_step == 10
+        agents.append(agent)
+    torch.manual_seed(2)
+    plain = make()
+    plain._trainer = SimpleNamespace(max_steps=10)
+    torch.manual_seed(1)
+    for rows in data.pack().view(12, 16, 5)[:10]:
+        plain.update(Transitions.unpack(rows, 1, 1))
+    assert equal_weights(agents[0], agents[1])
+    assert equal_weights(agents[0], plain)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", AGENTS)
+def test_checkpoint_holds_everything(make, tmp_path):
+    data = replace(uniform(16 * 12), rewards=torch.randn(16 * 12))
+    agent = make()
+    agent.fit_normalizers(replace(data, observations=data.observations * 3 + 7), torch.tensor([0.0, 10.0]))
+    trainer = fit(agent, data, 3, 1, tmp_path)
+    trainer.save_checkpoint(tmp_path / "agent.ckpt")
+    loaded = type(agent).load_from_checkpoint(tmp_path / "agent.ckpt", weights_only=True)
+    assert equal_weights(agent, loaded)
+    assert torch.equal(agent.act(data.observations), loaded.act(data.observations))
+    assert loaded.discount == agent.discount
+
+    # from the middle of a pair of TD3+BC's updates: the loaded optimisers and the count of updates must be as they were
+    rest = data[16 * 3 :]
+    resumed = make()
+    chunks = rest.pack().view(-1, 1, 16, 5)
+    agent._trainer = SimpleNamespace(max_steps=8)
+    torch.manual_seed(1)
+    for rows in chunks[:5]:
+        agent.update(Transitions.unpack(rows[0], 1, 1))
+    fit(resumed, rest, 8, 1, tmp_path, ckpt_path=tmp_path / "agent.ckpt")
+    assert equal_weights(agent, resumed)
+
+
+def test_half_precision_with_loss_scaling_is_refused():
+    agent = TD3BC(1, 1)
+    agent._trainer = SimpleNamespace(precision="16-mixed")
+    with pytest.raises(UserError, match="trainer.precision"):
+        agent.on_fit_start()

@@ -1,0 +1,356 @@
+from dataclasses import replace
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
+
+from dawm.data import minari_files
+from dawm.data.episodes import load_episodes, unscale_actions
+from dawm.data.scores import ReferenceScores, d4rl_scores, reference_scores
+from dawm.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(set to None|env_spec is None):UserWarning")
+
+OBSERVATIONS = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+ACTIONS = spaces.Box(np.array([0.0, -1.0]), np.array([4.0, 1.0]), dtype=np.float64)
+UNIT = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+
+class Line(gym.Env):
+    """A stand-in with two observations, two actions in [-1, 1], and a time limit of three steps."""
+
+    observation_space = OBSERVATIONS
+    action_space = UNIT
+
+
+gym.register("Line-v0", entry_point=Line, max_episode_steps=3)
+
+
+@pytest.fixture(autouse=True)
+def datasets_path(tmp_path, monkeypatch):
+    path = tmp_path / "minari"
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return path
+
+
+def episode(first, length, terminated):
+    """Every number tells its row: the observation at t is (t, -t), the reward t, the action follows from t."""
+    rows = np.arange(first, first + length + 1, dtype=np.float64)
+    return EpisodeBuffer(
+        observations=list(np.stack([rows, -rows], axis=1)),
+        actions=list(np.stack([rows[:-1] % 5, np.zeros(length)], axis=1)),
+        rewards=list(rows[:-1]),
+        terminations=[False] * (length - 1) + [terminated],
+        truncations=[False] * (length - 1) + [not terminated],
+    )
+
+
+def write_minari(dataset_id, buffers, observation_space=OBSERVATIONS, action_space=ACTIONS, **metadata):
+    minari.create_dataset_from_buffers(
+        dataset_id, buffers, observation_space=observation_space, action_space=action_space, **metadata
+    )
+    return dataset_id
+
+
+def write_d4rl(path, **columns):
+    with h5py.File(path, "w") as file:
+        for key, values in columns.items():
+            file[key] = values
+    return str(path)
+
+
+def d4rl_columns(rows=6, size=2, actions=2):
+    """Six rows: an episode of three that terminates, one of two that is truncated, and one row that is unfinished."""
+    observations = np.arange(rows * size, dtype=np.float32).reshape(rows, size)
+    return {
+        "observations": observations,
+        "actions": np.zeros((rows, actions), np.float32),
+        "rewards": np.arange(rows, dtype=np.float32),
+        "terminals": np.arange(rows) == 2,
+        "timeouts": np.arange(rows) == 4,
+    }
+
+
+def same(first, second):
+    left, right = first.transitions, second.transitions
+    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in left.__dataclass_fields__)
+
+
+def test_every_number_stays_in_its_row():
+    write_minari("toy/line-v0", [episode(0, 3, terminated=True), episode(10, 2, terminated=False)])
+    episodes = load_episodes("toy/line-v0")
+    rows = episodes.transitions
+    assert rows.observations.tolist() == [[0, 0], [1, -1], [2, -2], [10, -10], [11, -11]]
+    assert rows.next_observations.tolist() == [[1, -1], [2, -2], [3, -3], [11, -11], [12, -12]]
+    assert rows.rewards.tolist() == [0, 1, 2, 10, 11]
+    assert rows.terminations.tolist() == [0, 0, 1, 0, 0]
+    assert rows.actions[:, 0].tolist() == [-1, -0.5, 0, -1, -0.5]  # 0, 1, 2, 0, 1 in [0, 4]
+    assert all(getattr(rows, name).dtype == torch.float32 for name in rows.__dataclass_fields__)
+    assert unscale_actions(rows.actions, episodes.action_space)[:, 0].tolist() == [0, 1, 2, 0, 1]
+    assert episodes.ends.tolist() == [3, 5]
+    assert episodes.starts.tolist() == [0, 3]
+    assert episodes.lengths.tolist() == [3, 2]
+    assert episodes.truncated.tolist() == [False, True]
+    assert episodes.returns().tolist() == [3, 21]
+    assert episodes.next_observed.all()
+
+
+def test_an_episode_ends_at_a_termination_in_its_middle():
+    buffer = episode(0, 4, terminated=False)
+    buffer.terminations[1] = True
+    write_minari("toy/line-v0", [buffer])
+    assert load_episodes("toy/line-v0").ends.tolist() == [2, 4]
+
+
+def test_a_d4rl_file_and_minari_give_the_same_transitions(tmp_path):
+    buffers = [episode(0, 3, terminated=True), episode(10, 2, terminated=False)]
+    for buffer in buffers:
+        buffer.actions[:] = [0.1 * action for action in buffer.actions]  # not exact in binary, within [-1, 1]
+    write_minari("toy/line-v0", buffers, action_space=UNIT)
+    path = write_d4rl(
+        tmp_path / "line.hdf5",
+        observations=np.concatenate([buffer.observations[:-1] for buffer in buffers]).astype(np.float32),
+        next_observations=np.concatenate([buffer.observations[1:] for buffer in buffers]).astype(np.float32),
+        actions=np.concatenate([buffer.actions for buffer in buffers]).astype(np.float32),
+        rewards=np.concatenate([buffer.rewards for buffer in buffers]).astype(np.float32)[:, None],
+        terminals=np.concatenate([buffer.terminations for buffer in buffers]).astype(np.uint8),
+        timeouts=np.concatenate([buffer.truncations for buffer in buffers]),
+    )
+    minari_form, d4rl_form = load_episodes("toy/line-v0"), load_episodes(path)
+    assert same(minari_form, d4rl_form)
+    assert minari_form.ends.tolist() == d4rl_form.ends.tolist() == [3, 5]
+    assert minari_form.fingerprint == d4rl_form.fingerprint
+
+
+def test_a_d4rl_file_without_next_observations(tmp_path):
+    episodes = load_episodes(write_d4rl(tmp_path / "a.hdf5", **d4rl_columns()))
+    # Row 4 (truncated) and row 5 (unfinished, alone in its episode) have no next observation; row 2 terminates.
+    assert episodes.transitions.rewards.tolist() == [0, 1, 2, 3]
+    assert episodes.ends.tolist() == [3, 4]
+    assert episodes.truncated.tolist() == [False, True]
+    assert episodes.transitions.next_observations[:, 0].tolist() == [2, 4, 4, 8]
+    assert episodes.next_observed.tolist() == [True, True, False, True]
+
+
+def test_a_d4rl_file_without_timeouts(tmp_path):
+    columns = d4rl_columns(rows=9) | {"next_observations": np.ones((9, 2), np.float32)}
+    columns["terminals"] = np.arange(9) == 1
+    del columns["timeouts"]
+    path = write_d4rl(tmp_path / "a.hdf5", **columns)
+    assert load_episodes(path).ends.tolist() == [2, 9]
+    assert load_episodes(path, env_id="Line-v0").ends.tolist() == [2, 5, 8, 9]  # the time limit is three steps
+
+
+@pytest.mark.parametrize("name", ["hopper_medium_replay-v2.hdf5", "hopper-medium-replay-v2.hdf5"])
+def test_d4rl_file_names_bring_environment_and_reference(tmp_path, name):
+    path = write_d4rl(tmp_path / name, **d4rl_columns(size=11, actions=3))
+    for env_id, expected in ((None, "Hopper-v5"), ("Hopper-v4", "Hopper-v4")):
+        episodes = load_episodes(path, env_id)
+        assert episodes.env_spec.id == expected
+        assert episodes.reference == ReferenceScores(-20.272305, 3234.3, "D4RL v2 table")
+
+
+def test_unknown_file_names_take_the_reference_of_their_environment(tmp_path):
+    path = write_d4rl(tmp_path / "hopper.hdf5", **d4rl_columns(size=11, actions=3))
+    assert load_episodes(path).env_spec is None
+    assert load_episodes(path).reference is None
+    assert load_episodes(path, "Hopper-v5").reference.source == "Gymnasium v5 table"
+
+
+def test_reference_scores():
+    assert reference_scores("Hopper-v5").maximum == 3276
+    assert reference_scores("Hopper-v4") == d4rl_scores("hopper")
+    assert reference_scores("Ant-v5") is None  # D4RL's ant is another environment
+    assert d4rl_scores("maze2d-umaze-dense-v1").minimum == 68.537689
+    assert d4rl_scores("maze2d-umaze-sparse-v1").minimum == 23.85
+    assert d4rl_scores("antmaze-large-play-v2").maximum == 1
+    scores = ReferenceScores(minimum=-10, maximum=40, source="").normalize(np.array([-10.0, 15.0, 40.0]))
+    assert scores.tolist() == [0, 50, 100]
+
+
+def test_the_metadata_win_over_the_tables():
+    buffers = [episode(0, 2, terminated=True)]
+    hopper = {"env": gym.spec("Hopper-v5"), "action_space": UNIT}
+    write_minari("toy/own-v0", buffers, **hopper, ref_min_score=1.0, ref_max_score=2.0, eval_env="Hopper-v5")
+    write_minari("toy/none-v0", buffers, **hopper)
+    assert load_episodes("toy/own-v0").reference == ReferenceScores(1, 2, "data set's metadata")
+    assert load_episodes("toy/none-v0").reference.source == "Gymnasium v5 table"
+
+
+def test_joined_data_sets(tmp_path):
+    write_minari("toy/one-v0", [episode(0, 3, terminated=True)])
+    write_minari("toy/two-v0", [episode(10, 2, terminated=False), episode(20, 1, terminated=True)])
+    joined = load_episodes("toy/one-v0+toy/two-v0")
+    assert joined.transitions.rewards.tolist() == [0, 1, 2, 10, 11, 20]
+    assert joined.ends.tolist() == [3, 5, 6]
+    assert joined.name == "toy/one-v0+toy/two-v0"
+    assert joined.fingerprint != load_episodes("toy/two-v0+toy/one-v0").fingerprint
+
+
+def test_a_plus_in_a_path_does_not_join(tmp_path):
+    assert len(load_episodes(write_d4rl(tmp_path / "a+b.hdf5", **d4rl_columns()))) == 4
+
+
+def test_goal_observations_stand_with_their_keys_sorted():
+    goal = {"z": spaces.Box(-7, 7, (1,), np.float32), "a": spaces.Box(-8, 8, (1,), np.float64)}
+    parts = {"observation": spaces.Box(-9, 9, (2,), np.float64), "desired_goal": spaces.Dict(goal)}
+    steps = [spaces.Dict(parts).sample() for _ in range(4)]
+    observations = {
+        "observation": [step["observation"] for step in steps],
+        "desired_goal": {key: [step["desired_goal"][key] for step in steps] for key in goal},
+    }
+    recorded = replace(episode(0, 3, terminated=True), observations=observations)
+    write_minari("toy/goal-v0", [recorded], observation_space=spaces.Dict(**parts))  # by keywords: not sorted
+    episodes = load_episodes("toy/goal-v0")
+    flat = torch.tensor(np.stack([spaces.flatten(spaces.Dict(parts), step) for step in steps]), dtype=torch.float32)
+    assert torch.equal(episodes.transitions.observations, flat[:-1])
+    assert torch.equal(episodes.transitions.next_observations, flat[1:])
+    assert episodes.observation_space.high.tolist() == [8, 7, 9, 9]
+
+
+def test_minaris_own_reader_gives_the_same(monkeypatch):
+    write_minari("toy/line-v0", [episode(i * 10, 3, terminated=i % 2 == 0) for i in range(12)])
+    fast = load_episodes("toy/line-v0")
+    monkeypatch.setattr(minari_files, "_read_hdf5", minari_files._read_any)
+    assert load_episodes("toy/line-v0").fingerprint == fast.fingerprint
+
+
+def test_actions_just_outside_are_clipped(tmp_path):
+    columns = d4rl_columns() | {"actions": np.full((6, 2), 1.3, np.float32)}
+    with pytest.warns(UserWarning, match=r"4 actions outside .* row 0; they are clipped"):
+        episodes = load_episodes(write_d4rl(tmp_path / "a.hdf5", **columns))
+    assert (episodes.transitions.actions == 1).all()
+
+
+def error_of(dataset, env_id=None):
+    with pytest.raises(UserError) as caught:
+        load_episodes(dataset, env_id)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_unknown_names_get_the_nearest(monkeypatch):
+    write_minari("toy/line-v0", [episode(0, 3, terminated=True)])
+    assert "toy/line-v0" in error_of("toy/lime")
+    assert "embedded/hopper/medium-replay" in error_of("embedded/hopper/medium-reply-v0")
+    assert "D4RL's names" in error_of("hopper-medium-v2")
+    assert "both sides of every +" in error_of("toy/line-v0+")
+
+    def no_network(dataset_id):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(minari, "download_dataset", no_network)
+    message = error_of("mujoco/hopper/medium-v0")
+    assert message.startswith("data.dataset: mujoco/hopper/medium-v0")
+    assert "Name or service not known" in message
+    assert "connect to the network" in message
+    assert "nearest names are mujoco/hopper/medium-v0" in error_of("mujoco/hoper/medium-v0")
+
+
+def test_a_missing_data_set_is_downloaded(monkeypatch):
+    def download(dataset_id):
+        write_minari(dataset_id, [episode(0, 3, terminated=True)])
+
+    monkeypatch.setattr(minari, "download_dataset", download)
+    assert len(load_episodes("toy/remote-v0")) == 3
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(0, 255, (64, 64, 3), np.uint8),
+        spaces.Box(-1, 1, (2, 2), np.float32),
+        spaces.Discrete(3),
+        spaces.Tuple((UNIT, UNIT)),
+        spaces.Dict(a=UNIT, b=spaces.Text(3)),
+    ],
+    ids=["image", "matrix", "discrete", "tuple", "text"],
+)
+def test_unusable_observations(space):
+    write_minari("toy/odd-v0", [], observation_space=space)
+    message = error_of("toy/odd-v0")
+    assert message.startswith("data.dataset: toy/odd-v0 has observations of the kind")
+    assert "only flat Boxes" in message
+
+
+def test_unusable_actions():
+    write_minari("toy/discrete-v0", [], action_space=spaces.Discrete(3))
+    assert "only a flat Box of real numbers" in error_of("toy/discrete-v0")
+    write_minari("toy/unbounded-v0", [], action_space=spaces.Box(-np.inf, np.inf, (2,)))
+    assert "no finite action bounds" in error_of("toy/unbounded-v0")
+
+
+def test_empty_data(tmp_path):
+    write_minari("toy/empty-v0", [])
+    assert "toy/empty-v0 is empty" in error_of("toy/empty-v0")
+    path = write_d4rl(tmp_path / "a.hdf5", **{key: values[:0] for key, values in d4rl_columns().items()})
+    assert "is empty" in error_of(path)
+
+
+def test_values_that_are_not_finite(tmp_path):
+    columns = d4rl_columns()
+    columns["observations"][1, 1] = columns["observations"][3, 1] = np.nan
+    message = error_of(write_d4rl(tmp_path / "a.hdf5", **columns))
+    assert "2 NaN or infinite values in observations (column 1), the first in row 1" in message
+    columns = d4rl_columns() | {"rewards": np.array([0, 0, np.inf, 0, 0, 0], np.float32)}
+    assert "1 NaN or infinite values in rewards, the first in row 2" in error_of(
+        write_d4rl(tmp_path / "b.hdf5", **columns)
+    )
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "does not exist" in error_of(str(tmp_path / "absent.hdf5"))
+    (tmp_path / "text.hdf5").write_text("no")
+    assert "not a readable HDF5 file" in error_of(str(tmp_path / "text.hdf5"))
+    columns = d4rl_columns()
+    del columns["rewards"]
+    assert "has no rewards" in error_of(write_d4rl(tmp_path / "a.hdf5", **columns))
+    columns = d4rl_columns() | {"rewards": np.zeros(5)}
+    assert "has rewards of shape (5,), where 6 rows" in error_of(write_d4rl(tmp_path / "b.hdf5", **columns))
+
+
+def test_a_damaged_minari_data_set(datasets_path):
+    write_minari("toy/line-v0", [episode(0, 3, terminated=True)])
+    with h5py.File(datasets_path / "toy/line-v0/data/main_data.hdf5", "a") as file:
+        del file["episode_0/rewards"]
+    assert "toy/line-v0 is damaged" in error_of("toy/line-v0")
+    (datasets_path / "toy/line-v0/data/metadata.json").unlink()
+    assert "Minari cannot open toy/line-v0" in error_of("toy/line-v0")
+
+
+def test_actions_in_other_units(tmp_path):
+    columns = d4rl_columns() | {"actions": np.full((6, 2), 2.5, np.float32)}
+    message = error_of(write_d4rl(tmp_path / "a.hdf5", **columns))
+    assert "4 actions outside" in message
+    assert "data.env_id" in message
+
+
+def test_wrong_environments(tmp_path):
+    path = write_d4rl(tmp_path / "a.hdf5", **d4rl_columns())
+    assert error_of(path, "Hoper-v5").startswith("data.env_id: Gymnasium knows no environment 'Hoper-v5'; did you mean")
+    assert "Hopper-v5 has observations and actions of sizes (11, 3)" in error_of(path, "Hopper-v5")
+
+
+def test_joined_data_sets_that_disagree(tmp_path):
+    write_minari("toy/one-v0", [episode(0, 3, terminated=True)])
+    write_minari("toy/two-v0", [episode(0, 3, terminated=True)], action_space=spaces.Box(-4, 4, (2,)))
+    assert "their spaces differ" in error_of("toy/one-v0+toy/two-v0")
+    columns = d4rl_columns(size=11, actions=3)
+    old = write_d4rl(tmp_path / "hopper_medium-v2.hdf5", **columns)
+    new = write_d4rl(tmp_path / "own.hdf5", **columns)
+    assert "different reference scores" in error_of(f"{old}+{new}", "Hopper-v5")
+    assert load_episodes(f"{new}+{old}").reference.source == "D4RL v2 table"  # a set without scores has none to differ
+
+
+def test_an_unusable_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "file" / "minari"))
+    assert "set MINARI_DATASETS_PATH" in error_of("toy/line-v0")
+    assert "set MINARI_DATASETS_PATH" in error_of("embedded/hopper/medium")
