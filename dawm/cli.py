@@ -33,7 +33,7 @@ from dawm.modules import SIZES, build_module
 from dawm.report import collect_results, show_results, write_files
 from dawm.world_model import DiffusionWorldModel
 
-__all__ = ["main"]
+__all__ = ["main", "make_fit_parser", "make_parser"]
 
 EVALUATION_SEED = 2_000_000  # of the last evaluation: apart from the seeds of evaluations during training
 MODULES = ("world_model", "inverse_dynamics", "model")
@@ -66,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     console = Console()
     try:
-        config = _parser().parse_args(args)
+        config = make_parser().parse_args(args)
         command = config.subcommand
         _COMMANDS[command](config[command], console)
     except UserError as error:
@@ -77,18 +77,22 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The parser of all commands."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=False)
     parser = Parser(
         prog="python -m dawm", description="Diffusion action world models for offline RL.", parser_mode="omegaconf+"
     )
     parser.add_argument("--version", action="version", version=f"dawm {dawm.__version__}")
     commands = parser.add_subcommands(required=True)
-    commands.add_subcommand("fit", _fit_parser(), help="train world model, inverse dynamics and agent; score the agent")
+    commands.add_subcommand(
+        "fit", make_fit_parser(), help="train world model, inverse dynamics and agent; score the agent"
+    )
     return parser
 
 
-def _fit_parser() -> Parser:
+def make_fit_parser() -> Parser:
+    """The parser of ``fit``: every setting of an experiment."""
     parser = Parser(parser_mode="omegaconf+")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of an experiment")
     parser.add_argument("--output_dir", type=str, default="runs/dawm", help="folder of the run")
@@ -129,7 +133,7 @@ def fit(config: Namespace, console: Console) -> None:
     rest = config.clone()
     for key in (*MODULES, "config"):
         rest.pop(key, None)
-    parts = _fit_parser().instantiate(rest)
+    parts = make_fit_parser().instantiate(rest)
 
     data: TransitionDataModule = parts.data
     data.setup()

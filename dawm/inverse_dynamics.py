@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
@@ -108,7 +109,9 @@ class InverseDynamics(UpdateModule):
             observations: ``s_t``, shape (B, O).
             next_observations: ``s_{t+1}``, shape (B, O).
         """
-        actions = self.best_network(self.features(observations, next_observations)).clamp(-1, 1)
+        # trained without validation there is no best one
+        network = self.best_network if self.best_errors.isfinite().all() else self.network
+        actions = network(self.features(observations, next_observations)).clamp(-1, 1)
         return InferredActions(actions.mean(dim=0), actions.std(dim=0, correction=0).amax(dim=-1))
 
     def validation_step(self, batch: Transitions, batch_idx: int) -> None:
@@ -123,9 +126,10 @@ class InverseDynamics(UpdateModule):
 
     def on_validation_epoch_end(self) -> None:
         """Keeps the network if it is the best so far; logs the error of each action dimension and their mean."""
-        errors = self.validation_errors.compute()
+        errors = self.validation_errors.means()
         self.validation_errors.reset()
-        if errors.mean() < self.best_errors.mean():
+        # a validation after fit comes too late: the checkpoint is written, and a module must be equal to its checkpoint
+        if self.trainer.state.fn == TrainerFn.FITTING and errors.mean() < self.best_errors.mean():
             self.best_errors.copy_(errors)
             self.best_network.load_state_dict(self.network.state_dict())
         self.log("inverse_dynamics/validation_error", errors.mean(), prog_bar=True)

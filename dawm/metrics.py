@@ -42,5 +42,9 @@ class MeanPerColumn(Metric):
         self.count += weights.sum(dim=0).double()
 
     def compute(self) -> Tensor:
-        """Mean of each column, NaN where no row counted, shape (H,)."""
+        """Mean of each column, NaN where no row counted, shape (H,); of a single column torchmetrics makes a scalar."""
         return (self.total / self.count).float()
+
+    def means(self) -> Tensor:
+        """`compute`, always of shape (H,)."""
+        return torch.atleast_1d(self.compute())

@@ -7,6 +7,7 @@ logging, progress bar) is paid once for K updates. Results do not depend on K.
 """
 
 from abc import abstractmethod
+from collections import defaultdict
 from dataclasses import fields
 from typing import Any
 
@@ -44,7 +45,7 @@ class UpdateModule(L.LightningModule):
             Metrics as detached scalars, logged under ``<name>/<key>``.
         """
 
-    def minimize(self, loss: Tensor, optimizer: Optimizer) -> None:
+    def minimize(self, loss: Tensor, optimizer: Optimizer, max_norm: float | None = None) -> None:
         """Takes one gradient step of one optimiser on a loss, with gradients averaged over the ranks.
 
         Only the gradients of the optimiser's own parameters are computed: an actor's loss that runs through a critic
@@ -53,6 +54,7 @@ class UpdateModule(L.LightningModule):
         Args:
             loss: The loss of this rank's batch, shape ().
             optimizer: The optimiser to step.
+            max_norm: Longer gradients are shortened to this norm; None leaves them.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # autograd.grad instead of backward: DDP's hooks sit on backward and expect one pass per training step
@@ -61,11 +63,13 @@ class UpdateModule(L.LightningModule):
             flat = torch.cat([g.reshape(-1) for g in gradients])
             torch.distributed.all_reduce(flat)
             flat /= torch.distributed.get_world_size()
-            gradients = tuple(
-                part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients)
-            )
+            gradients = tuple(part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients))
         for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
+            # fused Adam walks both in memory order and would go wrong, silently, where the orders differ
+            same = gradient.stride() == parameter.stride()
+            parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         optimizer.step()
 
     def training_step(self, batches: Any, batch_idx: int) -> None:
@@ -78,14 +82,14 @@ class UpdateModule(L.LightningModule):
         count = getattr(batches, fields(batches)[0].name).shape[0]
         if self.trainer.max_steps > 0:
             count = min(count, self.trainer.max_steps - self.trainer.global_step)
-        totals: dict[str, Tensor] = {}
+        values: dict[str, list[Tensor]] = defaultdict(list)  # some metrics come with every update, others with some
         first = self.trainer.global_step
         for k in range(count):
             self.update_index = first + k
             for key, value in self.update(batches[k]).items():
-                totals[key] = totals[key] + value if key in totals else value
+                values[key].append(value)
         self._count_updates(count)
-        metrics = {f"{self.name}/{key}": value / count for key, value in totals.items()}
+        metrics = {f"{self.name}/{key}": torch.stack(parts).mean() for key, parts in values.items()}
         # "step" sets the loggers' x-axis; Lightning would otherwise count training steps, not updates
         self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=self.trainer.world_size > 1)
 

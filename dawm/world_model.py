@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dawm.data.transitions import Segments, Transitions
 from dawm.diffusion import EDM, Preconditioning, denoising_loss, guided
+from dawm.errors import UserError
 from dawm.metrics import MeanPerColumn
 from dawm.networks import BatchedMLP, Denoiser, ResidualMLP
 from dawm.normalizer import Normalizer
@@ -63,13 +64,17 @@ class DiffusionWorldModel(UpdateModule):
         return_dropout: Share of the training batch whose return-to-go is hidden, in [0, 1].
         predict_differences: Rows hold differences to the observation before; False for absolute observations.
         inpaint_start: Put ``s_t`` as a known row before the imagined ones, as DWM does; it stays in the condition too.
+        first_step_weight: Weight of the first imagined step's error against each later one's: the step that every
+            rollout has and that all later ones add to.
         learning_rate: Adam's highest learning rate.
         warmup_steps: Updates over which the learning rate rises from 0; it then falls to 0 along a cosine.
+        max_gradient_norm: Longer gradients are shortened to this norm; None leaves them.
         ema_decay: Decay of the averaged weights, which are what is sampled, per update.
         regression_baseline: Train a one-step regression MLP on the same batches, to have its error beside the model's.
     """
 
     name = "world_model"
+    step_weights: Tensor
 
     def __init__(
         self,
@@ -82,9 +87,11 @@ class DiffusionWorldModel(UpdateModule):
         return_dropout: float = 0.25,
         predict_differences: bool = True,
         inpaint_start: bool = False,
-        learning_rate: float = 1e-3,
+        first_step_weight: float = 3.0,
+        learning_rate: float = 4e-3,
         warmup_steps: int = 200,
-        ema_decay: float = 0.995,
+        max_gradient_norm: float | None = 1.0,
+        ema_decay: float = 0.9967,
         regression_baseline: bool = True,
     ) -> None:
         super().__init__()
@@ -92,11 +99,13 @@ class DiffusionWorldModel(UpdateModule):
         self.horizon = horizon
         self.preconditioning = EDM() if preconditioning is None else preconditioning
         self.sampler = DPMSolverPP2M() if sampler is None else sampler
+        self.preconditioning.sampling_sigmas(self.sampler.num_steps)  # says before training if the two do not suit
         self.return_dropout = return_dropout
         self.predict_differences = predict_differences
         self.inpaint_start = inpaint_start
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
+        self.max_gradient_norm = max_gradient_norm
 
         self.observation_normalizer = Normalizer(observation_size)
         self.difference_normalizer = Normalizer(observation_size)
@@ -105,6 +114,12 @@ class DiffusionWorldModel(UpdateModule):
 
         row_size, condition_size = observation_size + 2, observation_size + action_size + 2
         self.network = network(horizon + int(inpaint_start), row_size, condition_size)
+        weights = torch.ones(horizon)
+        weights[0] = first_step_weight
+        weights /= weights.mean()
+        if inpaint_start:  # the known row is given, not learnt
+            weights = torch.cat([weights.new_zeros(1), weights])
+        self.register_buffer("step_weights", weights.view(1, -1, 1), persistent=False)
         self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.ema.requires_grad_(False)
         self.optimizer = Adam(self.network.parameters(), lr=learning_rate, fused=True)
@@ -184,16 +199,13 @@ class DiffusionWorldModel(UpdateModule):
         rows = self.rows(batch)
         keep = (torch.rand(len(rows), device=rows.device) >= self.return_dropout).to(rows)
         condition = self.condition(batch.observations[:, 0], batch.actions[:, 0], batch.returns_to_go, keep)
-        weights, observe = None, None
-        if self.inpaint_start:
-            known = self.known_entries()
-            weights, observe = (~known).to(rows), self.preconditioning.inpainting(rows, known)
+        observe = self.preconditioning.inpainting(rows, self.known_entries()) if self.inpaint_start else None
         loss, metrics = denoising_loss(
-            self.preconditioning, self.network, rows, condition, weights=weights, observe=observe
+            self.preconditioning, self.network, rows, condition, weights=self.step_weights, observe=observe
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self._schedule()
-        self.minimize(loss, self.optimizer)
+        self.minimize(loss, self.optimizer, self.max_gradient_norm)
         self.ema.update_parameters(self.network)
         metrics["loss"] = loss.detach()
         if self.regression is not None:
@@ -202,7 +214,7 @@ class DiffusionWorldModel(UpdateModule):
             regression_loss = (prediction - target).square().mean()
             for group in self.regression_optimizer.param_groups:
                 group["lr"] = self.learning_rate * self._schedule()
-            self.minimize(regression_loss, self.regression_optimizer)
+            self.minimize(regression_loss, self.regression_optimizer, self.max_gradient_norm)
             metrics["regression_loss"] = regression_loss.detach()
         return metrics
 
@@ -238,7 +250,13 @@ class DiffusionWorldModel(UpdateModule):
             generator: Source of the noise.
         """
         network = self.ema.module
-        keep = torch.ones_like(returns_to_go)
+        if guidance != 1 and self.return_dropout in (0, 1):
+            raise UserError(
+                f"guidance is {guidance}, but with return_dropout {self.return_dropout} the world model learnt only one "
+                "of the two models to mix; set guidance to 1, or train with a return_dropout between 0 and 1"
+            )
+        # a model that never saw a return has learnt nothing for the flag 1
+        keep = torch.full_like(returns_to_go, float(self.return_dropout < 1))
 
         def denoiser(keep: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
             condition = self.condition(observations, actions, returns_to_go, keep)
@@ -313,13 +331,13 @@ class DiffusionWorldModel(UpdateModule):
             if source == "regression" and self.regression is None:
                 continue
             for key, metric in errors.items():
-                values = cast(MeanPerColumn, metric).compute()
+                values = cast(MeanPerColumn, metric).means()
                 cast(MeanPerColumn, metric).reset()
                 first[f"{source}_{key}"] = float(values[0])
                 self.log_dict({f"world_model/{source}_{key}_error/step_{k + 1}": v for k, v in enumerate(values)})
         self.log("world_model/validation_error", first["validation_observation"], prog_bar=True)
         if self.regression is not None:
-            ratio = first["validation_observation"] / first["regression_observation"]
+            ratio = first["validation_observation"] / max(first["regression_observation"], 1e-12)
             self.log("world_model/first_step_error_ratio", ratio)
 
     def optimizers_in_order(self) -> list[Optimizer]:

@@ -7,12 +7,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from dawm.callbacks import EvaluateInEnvironment
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
 from dawm.agents import TD3BC
+from dawm.callbacks import EvaluateInEnvironment
 from dawm.data.scores import ReferenceScores
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
@@ -230,11 +230,12 @@ def test_callback_fires_at_crossings_logs_and_leaves_training_alone(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_callback_goes_on_where_a_checkpoint_left_it(tmp_path):
     callback = EvaluateInEnvironment(every_n_steps=8, episodes=2)
-    trainer, _ = fit(tmp_path, callback, Data(), 12)
+    trainer, _ = fit(tmp_path, callback, Data(updates_per_step=2), 10, agent=Boring(chunk=2))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     resumed = EvaluateInEnvironment(every_n_steps=8, episodes=2)
-    fit(tmp_path, resumed, Data(), 20, ckpt_path=tmp_path / "last.ckpt")
-    assert [entry["step"] for entry in resumed.history] == [8, 16]
+    # 10, 14, 18, 22: the multiple 16 is crossed, not met
+    fit(tmp_path, resumed, Data(), 22, ckpt_path=tmp_path / "last.ckpt")
+    assert [entry["step"] for entry in resumed.history] == [8, 18]
     assert resumed.history[0] == callback.history[0]
     assert "score" not in resumed.history[0]  # no reference
 

@@ -129,4 +129,4 @@ def take(table: Tensor, rows: Tensor) -> Tensor:
         Rows, shape (..., D).
     """
     rows = rows.to(table.device, non_blocking=True)
-    return table.index_select(0, rows.reshape(-1)).view(*rows.shape, -1)
+    return table.index_select(0, rows.reshape(-1)).view(*rows.shape, table.shape[1])

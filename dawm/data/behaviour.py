@@ -2,9 +2,8 @@
 
 Symbols: O observation size, A action size.
 
-* ``embedded/hopper/medium-replay`` plays six snapshots of one SAC run in the order of training. Each gets the share of
-  the steps that its stretch of the run had (the stretches meet half-way between snapshots), so that the mixture is
-  that of the run's replay buffer: much early stumbling, little of the final policy.
+* ``embedded/hopper/medium-replay`` plays six snapshots of one SAC run in the order of training, each for the same
+  number of steps: from early stumbling to the last snapshot, as a replay buffer holds them.
 * ``embedded/hopper/medium`` plays the last snapshot, which returns about a third of the expert.
 * ``embedded/hopper/expert`` plays the expert.
 
@@ -32,14 +31,9 @@ from safetensors.numpy import load
 __all__ = ["MIXTURES", "record"]
 
 MIXTURES = {
-    "embedded/hopper/medium-replay": {
-        "step5000": 0.16,
-        "step20000": 0.20,
-        "step35000": 0.32,
-        "step70000": 0.26,
-        "step75000": 0.04,
-        "step77500": 0.02,
-    },
+    "embedded/hopper/medium-replay": dict.fromkeys(
+        ("step5000", "step20000", "step35000", "step70000", "step75000", "step77500"), 1 / 6
+    ),
     "embedded/hopper/medium": {"step77500": 1.0},
     "embedded/hopper/expert": {"expert": 1.0},
 }

@@ -68,6 +68,8 @@ class TransitionDataModule(L.LightningDataModule):
             "updates_per_step": updates_per_step,
         }.items():
             _check(key, value, value >= 1, "a whole number of at least 1")
+        if return_window is not None:
+            _check("return_window", return_window, return_window >= 1, "null or a whole number of at least 1")
         self.dataset = dataset
         self.env_id = env_id
         self.horizon = horizon
@@ -102,7 +104,7 @@ class TransitionDataModule(L.LightningDataModule):
         )
         self._real_rows = episodes.transitions.pack()
         order = torch.randperm(len(episodes.ends), generator=torch.Generator().manual_seed(self.seed))
-        held_out = max(1, round(self.validation_fraction * len(order))) if len(order) > 1 else 0
+        held_out = min(max(1, round(self.validation_fraction * len(order))), len(order) - 1)
         self.validation_episodes, self.training_episodes = order[:held_out].sort()[0], order[held_out:].sort()[0]
         if held_out == 0:  # a single episode: nothing to hold out, validate on what is there
             self.validation_episodes = self.training_episodes
@@ -133,6 +135,16 @@ class TransitionDataModule(L.LightningDataModule):
     def reference(self) -> ReferenceScores | None:
         """What a score of 0 and of 100 stand for."""
         return self.episodes.reference
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves what batches are drawn from to the training device; loaders made after this draw there.
+
+        Args:
+            device: The training device.
+        """
+        self._real_rows = self._real_rows.to(device)
+        if self._synthetic_rows is not None:
+            self._synthetic_rows = self._synthetic_rows.to(device)
 
     def rows_of(self, episode_ids: Tensor) -> Tensor:
         """Row numbers of some episodes' transitions.
@@ -217,6 +229,9 @@ class TransitionDataModule(L.LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         """Mixed batches for the agent: `Transitions` with fields of shape (K, B, ...); (B, ...) for a plain module."""
         assert self.trainer is not None
+        if self.trainer.max_steps < 0:
+            raise UserError("trainer.max_steps is not set, so there is no number of updates to draw for; set max_steps")
+        self.to(self.trainer.strategy.root_device)
         takes_many = isinstance(self.trainer.lightning_module, UpdateModule)
         if not takes_many and self.updates_per_step != 1:
             raise UserError(
@@ -261,7 +276,7 @@ class TransitionDataModule(L.LightningDataModule):
         Args:
             transitions: Imagined transitions, fields of shape (M, ...).
         """
-        rows = transitions.pack()
+        rows = transitions.pack().to(self._real_rows.device)
         if self._synthetic_rows is None or len(self._synthetic_rows) < len(rows):
             self._synthetic_rows = torch.empty_like(rows)
         self._synthetic_rows[: len(rows)].copy_(rows)

@@ -31,7 +31,7 @@ class SegmentTable:
         self, episodes: Episodes, episode_ids: Tensor, packed: Tensor, returns_to_go: Tensor, horizon: int
     ) -> None:
         self._packed = packed
-        self._returns_to_go = returns_to_go
+        self._returns_to_go = returns_to_go.to(packed.device)
         self._horizon = horizon
         self._sizes = episodes.transitions.observations.shape[1], episodes.transitions.actions.shape[1]
         starts, ends = episodes.starts[episode_ids], episodes.ends[episode_ids]

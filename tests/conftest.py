@@ -1,0 +1,99 @@
+"""What all tests share: seeds, one thread, no touching of the user's data, a data set whose rows know who they are."""
+
+from collections.abc import Sequence
+
+import h5py
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from dawm.updates import UpdateModule
+
+LENGTHS = (5, 3, 7, 4, 1, 6)
+TERMINATED = (True, False, True, False, False, True)
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def write_dataset(tmp_path):
+    """Writes a D4RL-layout file in which every field tells its row.
+
+    Row i of episode e: observation (i, e), action i / 1000, reward i + 0.25, next observation (i + 1, e).
+    """
+
+    def write(lengths: Sequence[int] = LENGTHS, terminated: Sequence[bool] = TERMINATED, next_observations=True) -> str:
+        rows = np.arange(sum(lengths), dtype=np.float32)
+        episode = np.repeat(np.arange(len(lengths)), lengths).astype(np.float32)
+        last = np.cumsum(lengths) - 1
+        path = tmp_path / f"rows-{len(list(tmp_path.iterdir()))}.hdf5"
+        with h5py.File(path, "w") as file:
+            file["observations"] = np.stack([rows, episode], axis=1)
+            file["actions"] = rows[:, None] / 1000
+            file["rewards"] = rows + 0.25
+            file["terminals"] = np.isin(rows, last[list(terminated)])
+            file["timeouts"] = np.isin(rows, last[~np.array(terminated)])
+            if next_observations:
+                file["next_observations"] = np.stack([rows + 1, episode], axis=1)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def dataset(write_dataset):
+    """Six episodes of 26 rows in all: three end with a termination, three are truncated."""
+    return write_dataset()
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A silent Trainer on the CPU."""
+
+    def make(max_steps: int, **kwargs) -> L.Trainer:
+        settings = {
+            "accelerator": "cpu",
+            "max_epochs": -1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "check_val_every_n_epoch": None,
+            "default_root_dir": tmp_path,
+        }
+        return L.Trainer(max_steps=max_steps, **settings | kwargs)
+
+    return make
+
+
+class Recorder(UpdateModule):
+    """A module that learns nothing and keeps every batch it is given."""
+
+    name = "recorder"
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.optimizer = torch.optim.SGD([self.weight], lr=0.1)
+        self.batches = []
+
+    def update(self, batch):
+        self.batches.append(batch[:])
+        loss = (self.weight * batch.rewards).mean()
+        self.minimize(loss, self.optimizer)
+        return {"loss": loss.detach()}
+
+    def optimizers_in_order(self):
+        return [self.optimizer]
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()

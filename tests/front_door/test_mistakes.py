@@ -1,0 +1,161 @@
+"""Users' mistakes end in one line that names the setting and the mend, with exit code 2 and no traceback."""
+
+import subprocess
+import sys
+
+import h5py
+import minari
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
+
+from dawm.cli import main
+
+
+@pytest.fixture
+def mistake(smoke, capsys):
+    """Runs `fit` with some options and returns the one line it prints."""
+
+    def run(*options: str) -> str:
+        assert main(["fit", "--config", str(smoke), *options]) == 2
+        captured = capsys.readouterr().err.strip()
+        assert captured.startswith("error: ")
+        assert "\n" not in captured
+        return captured
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--data.dataset", "embedded/hoper/medium"], ["data.dataset", "embedded/hopper/medium"]),
+        (["--data.dataset", "/nowhere/x.hdf5"], ["data.dataset", "/nowhere/x.hdf5", "check the path"]),
+        (["--data.synthetic_fraction", "1.5"], ["--data.synthetic_fraction", "from 0 to 1"]),
+        (["--data.synthetic_fraction", "many"], ["--data.synthetic_fraction", "float", "many"]),
+        (["--horizon", "100000"], ["--horizon", "longest episode"]),
+        (["--world_model.horizon", "7"], ["data.horizon", "world_model.horizon", "${horizon}"]),
+        (["--model", "NoSuchAgent"], ["--model", "'NoSuchAgent'", "module.Class"]),
+        (["--model", "no_such.module.Agent"], ["--model", "no_such.module.Agent", "does not import"]),
+        (["--world_model.network", "NoSuchNet"], ["--world_model.network", "'NoSuchNet'"]),
+        (["--model.alpha", "much"], ["--model.alpha", "float", "much"]),
+        (["--model.alfa", "1"], ["alfa"]),
+        (["--stages.agent.max_stepz", "1"], ["--stages.agent.max_stepz"]),
+        (["--stages.world_model.ckpt_path", "/nowhere/last.ckpt"], ["/nowhere/last.ckpt", "no checkpoint"]),
+        (["--output_dir", "/proc/nowhere"], ["output_dir", "/proc/nowhere"]),
+        (["--trainer.devices", "0"], ["--trainer", "devices"]),
+        (["--trainer.precision", "odd"], ["--trainer.precision", "odd"]),
+        (["--data.updates_per_step", "3"], ["every_n_steps", "updates_per_step"]),
+        (["--data.env_id", "NoSuchEnv-v0"], ["data.env_id", "NoSuchEnv"]),
+        (["--config", "/nowhere/file.yaml"], ["/nowhere/file.yaml", "does not exist"]),
+    ],
+)
+def test_wrong_setting(mistake, options, named):
+    line = mistake(*options)
+    for part in named:
+        assert part in line
+
+
+def write_minari(dataset_id: str, observation_space, action_space, observation, action) -> None:
+    buffer = EpisodeBuffer(
+        observations=[observation] * 6,
+        actions=[action] * 5,
+        rewards=[0.0] * 5,
+        terminations=[False] * 5,
+        truncations=[False] * 4 + [True],
+    )
+    minari.create_dataset_from_buffers(
+        dataset_id,
+        [buffer],
+        observation_space=observation_space,
+        action_space=action_space,
+        algorithm_name="none",
+        author="test",
+        author_email="test@example.org",
+        code_permalink="none",
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("name", "observation_space", "action_space", "observation", "action"),
+    [
+        (
+            "test/images-v0",
+            spaces.Box(0, 255, (8, 8, 3), np.uint8),
+            spaces.Box(-1, 1, (2,), np.float32),
+            np.zeros((8, 8, 3), np.uint8),
+            np.zeros(2, np.float32),
+        ),
+        (
+            "test/discrete-v0",
+            spaces.Box(-1, 1, (3,), np.float32),
+            spaces.Discrete(4),
+            np.zeros(3, np.float32),
+            np.int64(1),
+        ),
+    ],
+)
+def test_spaces_that_the_models_cannot_take(
+    mistake, tmp_path, monkeypatch, name, observation_space, action_space, observation, action
+):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "odd"))
+    (tmp_path / "odd").mkdir()
+    write_minari(name, observation_space, action_space, observation, action)
+    assert "data.dataset" in mistake("--data.dataset", name)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite(mistake, tmp_path, bad):
+    rewards = np.zeros(20, np.float32)
+    rewards[7] = bad
+    with h5py.File(tmp_path / "bad.hdf5", "w") as file:
+        file["observations"] = np.random.randn(20, 11).astype(np.float32)
+        file["next_observations"] = np.random.randn(20, 11).astype(np.float32)
+        file["actions"] = np.zeros((20, 3), np.float32)
+        file["rewards"] = rewards
+        file["terminals"] = np.zeros(20, bool)
+        file["timeouts"] = np.arange(20) == 19
+    line = mistake("--data.dataset", str(tmp_path / "bad.hdf5"), "--data.env_id", "Hopper-v5")
+    assert "rewards" in line
+    assert "7" in line
+
+
+def test_checkpoint_of_another_data_set(mistake, smoke, tmp_path):
+    assert main(["fit", "--config", str(smoke), "--stages.agent.max_steps", "5"]) == 0
+    (checkpoint,) = (tmp_path / "run" / "world_model").glob("*/last.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    content["dawm_origin"] |= {"fingerprint": "of other data", "dataset": "mujoco/hopper/expert-v0"}
+    torch.save(content, tmp_path / "other.ckpt")
+    line = mistake("--stages.world_model.ckpt_path", str(tmp_path / "other.ckpt"))
+    assert "mujoco/hopper/expert-v0" in line
+    assert "stages.world_model.ckpt_path" in line
+
+
+def test_malicious_or_damaged_checkpoint_is_refused(mistake, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"state_dict": Malicious()}, tmp_path / "evil.ckpt")
+    assert "evil.ckpt" in mistake("--stages.world_model.ckpt_path", str(tmp_path / "evil.ckpt"))
+    assert not (tmp_path / "owned").exists()
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "evil.ckpt").read_bytes()[:100])
+    assert "cut.ckpt" in mistake("--stages.world_model.ckpt_path", str(tmp_path / "cut.ckpt"))
+
+
+def test_exit_code_and_no_traceback_in_a_process_of_its_own(smoke):
+    command = [sys.executable, "-m", "dawm", "fit", "--config", str(smoke), "--horizon", "abc"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+
+def test_help_and_version():
+    for option in ("--help", "--version"):
+        with pytest.raises(SystemExit) as exit_:
+            main([option])
+        assert exit_.value.code == 0

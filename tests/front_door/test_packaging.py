@@ -1,0 +1,54 @@
+"""A wheel used from another folder, and a bare checkout, both find every part."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROBE = "import dawm, dawm.callbacks, dawm.lightning_configs; print(dawm.__file__, dawm.callbacks.__file__)"
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_wheel_holds_everything_and_works_elsewhere(tmp_path):
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    target = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(target)
+    for name in (
+        "dawm/callbacks/regenerate.py",
+        "dawm/lightning_configs/quickstart.yaml",
+        "dawm/data/policies/hopper.safetensors",
+        "dawm/data/policies/LICENSE.txt",
+        "dawm/py.typed",
+    ):
+        assert name in names
+    assert not any(name.startswith(("tests/", "benchmarks/", "callbacks/")) for name in names)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    # -S leaves the editable install's import hook out
+    script = f"import sys; sys.path[:0] = [{str(target)!r}]; {PROBE}"
+    assert str(target) in run("-c", script, cwd=elsewhere).split()[0]
+
+
+def test_bare_checkout_works_uninstalled(tmp_path):
+    """The folder alone, found through the current directory, with callbacks/ beside dawm/."""
+    for folder in ("dawm", "callbacks", "lightning_configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    script = f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; {PROBE}"
+    out = run("-c", script, cwd=tmp_path).split()
+    assert out[1].endswith("callbacks/__init__.py")
+
+
+def test_the_mathematics_imports_no_lightning():
+    modules = "returns diffusion samplers networks normalizer evaluation data.transitions data.scores"
+    imports = ", ".join(f"dawm.{module}" for module in modules.split())
+    run("-c", f"import sys, {imports}; assert 'lightning' not in sys.modules", cwd=ROOT)
+    assert "lightning" not in (ROOT / "dawm" / "agents" / "losses.py").read_text()

@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+from dawm.data.batches import BatchLoader, FixedBatches, RowStream
+from dawm.data.transitions import Transitions
+from dawm.inverse_dynamics import InverseDynamics
+
+
+def linear(count):
+    """s' = s + M a, of three observations and two actions, each dimension on a scale of its own."""
+    generator = torch.Generator().manual_seed(count)
+    observations = torch.randn(count, 3, generator=generator) * torch.tensor([1.0, 10.0, 0.1])
+    actions = torch.rand(count, 2, generator=generator) * 2 - 1
+    push = actions @ torch.tensor([[0.1, 2.0, 0.0], [-0.2, 1.0, 0.01]])
+    return Transitions(observations, actions, torch.zeros(count), observations + push, torch.zeros(count))
+
+
+def looping(transitions, updates, batch_size=64, updates_per_step=10):
+    stream = RowStream(0)
+    return BatchLoader(
+        lambda k: transitions[stream.draw(len(transitions), k, batch_size)], [(stream, batch_size)], updates, updates_per_step
+    )  # fmt: skip
+
+
+def test_linear_dynamics_are_recovered(make_trainer):
+    data, held_out = linear(2000), linear(200)
+    model = InverseDynamics(3, 2, members=2, hidden=(32,), learning_rate=5e-3)
+    model.fit_normalizers(data)
+    make_trainer(400, val_check_interval=20).fit(model, looping(data, 400), FixedBatches([linear(300)]))
+    inferred = model.infer(held_out.observations, held_out.next_observations)
+    assert float((inferred.actions - held_out.actions).abs().mean()) < 0.03
+    assert inferred.disagreement.shape == (200,)
+    assert float(model.best_errors.mean()) < 0.002
+
+
+class Stepping(InverseDynamics):
+    """After each update its answer is the next number of a script."""
+
+    def __init__(self, script):
+        super().__init__(1, 1, members=1, hidden=())
+        self.script = script
+        with torch.no_grad():
+            self.network.layers[0].weight.zero_()
+
+    def update(self, batch):
+        self.network.layers[0].bias.data.fill_(self.script[self.update_index])
+        return {"loss": torch.zeros(())}
+
+    def answer(self):
+        return round(float(self.infer(torch.zeros(1, 1), torch.ones(1, 1)).actions), 4)
+
+
+HALF = Transitions(torch.zeros(4, 1), torch.full((4, 1), 0.5), torch.zeros(4), torch.ones(4, 1), torch.zeros(4))
+
+
+def step_through(model, make_trainer, validation=True, interval=1):
+    count = len(model.script)
+    trainer = make_trainer(count, val_check_interval=interval)
+    trainer.fit(model, looping(HALF, count, 4, 1), FixedBatches([HALF]) if validation else None)
+    return trainer
+
+
+def test_the_network_of_the_best_validation_infers(make_trainer):
+    model = Stepping([0.1, 0.4, 0.9, 0.7])
+    step_through(model, make_trainer)
+    assert model.answer() == 0.4
+    assert float(model.best_errors) == pytest.approx(0.01)
+
+
+def test_validating_afterwards_does_not_change_a_trained_model(make_trainer):
+    """The last update is validated only after the last checkpoint: taking it would make checkpoint and module differ."""
+    model = Stepping([0.1, 0.4, 0.5])
+    trainer = step_through(model, make_trainer, interval=2)
+    assert model.answer() == 0.4
+    trainer.validate(model, FixedBatches([HALF]), verbose=False)
+    assert model.answer() == 0.4
+
+
+def test_without_validation_the_last_network_infers(make_trainer):
+    """Not the untrained one."""
+    model = Stepping([0.1, 0.4])
+    step_through(model, make_trainer, validation=False)
+    assert model.answer() == 0.4
+
+
+def test_the_best_network_travels_with_the_state_dict(make_trainer):
+    model, other = Stepping([0.4, 0.9]), Stepping([])
+    step_through(model, make_trainer)
+    other.load_state_dict(model.state_dict())
+    assert other.answer() == 0.4
+
+
+def test_validation_error_by_hand(make_trainer):
+    """Of the mean over the members, held to [-1, 1]."""
+    model = InverseDynamics(1, 2, members=2, hidden=())
+    with torch.no_grad():
+        model.network.layers[0].weight.zero_()
+        model.network.layers[0].bias.copy_(torch.tensor([[[3.0, 0.0]], [[0.0, 0.4]]]))
+    actions = torch.tensor([[0.5, 0.0], [0.5, 0.2]])
+    data = Transitions(torch.zeros(2, 1), actions, torch.zeros(2), torch.ones(2, 1), torch.zeros(2))
+    metrics = make_trainer(1).validate(model, FixedBatches([data[:1], data[1:]]), verbose=False)[0]
+    assert metrics["inverse_dynamics/validation_error/action_0"] == pytest.approx(0.0)
+    assert metrics["inverse_dynamics/validation_error/action_1"] == pytest.approx(0.2**2 / 2)
+    assert metrics["inverse_dynamics/validation_error"] == pytest.approx(0.2**2 / 4)
+
+
+def test_disagreement_of_equal_and_of_different_members():
+    model = InverseDynamics(3, 2, members=3, hidden=())
+    data = linear(10)
+    assert (model.infer(data.observations, data.next_observations).disagreement > 0).all()
+    for parameter in model.network.parameters():
+        parameter.data.copy_(parameter[:1].clone().expand_as(parameter))
+    inferred = model.infer(data.observations, data.next_observations)
+    torch.testing.assert_close(inferred.disagreement, torch.zeros(10))
+
+
+def test_disagreement_is_that_of_the_worst_dimension():
+    model = InverseDynamics(1, 2, members=2, hidden=())
+    model.network.layers[0].weight.data.zero_()
+    model.network.layers[0].bias.data.copy_(torch.tensor([[[0.1, -0.5]], [[0.3, 0.5]]]))
+    inferred = model.infer(torch.zeros(4, 1), torch.zeros(4, 1))
+    torch.testing.assert_close(inferred.actions, torch.tensor([[0.2, 0.0]]).expand(4, 2))
+    torch.testing.assert_close(inferred.disagreement, torch.full((4,), 0.5))

@@ -1,0 +1,183 @@
+import pytest
+import torch
+
+from dawm import synthesis
+from dawm.errors import UserError
+from dawm.inverse_dynamics import InferredActions
+from dawm.synthesis import ConstantReturn, LiftedReturn, QuantileReturn, synthesize
+from dawm.world_model import Imagined
+
+FATES = {"kept", "after_end", "non_finite", "out_of_range", "uncertain"}
+
+
+class Counting:
+    """Imagines s, s + 1, s + 2, ...; the reward is the observation before, and parts of it can be replaced."""
+
+    def __init__(self, horizon=4, observations=None, rewards=None, terminations=None):
+        self.horizon = horizon
+        self.replacements = {"observations": observations, "rewards": rewards, "terminations": terminations}
+        self.asked = []
+
+    def imagine(self, observations, actions, returns_to_go, guidance=1.0, generator=None):
+        self.asked.append((observations, actions, returns_to_go, guidance))
+        path = observations.unsqueeze(1) + torch.arange(self.horizon + 1.0).view(1, -1, 1)
+        parts = {
+            "observations": path,
+            "rewards": path[:, :-1, 0].clone(),
+            "terminations": torch.zeros(len(path), self.horizon),
+        }
+        if generator is not None:
+            parts["rewards"] += torch.randn(parts["rewards"].shape, generator=generator)
+        for key, places in self.replacements.items():
+            for place, value in (places or {}).items():
+                parts[key][place] = value
+        return Imagined(**parts)
+
+
+class Inverse:
+    """Infers the observation before, over 100; its disagreement is the observation behind."""
+
+    def infer(self, observations, next_observations):
+        assert observations.dim() == 2
+        return InferredActions(observations / 100, next_observations[:, 0])
+
+
+def run(world_model, count=2, **kwargs):
+    """Rollouts from 0, 10, 20, ..., whose real actions are -0.5, -0.6, ..."""
+    starts = torch.arange(count).float().unsqueeze(1)
+    return synthesize(world_model, Inverse(), 10 * starts, -0.5 - starts / 10, torch.arange(count).float(), **kwargs)
+
+
+def rows(synthesized):
+    return synthesized.transitions.observations[:, 0].tolist()
+
+
+def test_rows_are_made_of_what_was_imagined():
+    """The first action is the real one, the others are inferred; the end of a rollout bootstraps."""
+    transitions, counts = run(Counting(horizon=3))
+    torch.testing.assert_close(transitions.observations[:, 0], torch.tensor([0.0, 1, 2, 10, 11, 12]))
+    torch.testing.assert_close(transitions.next_observations[:, 0], torch.tensor([1.0, 2, 3, 11, 12, 13]))
+    torch.testing.assert_close(transitions.rewards, torch.tensor([0.0, 1, 2, 10, 11, 12]))
+    torch.testing.assert_close(transitions.actions[:, 0], torch.tensor([-0.5, 0.01, 0.02, -0.6, 0.11, 0.12]))
+    assert transitions.terminations.tolist() == [0] * 6
+    assert counts == {"kept": 6} | dict.fromkeys(FATES - {"kept"}, 0)
+
+
+def test_rows_behind_an_imagined_termination_are_dropped():
+    """The row that ends the task is kept and says so; a second end behind it changes nothing."""
+    synthesized = run(Counting(terminations={(0, 1): 0.6, (0, 3): 0.9, (1, 0): 0.5}))
+    assert rows(synthesized) == [0, 1, 10, 11, 12, 13]
+    assert synthesized.transitions.terminations.tolist() == [0, 1, 0, 0, 0, 0]
+    assert synthesized.counts["after_end"] == 2
+    assert synthesized.counts["kept"] == 6
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "value", "kept"),
+    [
+        ("observations", (0, 3, 0), float("nan"), [0, 1]),
+        ("observations", (0, 3, 0), float("inf"), [0, 1]),
+        ("rewards", (0, 1), float("nan"), [0]),
+        ("rewards", (0, 1), float("-inf"), [0]),
+        ("terminations", (0, 1), float("nan"), [0]),
+    ],
+)
+def test_rows_that_are_not_finite_take_the_later_ones_along(part, place, value, kept):
+    synthesized = run(Counting(**{part: {place: value}}))
+    assert rows(synthesized) == [*kept, 10, 11, 12, 13]
+    assert synthesized.counts["non_finite"] == 4 - len(kept)
+    assert synthesized.transitions.pack().isfinite().all()
+
+
+@pytest.mark.parametrize("outlier", [-99.0, 99.0])
+def test_rows_out_of_range_take_the_later_ones_along(outlier):
+    """Bounds are inclusive, and hold for the imagined observations, not for the real start."""
+    bounds = torch.tensor([0.0]), torch.tensor([14.0])
+    synthesized = run(Counting(observations={(0, 2, 0): outlier}), bounds=bounds)
+    assert rows(synthesized) == [0, 10, 11, 12, 13]
+    assert synthesized.counts["out_of_range"] == 3
+    start_outside = run(Counting(horizon=1), bounds=(torch.tensor([1.0]), torch.tensor([20.0])))
+    assert rows(start_outside) == [0, 10]
+
+
+def test_uncertain_rows_take_the_later_ones_along():
+    """The first row's action is real, so nothing about it is uncertain."""
+    assert rows(run(Counting(), max_disagreement=2.0)) == [0, 1, 10]
+    assert rows(run(Counting(), max_disagreement=-1.0)) == [0, 10]
+    synthesized = run(Counting(), max_disagreement=3.0)
+    assert rows(synthesized) == [0, 1, 2, 10]
+    assert synthesized.counts["uncertain"] == 4
+
+
+def test_every_row_is_counted_once_under_the_first_reason():
+    """Rows behind an end may well be out of range and not finite too; they are dropped for one reason only."""
+    synthesized = run(
+        Counting(
+            observations={(0, 4, 0): float("nan"), (1, 2, 0): 1000.0},
+            rewards={(1, 2): float("nan")},
+            terminations={(0, 1): 1.0},
+        ),
+        count=3,
+        bounds=(torch.tensor([0.0]), torch.tensor([100.0])),
+        max_disagreement=22.0,
+    )
+    assert rows(synthesized) == [0, 1, 10, 20, 21]
+    expected = {"kept": 5, "after_end": 2, "non_finite": 2, "out_of_range": 1, "uncertain": 2}
+    assert synthesized.counts == expected
+    assert synthesized.counts.total() == 3 * 4
+
+
+@pytest.mark.parametrize("count", [1, 6, 7])
+def test_chunks_change_neither_rows_nor_counts(count, monkeypatch):
+    """Without noise, any chunking gives the same; the chunks share one generator, so with noise only equal sizes do."""
+    whole = run(Counting(terminations={(0, 2): 1.0}), count)
+    monkeypatch.setattr(synthesis, "CHUNK", 3)
+    world_model = Counting()
+    chunked = run(world_model, count)
+    assert [len(asked[0]) for asked in world_model.asked] == {1: [1], 6: [3, 3], 7: [3, 3, 1]}[count]
+    assert chunked.counts.total() == whole.counts.total() == 4 * count
+    assert rows(chunked) == [10.0 * i + k for i in range(count) for k in range(4)]
+    assert torch.equal(chunked.transitions.actions[::4, 0], -0.5 - torch.arange(count) / 10)
+    first, second, other = (run(Counting(), count, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(first.transitions.rewards, second.transitions.rewards)
+    assert not torch.equal(first.transitions.rewards, other.transitions.rewards)
+    noise = (first.transitions.rewards - chunked.transitions.rewards).view(count, 4)
+    assert len(noise.unique(dim=0)) == count  # no chunk repeats another's noise
+
+
+def test_targets_and_guidance_reach_the_world_model():
+    world_model = Counting()
+    run(world_model, guidance=1.7)
+    observations, actions, targets, guidance = world_model.asked[0]
+    assert observations[:, 0].tolist() == [0, 10]
+    torch.testing.assert_close(actions[:, 0], torch.tensor([-0.5, -0.6]))
+    assert targets.tolist() == [0, 1]
+    assert guidance == 1.7
+
+
+# Target returns
+
+DATA = torch.tensor([4.0, 0.0, 2.0, 8.0, 6.0])
+OWN = torch.tensor([2.0, -6.0])
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (QuantileReturn(0.0), [0.0, 0.0]),
+        (QuantileReturn(0.5), [4.0, 4.0]),
+        (QuantileReturn(0.75), [6.0, 6.0]),
+        (QuantileReturn(1.0), [8.0, 8.0]),
+        (LiftedReturn(0.0), [2.0, -6.0]),
+        (LiftedReturn(2.0), [2 + 2 * 10**0.5, -6 + 2 * 10**0.5]),
+        (ConstantReturn(7.5), [7.5, 7.5]),
+    ],
+)
+def test_target_returns_by_hand(policy, expected):
+    torch.testing.assert_close(policy(OWN, DATA), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("quantile", [-0.1, 1.1])
+def test_a_quantile_outside_0_to_1_is_refused(quantile):
+    with pytest.raises(UserError, match="quantile"):
+        QuantileReturn(quantile)
