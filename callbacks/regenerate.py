@@ -21,8 +21,8 @@ class RegenerateRollouts(L.Callback):
     """Refills the imagined part of the data in place, before training and then every N updates.
 
     Each rank imagines rollouts of its own, from random real starts; together the ranks hold ``world_size`` times
-    ``rollouts`` of them. What is drawn depends on the seed, the rank and the update alone, so a resumed run imagines again
-    exactly what the interrupted one trained on.
+    ``rollouts`` of them. What is drawn depends on the seed, the rank and the update alone, so a resumed run imagines
+    again exactly what the interrupted one trained on.
 
     Example::
 
@@ -130,7 +130,8 @@ class RegenerateRollouts(L.Callback):
             logger.log_metrics(metrics, step=step)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Checks that refills fall on the ends of training steps."""
+        """Checks that refills fall on the ends of training steps; forgets an earlier run."""
+        self._last_refill = -1  # Lightning restores a checkpoint's value after this
         data: TransitionDataModule = trainer.datamodule  # type: ignore[attr-defined]
         if self.every_n_steps % data.updates_per_step:
             raise UserError(

@@ -86,7 +86,7 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"dawm {dawm.__version__}")
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand(
-        "fit", make_fit_parser(), help="train world model, inverse dynamics and agent; score the agent"
+        "fit", make_fit_parser(), help="train the three stages and score the agent"
     )
     return parser
 

@@ -252,8 +252,8 @@ class DiffusionWorldModel(UpdateModule):
         network = self.ema.module
         if guidance != 1 and self.return_dropout in (0, 1):
             raise UserError(
-                f"guidance is {guidance}, but with return_dropout {self.return_dropout} the world model learnt only one "
-                "of the two models to mix; set guidance to 1, or train with a return_dropout between 0 and 1"
+                f"guidance is {guidance}, but with return_dropout {self.return_dropout} the world model learnt only "
+                "one of the two models to mix; set guidance to 1, or train with a return_dropout between 0 and 1"
             )
         # a model that never saw a return has learnt nothing for the flag 1
         keep = torch.full_like(returns_to_go, float(self.return_dropout < 1))

@@ -303,3 +303,29 @@ def test_a_trainer_without_max_steps_says_so(dataset, make_trainer, recorder):
     """Lightning's default of no max_steps would end training before the first update, without a word."""
     with pytest.raises(UserError, match="max_steps"):
         make_trainer(-1).fit(recorder, datamodule=module(dataset))
+
+
+class Plain(L.LightningModule):
+    """A user's own module: one batch per training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.shapes = []
+
+    def training_step(self, batch, batch_idx):
+        self.shapes.append(tuple(batch.observations.shape))
+        return (self.weight * batch.rewards).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.weight], lr=0.1)
+
+
+def test_a_plain_module_trains_on_one_batch_per_step(dataset, make_trainer):
+    plain = Plain()
+    data = module(dataset, updates_per_step=1)
+    data.refill(imagined(4))
+    make_trainer(3).fit(plain, datamodule=data)
+    assert plain.shapes == [(10, 2)] * 3
+    with pytest.raises(UserError, match="updates_per_step"):
+        make_trainer(3).fit(Plain(), datamodule=module(dataset, updates_per_step=2))

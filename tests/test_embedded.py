@@ -7,7 +7,7 @@ from importlib.resources import files
 import minari
 import pytest
 
-from dawm.data import behaviour, embedded
+from dawm.data import behaviour, embedded, staging
 from dawm.data.embedded import build
 from dawm.data.episodes import load_episodes
 from dawm.data.names import EMBEDDED
@@ -127,7 +127,7 @@ def test_without_a_lock_the_first_to_finish_wins(root, monkeypatch):
         (root / dataset_id / "winner").touch()
         behaviour.record(folder, name, dataset_id, *rest)
 
-    monkeypatch.setattr(embedded, "_lock", no_lock)
+    monkeypatch.setattr(staging, "lock", no_lock)
     monkeypatch.setattr(embedded, "record", overtaken)
     dataset_id = build("embedded/hopper/medium", steps=1)
     assert (root / dataset_id / "winner").exists()

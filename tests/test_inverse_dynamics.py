@@ -17,9 +17,11 @@ def linear(count):
 
 def looping(transitions, updates, batch_size=64, updates_per_step=10):
     stream = RowStream(0)
-    return BatchLoader(
-        lambda k: transitions[stream.draw(len(transitions), k, batch_size)], [(stream, batch_size)], updates, updates_per_step
-    )  # fmt: skip
+
+    def draw(count):
+        return transitions[stream.draw(len(transitions), count, batch_size)]
+
+    return BatchLoader(draw, [(stream, batch_size)], updates, updates_per_step)
 
 
 def test_linear_dynamics_are_recovered(make_trainer):
@@ -68,7 +70,7 @@ def test_the_network_of_the_best_validation_infers(make_trainer):
 
 
 def test_validating_afterwards_does_not_change_a_trained_model(make_trainer):
-    """The last update is validated only after the last checkpoint: taking it would make checkpoint and module differ."""
+    """The last checkpoint is written before this validation: a change would make checkpoint and module differ."""
     model = Stepping([0.1, 0.4, 0.5])
     trainer = step_through(model, make_trainer, interval=2)
     assert model.answer() == 0.4

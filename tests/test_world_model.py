@@ -179,7 +179,7 @@ def accelerating(count, horizon):
     valid = 1 - torch.cat([torch.zeros(count, 1), ends[:, :-1]], dim=1)
     returns = torch.stack(rewards, dim=1)
     return Segments(
-        torch.stack(observations, 1), action.unsqueeze(1).expand(-1, horizon, -1) * valid.unsqueeze(-1), returns, ends, valid,
+        torch.stack(observations, 1), action.unsqueeze(1) * valid.unsqueeze(-1), returns, ends, valid,
         returns.sum(dim=1),
     )  # fmt: skip
 

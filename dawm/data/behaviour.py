@@ -12,10 +12,8 @@ same seed gives the same data, bit for bit, on the same machine and versions. Ob
 single precision: these are the numbers that the policies saw, at half the size.
 """
 
-import contextlib
-import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,8 @@ from minari.data_collector import EpisodeBuffer
 from minari.data_collector.callbacks import StepDataCallback
 from numpy.typing import NDArray
 from safetensors.numpy import load
+
+from dawm.data.staging import datasets_path
 
 __all__ = ["MIXTURES", "record"]
 
@@ -60,7 +60,7 @@ def record(
         report: Called after each episode with the steps played so far.
     """
     environment = gym.make("Hopper-v5", disable_env_checker=True)
-    with _datasets_path(folder), warnings.catch_warnings():
+    with datasets_path(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari's wishes for an e-mail address and a link
         collector = _Collector(
             environment,
@@ -162,17 +162,3 @@ class _SinglePrecision(StepDataCallback):
         if step_data["reward"] is not None:
             step_data["reward"] = np.float32(step_data["reward"])
         return step_data
-
-
-@contextlib.contextmanager
-def _datasets_path(folder: Path) -> Iterator[None]:
-    """Point Minari at another folder for a while; it can only be told through the environment variable."""
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MINARI_DATASETS_PATH"]
-        else:
-            os.environ["MINARI_DATASETS_PATH"] = before

@@ -36,7 +36,7 @@ from dawm.data.scores import ReferenceScores
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
 
-__all__ = ["Episodes", "load_episodes", "scale_actions", "unscale_actions"]
+__all__ = ["Episodes", "load_episodes", "read_recordings", "scale_actions", "unscale_actions"]
 
 # How far an action lies outside its bounds, in halves of the Box's width.
 _ROUNDING = 1e-3
@@ -104,7 +104,7 @@ def load_episodes(dataset: str, env_id: str | None = None) -> Episodes:
         dataset: The name.
         env_id: Gymnasium id of the environment to evaluate in; None: the one that the data set names.
     """
-    recordings = [_read(part, env_id) for part in _split(dataset)]
+    recordings = read_recordings(dataset, env_id)
     for recording in recordings:
         recording.check()
     _check_agreement(recordings)
@@ -128,6 +128,16 @@ def load_episodes(dataset: str, env_id: str | None = None) -> Episodes:
         fingerprint=_fingerprint(transitions, ends, first.action_space),
         next_observed=torch.from_numpy(np.concatenate(next_observed)),
     )
+
+
+def read_recordings(dataset: str, env_id: str | None = None) -> list[Recording]:
+    """Read a data set as it is, with whatever is wrong in its numbers: one recording for each of the joined parts.
+
+    Args:
+        dataset: The name.
+        env_id: Gymnasium id of the environment; None: the one that the data set names.
+    """
+    return [_read(part, env_id) for part in _split(dataset)]
 
 
 def scale_actions(actions: Tensor, space: gym.spaces.Box) -> Tensor:

@@ -8,38 +8,33 @@ episode objects; other formats go through Minari.
 """
 
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import h5py
 import minari
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
+from rich.console import Console
 
-from dawm.data.names import unknown_dataset
+from dawm.data.names import dataset_folder, unknown_dataset
 from dawm.data.recording import Recording
 from dawm.data.scores import ReferenceScores, reference_scores
 from dawm.data.spaces import action_box, environment_spaces, environment_spec, observation_box, observation_leaves
 from dawm.errors import UserError
 
-__all__ = ["dataset_folder", "read_minari"]
+__all__ = ["REPEATED", "SOURCE", "read_minari"]
+
+REPEATED = "last_observation_repeated"
+"""Key of the metadata: true where a terminated episode's last observation was not recorded and repeats the one before."""
+
+SOURCE = "ref_score_source"
+"""Key of the metadata: where the reference scores come from."""
 
 Episode = tuple[list[NDArray], NDArray, NDArray, NDArray]
 """Leaves of the observation with T + 1 rows each; actions, rewards and terminations with T."""
-
-
-def dataset_folder(dataset_id: str = "") -> Path:
-    """Where Minari keeps a data set (without an id: all of them); a UserError if the place cannot be used."""
-    try:
-        return get_dataset_path(dataset_id)
-    except OSError as error:
-        raise UserError(
-            f"data.dataset: Minari's folder cannot be used ({error}); "
-            "set MINARI_DATASETS_PATH to a folder you can write to"
-        ) from error
 
 
 def read_minari(dataset_id: str, name: str, env_id: str | None = None) -> Recording:
@@ -70,7 +65,7 @@ def read_minari(dataset_id: str, name: str, env_id: str | None = None) -> Record
     last = np.zeros(rows, bool)
 
     read = _read_hdf5 if dataset.storage.FORMAT == "hdf5" else _read_any
-    start, folder = 0, dataset.storage.data_path.parent
+    start, empty, folder = 0, 0, dataset.storage.data_path.parent
     try:
         for leaves, actions_, rewards_, terminations_ in read(dataset, paths, int(metadata["total_episodes"])):
             steps, column = len(rewards_), 0
@@ -85,6 +80,8 @@ def read_minari(dataset_id: str, name: str, env_id: str | None = None) -> Record
             actions[start:stop], rewards[start:stop], terminations[start:stop] = actions_, rewards_, terminations_
             if steps:
                 last[stop - 1] = True
+            else:
+                empty += 1
             start = stop
         if start != rows:
             raise ValueError(f"{start} steps instead of {rows}")
@@ -102,14 +99,36 @@ def read_minari(dataset_id: str, name: str, env_id: str | None = None) -> Record
         action_space=action_space,
         env_spec=env_spec,
         reference=_reference(metadata, env_spec),
+        next_observed=~terminations if metadata.get(REPEATED) else None,
+        path=folder,
+        defects=_defects(empty, np.flatnonzero(terminations & ~last)),
     )
+
+
+def _defects(empty: int, going_on: NDArray[np.int64]) -> tuple[str, ...]:
+    """What an episode should not be.
+
+    Args:
+        empty: Number of episodes without a step.
+        going_on: Rows of terminations that are not the last step of their episode.
+    """
+    defects = []
+    if empty:
+        defects.append(f"episodes: {empty} without a step; they are left out")
+    if len(going_on):
+        defects.append(
+            f"terminations: {len(going_on)} with further steps behind them in the same episode, "
+            f"the first in row {going_on[0]}; another episode begins there"
+        )
+    return tuple(defects)
 
 
 def _reference(metadata: dict, env_spec: EnvSpec | None) -> ReferenceScores | None:
     """The data set's own reference scores, else those of the tables."""
     minimum, maximum = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if minimum is not None and maximum is not None:
-        return ReferenceScores(float(minimum), float(maximum), source="data set's metadata")
+        source = f"data set's metadata, {metadata[SOURCE]}" if SOURCE in metadata else "data set's metadata"
+        return ReferenceScores(float(minimum), float(maximum), source)
     return reference_scores(env_spec.id) if env_spec is not None else None
 
 
@@ -129,12 +148,17 @@ def _open(dataset_id: str) -> minari.MinariDataset:
 
 
 def _download(dataset_id: str) -> None:
-    """Fetch a data set from Minari's server."""
+    """Fetch a data set from Minari's server, or leave nothing of it."""
+    # Minari and Hugging Face's client draw the bars, but say nothing while they look for the data set.
+    Console(stderr=True).print(f"looking for {dataset_id} on Minari's server", markup=False, highlight=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about newer versions of the data set
             minari.download_dataset(dataset_id)
-    except Exception as error:  # whatever the network, Hugging Face's client and Minari throw
+    except BaseException as error:  # whatever the network, Hugging Face's client, Minari and the user's Ctrl-C throw
+        shutil.rmtree(dataset_folder(dataset_id) / "data", ignore_errors=True)  # it was not there before
+        if not isinstance(error, Exception):
+            raise
         raise unknown_dataset(dataset_id, error) from error
 
 

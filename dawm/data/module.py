@@ -66,10 +66,9 @@ class TransitionDataModule(L.LightningDataModule):
             "batch_size": batch_size,
             "segment_batch_size": segment_batch_size,
             "updates_per_step": updates_per_step,
+            "return_window": 1 if return_window is None else return_window,
         }.items():
             _check(key, value, value >= 1, "a whole number of at least 1")
-        if return_window is not None:
-            _check("return_window", return_window, return_window >= 1, "null or a whole number of at least 1")
         self.dataset = dataset
         self.env_id = env_id
         self.horizon = horizon
@@ -82,7 +81,6 @@ class TransitionDataModule(L.LightningDataModule):
         self.validation_fraction = validation_fraction
         self.seed = seed
         self._episodes: Episodes | None = None
-        self._synthetic_rows: Tensor | None = None
         self._synthetic_count = 0
 
     # The data set
@@ -103,6 +101,7 @@ class TransitionDataModule(L.LightningDataModule):
             episodes.transitions.rewards, episodes.ends, self.discount, self.return_window
         )
         self._real_rows = episodes.transitions.pack()
+        self._synthetic_rows = self._real_rows[:0]
         order = torch.randperm(len(episodes.ends), generator=torch.Generator().manual_seed(self.seed))
         held_out = min(max(1, round(self.validation_fraction * len(order))), len(order) - 1)
         self.validation_episodes, self.training_episodes = order[:held_out].sort()[0], order[held_out:].sort()[0]
@@ -137,14 +136,12 @@ class TransitionDataModule(L.LightningDataModule):
         return self.episodes.reference
 
     def to(self, device: torch.device | str) -> None:
-        """Moves what batches are drawn from to the training device; loaders made after this draw there.
+        """Moves what batches are drawn from; loaders made after this draw there.
 
         Args:
             device: The training device.
         """
-        self._real_rows = self._real_rows.to(device)
-        if self._synthetic_rows is not None:
-            self._synthetic_rows = self._synthetic_rows.to(device)
+        self._real_rows, self._synthetic_rows = self._real_rows.to(device), self._synthetic_rows.to(device)
 
     def rows_of(self, episode_ids: Tensor) -> Tensor:
         """Row numbers of some episodes' transitions.
@@ -230,13 +227,13 @@ class TransitionDataModule(L.LightningDataModule):
         """Mixed batches for the agent: `Transitions` with fields of shape (K, B, ...); (B, ...) for a plain module."""
         assert self.trainer is not None
         if self.trainer.max_steps < 0:
-            raise UserError("trainer.max_steps is not set, so there is no number of updates to draw for; set max_steps")
+            raise UserError("trainer.max_steps is not set, so no updates would be made; set it")
         self.to(self.trainer.strategy.root_device)
         takes_many = isinstance(self.trainer.lightning_module, UpdateModule)
         if not takes_many and self.updates_per_step != 1:
             raise UserError(
-                f"data.updates_per_step is {self.updates_per_step}, but a plain LightningModule trains on one batch per "
-                "step; set --data.updates_per_step 1, or derive the agent from dawm.agents.OfflineAgent"
+                f"data.updates_per_step is {self.updates_per_step}, but a plain LightningModule trains on one batch "
+                "per step; set --data.updates_per_step 1, or derive the agent from dawm.agents.OfflineAgent"
             )
         return self.mixed_loader(self.trainer.max_steps, self.trainer.global_rank, squeeze=not takes_many)
 
@@ -259,7 +256,7 @@ class TransitionDataModule(L.LightningDataModule):
             # the real rows of a run do not depend on its imagined ones.
             real_rows = real.draw(len(self._real_rows), count, self.batch_size)
             synthetic_rows = synthetic.draw(max(self._synthetic_count, 1), count, max(synthetic_size, 1))
-            if self._synthetic_rows is None or self._synthetic_count == 0 or synthetic_size == 0:
+            if self._synthetic_count == 0 or synthetic_size == 0:
                 rows = take(self._real_rows, real_rows)
             else:
                 real_part = take(self._real_rows, real_rows[:, : self.batch_size - synthetic_size])
@@ -277,7 +274,7 @@ class TransitionDataModule(L.LightningDataModule):
             transitions: Imagined transitions, fields of shape (M, ...).
         """
         rows = transitions.pack().to(self._real_rows.device)
-        if self._synthetic_rows is None or len(self._synthetic_rows) < len(rows):
+        if len(self._synthetic_rows) < len(rows):
             self._synthetic_rows = torch.empty_like(rows)
         self._synthetic_rows[: len(rows)].copy_(rows)
         self._synthetic_count = len(rows)
@@ -285,8 +282,6 @@ class TransitionDataModule(L.LightningDataModule):
     @property
     def synthetic(self) -> Transitions:
         """The imagined rows now in use (views), fields of shape (M, ...)."""
-        if self._synthetic_rows is None:
-            return self.episodes.transitions[:0]
         rows = self._synthetic_rows[: self._synthetic_count]
         return Transitions.unpack(rows, self.observation_size, self.action_size)
 

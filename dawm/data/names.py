@@ -1,13 +1,16 @@
 """The names of data sets: what is on this machine, what can be built, what Minari's server is known to have."""
 
 import difflib
-import warnings
+import json
+import os
+from pathlib import Path
+from typing import Any
 
-import minari
+from minari.storage.datasets_root_dir import get_dataset_path
 
 from dawm.errors import UserError
 
-__all__ = ["EMBEDDED", "REMOTE", "local_datasets", "unknown_dataset"]
+__all__ = ["EMBEDDED", "REMOTE", "dataset_folder", "local_datasets", "unknown_dataset"]
 
 EMBEDDED = ("embedded/hopper/medium-replay", "embedded/hopper/medium", "embedded/hopper/expert")
 """Data sets that are built on this machine from behaviour policies inside the package."""
@@ -32,14 +35,38 @@ REMOTE = (
 """Ids of vector-valued data sets on Minari's server, for suggestions only: the server may have more."""
 
 
-def local_datasets() -> list[str]:
-    """Ids of the Minari data sets on this machine; damaged ones are left out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return sorted(minari.list_local_datasets())
-        except Exception:  # one folder with a name that Minari cannot parse makes it fail for all
-            return []
+def dataset_folder(dataset_id: str = "") -> Path:
+    """Where Minari keeps a data set (without an id: all of them); a UserError if the place cannot be used."""
+    try:
+        return get_dataset_path(dataset_id)
+    except OSError as error:
+        raise UserError(
+            f"data.dataset: Minari's folder cannot be used ({error}); "
+            "set MINARI_DATASETS_PATH to a folder you can write to"
+        ) from error
+
+
+def local_datasets() -> dict[str, dict[str, Any]]:
+    """Metadata of the Minari data sets on this machine by id, sorted; empty for those that are damaged.
+
+    Minari's own list fails for all data sets if one of them has a name without a version.
+    """
+    found, root = {}, dataset_folder()
+    for path, folders, _ in os.walk(root):
+        if "data" in folders:
+            name = Path(path).relative_to(root).as_posix()
+            found[name] = _metadata(Path(path, "data", "metadata.json"))
+            folders.clear()
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+    return dict(sorted(found.items()))
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def unknown_dataset(name: str, cause: Exception | None = None) -> UserError:
@@ -56,6 +83,8 @@ def unknown_dataset(name: str, cause: Exception | None = None) -> UserError:
         return UserError(
             f"data.dataset: {name} is not on this machine{tried}; {mend}, or copy it into MINARI_DATASETS_PATH"
         )
-    here = [other for other in local_datasets() if other.removesuffix("-v0") not in EMBEDDED]
+    # Damaged ones are no help.
+    here = [other for other, metadata in local_datasets().items() if metadata]
+    here = [other for other in here if other.removesuffix("-v0") not in EMBEDDED]
     near = difflib.get_close_matches(name, [*EMBEDDED, *here, *REMOTE], n=3, cutoff=0.4) or list(EMBEDDED)
     return UserError(f"data.dataset: {name!r} is not on this machine{tried}; the nearest names are {', '.join(near)}")

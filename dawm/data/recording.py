@@ -4,6 +4,7 @@ Symbols: N rows, O observation size, A action size, E episodes.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -35,6 +36,8 @@ class Recording:
         env_spec: The environment to evaluate in.
         reference: Reference scores.
         next_observed: False where ``s_{t+1}`` was not recorded and is filled in, shape (N,), bool; None: all recorded.
+        path: The file or folder that it was read from.
+        defects: What the reader found wrong and worked around, one line each.
     """
 
     name: str
@@ -49,6 +52,19 @@ class Recording:
     env_spec: EnvSpec | None
     reference: ReferenceScores | None
     next_observed: NDArray[np.bool_] | None = None
+    path: Path | None = None
+    defects: tuple[str, ...] = ()
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """First row of each episode, shape (E,)."""
+        return np.concatenate([np.zeros(1, np.int64), self.ends])[:-1]
+
+    def returns(self) -> NDArray[np.float64]:
+        """Undiscounted return of each episode, shape (E,)."""
+        if not len(self.ends):
+            return np.zeros(0)
+        return np.add.reduceat(self.rewards, self.starts, dtype=np.float64)
 
     def check(self) -> None:
         """Raise a UserError if there are no rows, or numbers that are not finite."""

@@ -49,7 +49,8 @@ def smoke(hopper, tmp_path) -> Path:
                 "log_every_n_steps": 5,
                 "checkpoint_every_n_steps": 20,
                 "callbacks": [
-                    {"class_path": "RegenerateRollouts", "init_args": {"every_n_steps": 10, "rollouts": 50, "margin": 10}},
+                    {"class_path": "RegenerateRollouts",
+                     "init_args": {"every_n_steps": 10, "rollouts": 50, "margin": 10}},
                     {"class_path": "EvaluateInEnvironment", "init_args": {"every_n_steps": 20, "episodes": 2}},
                 ],
             },

@@ -1,0 +1,199 @@
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from dawm.callbacks import RegenerateRollouts
+from dawm.data.module import TransitionDataModule
+from dawm.errors import UserError
+from dawm.inverse_dynamics import InferredActions
+from dawm.synthesis import ConstantReturn
+from dawm.world_model import Imagined
+
+HORIZON = 2
+
+
+class Imagining(torch.nn.Module):
+    """Stays at the start, with a random negative reward: no recorded row looks like that."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, jump=0.0, termination=0.0):
+        super().__init__()
+        self.jump, self.termination = jump, termination
+        self.asked = []
+
+    def imagine(self, observations, actions, returns_to_go, guidance=1.0, generator=None):
+        self.asked.append((observations, actions, returns_to_go, guidance, self.training))
+        path = observations.unsqueeze(1).repeat(1, HORIZON + 1, 1)
+        path[:, 1:] += self.jump
+        rewards = -1 - torch.rand(len(path), HORIZON, generator=generator)
+        return Imagined(path, rewards, torch.full_like(rewards, self.termination))
+
+
+class Inferring(torch.nn.Module):
+    def infer(self, observations, next_observations):
+        return InferredActions(torch.full((len(observations), 1), 0.5), torch.zeros(len(observations)))
+
+
+class Memory(DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        if "synthetic/kept" in metrics:
+            self.rows.append((step, metrics))
+
+
+@pytest.fixture
+def data(dataset):
+    return TransitionDataModule(dataset, horizon=HORIZON, batch_size=6, updates_per_step=2, synthetic_fraction=0.5)
+
+
+def regenerate(every_n_steps=4, rollouts=20, jump=0.0, termination=0.0, **kwargs):
+    callback = RegenerateRollouts(every_n_steps, rollouts, **kwargs)
+    callback.connect(Imagining(jump, termination), Inferring())
+    return callback
+
+
+def refills(callback, monkeypatch):
+    """The updates for which the callback imagines, as they happen."""
+    seen, synthesize = [], callback.synthesize
+
+    def spy(data, rank, step):
+        seen.append(step)
+        return synthesize(data, rank, step)
+
+    monkeypatch.setattr(callback, "synthesize", spy)
+    return seen
+
+
+# When
+
+
+@pytest.mark.parametrize(("max_steps", "expected"), [(4, [0]), (8, [0, 4]), (10, [0, 4, 8]), (11, [0, 4, 8])])
+def test_refills_before_training_and_every_n_updates_but_not_after_the_last(
+    data, make_trainer, recorder, monkeypatch, max_steps, expected
+):
+    callback = regenerate()
+    steps = refills(callback, monkeypatch)
+    make_trainer(max_steps, callbacks=[callback]).fit(recorder, datamodule=data)
+    assert steps == expected
+    assert all((batch.rewards < 0).sum() == 3 for batch in recorder.batches)  # the very first batch, too
+
+
+def test_a_refill_replaces_what_was_imagined_before(data, make_trainer, recorder):
+    make_trainer(12, callbacks=[regenerate()]).fit(recorder, datamodule=data)
+    imagined = [
+        {r for batch in recorder.batches[first : first + 4] for r in batch.rewards.tolist() if r < 0}
+        for first in (0, 4, 8)
+    ]
+    assert all(len(rewards) > 3 for rewards in imagined)
+    assert not imagined[0] & imagined[1]
+    assert not imagined[1] & imagined[2]
+
+
+def test_a_callback_used_again_starts_anew(data, make_trainer, recorder, monkeypatch):
+    callback = regenerate()
+    steps = refills(callback, monkeypatch)
+    for _ in range(2):
+        make_trainer(8, callbacks=[callback]).fit(recorder, datamodule=data)
+    assert steps == [0, 4, 0, 4]
+
+
+def test_a_resumed_run_trains_on_the_same_batches(dataset, make_trainer, recorder, monkeypatch, tmp_path):
+    """It imagines again what was in use when the checkpoint was written, and goes on from there."""
+
+    def start(max_steps, ckpt_path=None):
+        data = TransitionDataModule(dataset, horizon=HORIZON, batch_size=6, updates_per_step=2, synthetic_fraction=0.5)
+        callback = regenerate()
+        steps = refills(callback, monkeypatch)
+        trainer = make_trainer(max_steps, callbacks=[callback])
+        recorder.batches = []
+        trainer.fit(recorder, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return trainer, steps, torch.stack([batch.pack() for batch in recorder.batches])
+
+    _, _, whole = start(14)
+    trainer, _, _ = start(6)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    _, steps, rest = start(14, tmp_path / "half.ckpt")
+    assert steps == [4, 8, 12]
+    assert torch.equal(rest, whole[6:])
+
+
+# What
+
+
+def test_rollouts_depend_on_seed_rank_and_update_alone(data):
+    def rows(rank=0, step=0, seed=0):
+        return regenerate(seed=seed).synthesize(data, rank, step).transitions.pack()
+
+    assert torch.equal(rows(), rows())
+    for other in (rows(rank=1), rows(step=4), rows(seed=1)):
+        assert not torch.equal(rows()[:, :2], other[:, :2])  # other starts
+        assert not set(rows()[:, 3].tolist()) & set(other[:, 3].tolist())  # other noise
+
+
+def test_starts_are_whole_real_rows_and_the_models_are_in_evaluation_mode(data):
+    callback = regenerate(rollouts=300, guidance=1.7)
+    callback.synthesize(data, 0, 0)
+    observations, actions, targets, guidance, training = callback._models[0].asked[0]
+    rows = observations[:, 0].long()
+    assert rows.unique().tolist() == list(range(26))
+    assert torch.equal(actions, data.episodes.transitions.actions[rows])
+    assert torch.equal(targets, data.returns_to_go[rows])  # by default each start's own
+    assert guidance == 1.7
+    assert not training
+
+
+def test_the_target_return_policy_is_asked(data):
+    callback = regenerate(target_return=ConstantReturn(77.0))
+    callback.synthesize(data, 0, 0)
+    assert callback._models[0].asked[0][2].unique().tolist() == [77.0]
+
+
+@pytest.mark.parametrize(("margin", "kept"), [(0.0, {0.0}), (0.1, {0.0, -1.0, -2.0})])
+def test_margin_is_a_share_of_the_datas_range(data, margin, kept):
+    """Observations are (row, episode), so up to (25, 5): a step of 25 down leaves the data's range."""
+    callback = regenerate(rollouts=500, jump=torch.tensor([-25.0, 0.0]), margin=margin)
+    assert set(callback.synthesize(data, 0, 0).transitions.next_observations[:, 0].tolist()) == kept
+
+
+# Messages and logs
+
+
+def test_counts_reach_the_loggers_at_the_update_they_are_for(data, make_trainer, recorder):
+    logger = Memory()
+    make_trainer(8, callbacks=[regenerate(termination=1.0)], logger=logger).fit(recorder, datamodule=data)
+    assert [step for step, _ in logger.rows] == [0, 4]
+    metrics = logger.rows[0][1]
+    assert metrics["synthetic/kept"] == metrics["synthetic/after_end"] == 20
+    assert metrics["synthetic/termination_rate"] == 1
+    assert -2 < metrics["synthetic/mean_reward"] < -1
+
+
+def test_every_n_steps_must_fit_updates_per_step(data, make_trainer, recorder):
+    with pytest.raises(UserError, match="every_n_steps 5 .*updates_per_step 2"):
+        make_trainer(8, callbacks=[regenerate(every_n_steps=5)]).fit(recorder, datamodule=data)
+
+
+def test_when_nothing_is_left_the_message_says_why(data, make_trainer, recorder):
+    with pytest.raises(UserError, match="all 40 .*out_of_range 40.*margin"):
+        make_trainer(8, callbacks=[regenerate(jump=1e6)]).fit(recorder, datamodule=data)
+
+
+def test_a_large_loss_of_rows_is_told(data, make_trainer, recorder):
+    callback = regenerate(rollouts=200, jump=torch.tensor([-22.0, 0.0]))
+    with pytest.warns(UserWarning, match="more than half .* out_of_range"):
+        make_trainer(2, callbacks=[callback]).fit(recorder, datamodule=data)
+
+
+def test_without_models_it_says_what_is_missing(data, make_trainer, recorder):
+    with pytest.raises(UserError, match="connect"):
+        make_trainer(2, callbacks=[RegenerateRollouts(4)]).fit(recorder, datamodule=data)
+
+
+@pytest.mark.parametrize("setting", [{"every_n_steps": 0}, {"rollouts": 0}])
+def test_mistakes_name_the_setting(setting):
+    with pytest.raises(UserError, match=next(iter(setting))):
+        RegenerateRollouts(**setting)
