@@ -45,9 +45,7 @@ class BatchedLinear(nn.Module):
         members, in_size, _ = self.weight.shape
         if members == 1:  # a plain product is faster than a batch of one
             return torch.addmm(self.bias[0], inputs.reshape(-1, in_size), self.weight[0]).unsqueeze(0)
-        if (
-            self.weight.shape[2] == 1
-        ):  # as critics have: a sum is several times faster than a product
+        if self.weight.shape[2] == 1:  # as critics have: a sum is several times faster than a product
             return (inputs * self.weight.transpose(1, 2)).sum(dim=-1, keepdim=True) + self.bias
         if inputs.dim() == 2:
             inputs = inputs.expand(members, -1, -1)

@@ -14,10 +14,12 @@ from rich.table import Table
 from dawm import __version__
 from dawm.checkpoints import write_whole
 from dawm.data.episodes import Episodes
+from dawm.data.scores import ReferenceScores
+from dawm.errors import UserError
 from dawm.evaluation import Evaluation
 from dawm.experiment import StageResult
 
-__all__ = ["collect_results", "read_curve", "show_results", "write_files"]
+__all__ = ["collect_results", "read_curve", "read_results", "show_evaluation", "show_results", "write_files"]
 
 
 def collect_results(
@@ -106,6 +108,40 @@ HELD_OUT = (
     ("inverse dynamics: squared action error", "inverse_dynamics/best_validation_error", "inverse_dynamics"),
 )
 """Label, metric and stage of the held-out errors in the table."""
+
+
+def show_evaluation(console: Console, evaluation: Evaluation, reference: ReferenceScores | None) -> None:
+    """Prints one evaluation and the scale of its score.
+
+    Args:
+        console: Where to print.
+        evaluation: The result.
+        reference: What a score of 0 and of 100 stand for.
+    """
+    episodes = len(evaluation.returns)
+    console.print(
+        f"return {evaluation.mean_return:.1f} (95 % interval {evaluation.low:.1f} to {evaluation.high:.1f}, "
+        f"{episodes} episodes)"
+    )
+    if reference is not None:
+        console.print(
+            f"score {evaluation.score:.1f} (95 % interval {evaluation.score_low:.1f} to {evaluation.score_high:.1f}); "
+            f"0 = {reference.minimum:.1f}, 100 = {reference.maximum:.1f} ({reference.source})"
+        )
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """The results of a finished run.
+
+    Args:
+        run: Folder of the run.
+    """
+    try:
+        return json.loads((run / "results.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"run: {run} holds no results.json; name the output_dir of a finished `fit`") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"run: {run / 'results.json'} cannot be read ({error})") from None
 
 
 def read_curve(stage_folder: Path, metric: str) -> tuple[list[int], list[float]]:

@@ -12,10 +12,15 @@
 D4RL's own file names (``hopper_medium_replay-v2.hdf5``) bring D4RL's reference scores. D4RL's environments are gone;
 Hopper, Walker2d and HalfCheetah are evaluated in Gymnasium's v5 versions, whose rewards and endings are nearly the same
 but whose simulator is newer. Set ``data.env_id`` for another.
+
+Symbols: N rows, O observation size, A action size, T steps of an episode.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import gymnasium as gym
 import h5py
@@ -24,11 +29,11 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from dawm.data.recording import Recording
-from dawm.data.scores import d4rl_scores, reference_scores
+from dawm.data.scores import ReferenceScores, d4rl_scores, reference_scores
 from dawm.data.spaces import environment_spaces, environment_spec, unbounded
 from dawm.errors import UserError
 
-__all__ = ["is_d4rl_name", "read_d4rl"]
+__all__ = ["D4RLFile", "breaks", "is_d4rl_name", "read_d4rl"]
 
 _LOCOMOTION_KINDS = "(random|medium|expert|mixed|medium-replay|full-replay|medium-expert)"
 _LOCOMOTION = re.compile(rf"(?P<family>hopper|walker2d|halfcheetah)-{_LOCOMOTION_KINDS}-v\d+")
@@ -48,6 +53,17 @@ def is_d4rl_name(name: str) -> bool:
     return _LOCOMOTION.fullmatch(name) is not None or _OTHERS.fullmatch(name) is not None
 
 
+def breaks(observations: NDArray, next_observations: NDArray) -> NDArray[np.bool_]:
+    """Where an episode's ``next_observations[t]`` is not ``observations[t + 1]`` but for rounding, shape (T - 1,).
+
+    Args:
+        observations: Observations in order, shape (T, O).
+        next_observations: What the file says came next, shape (T, O).
+    """
+    leads_on = np.isclose(next_observations[:-1], observations[1:], rtol=1e-4, atol=1e-5, equal_nan=True)
+    return ~leads_on.all(axis=1)
+
+
 def read_d4rl(path: Path, name: str, env_id: str | None = None) -> Recording:
     """Read one file.
 
@@ -56,54 +72,199 @@ def read_d4rl(path: Path, name: str, env_id: str | None = None) -> Recording:
         name: What the user calls it, for messages.
         env_id: The environment to evaluate in; None: known from the file's name, or none.
     """
-    columns = _read_columns(path, name)
-    observations, actions = columns["observations"], columns["actions"]
-
-    title = path.stem.lower().replace("_", "-")
-    locomotion = _LOCOMOTION.fullmatch(title)
-    if env_id is None and locomotion is not None:
-        env_id = _EVALUATED_IN[locomotion["family"]]
-    env_spec = environment_spec(env_id) if env_id is not None else None
-    # D4RL scales the actions of all its environments to [-1, 1].
-    observation_space = unbounded(observations.shape[1])
-    action_space: gym.spaces.Box = gym.spaces.Box(-1.0, 1.0, (actions.shape[1],))
-    if env_spec is not None:
-        sizes = (observations.shape[1], actions.shape[1])
-        observation_space, action_space = environment_spaces(env_spec, name, sizes)
-
-    if is_d4rl_name(title):
-        reference = d4rl_scores(title)
-    else:
-        reference = reference_scores(env_spec.id) if env_spec is not None else None
-
-    terminations = columns["terminals"].astype(bool)
-    timeouts = columns["timeouts"].astype(bool) if "timeouts" in columns else _time_limits(terminations, env_spec)
-    last = terminations | timeouts
-    last[-1:] = True
-    if "next_observations" in columns:
+    with D4RLFile(path, name, env_id) as file:
+        observations, actions, rewards = (file.read(key) for key in ("observations", "actions", "rewards"))
+        recorded = file.read("next_observations") if file.has_next_observations else None
+    terminations, last = file.terminations, file.last
+    if recorded is not None:
         keep = np.ones(len(last), dtype=bool)
-        next_observations, next_observed = columns["next_observations"], None
+        next_observations, next_observed = recorded, None
     else:
         keep = ~last | terminations
         next_observations = np.concatenate([observations[1:], observations[-1:]])
         next_observations[terminations] = observations[terminations]
         next_observed = ~terminations[keep]
         # A truncated episode now ends one row earlier; where it was only that one row, the episode before ends there.
-        last[:-1] |= ~keep[1:]
+        last = np.append(last[:-1] | ~keep[1:], last[-1:])
     return Recording(
         name=name,
         observations=observations[keep],
         actions=actions[keep],
-        rewards=columns["rewards"][keep],
+        rewards=rewards[keep],
         next_observations=next_observations[keep],
         terminations=terminations[keep],
         ends=np.flatnonzero(last[keep]) + 1,
-        observation_space=observation_space,
-        action_space=action_space,
-        env_spec=env_spec,
-        reference=reference,
+        observation_space=file.observation_space,
+        action_space=file.action_space,
+        env_spec=file.env_spec,
+        reference=file.reference,
         next_observed=next_observed,
+        path=path,
+        defects=file.defects,
     )
+
+
+class D4RLFile:
+    """An open file, checked: what surrounds its rows, and the rows themselves, in whole or by episodes.
+
+    Args:
+        path: The file.
+        name: What the user calls it, for messages.
+        env_id: The environment to evaluate in; None: known from the file's name, or none.
+
+    Attributes:
+        has_next_observations: Whether the file recorded them.
+        terminations: Shape (N,), bool.
+        last: Last row of each episode, shape (N,), bool.
+        observation_space: Flat Box.
+        action_space: Flat Box with finite bounds.
+        env_spec: The environment to evaluate in.
+        reference: Reference scores.
+        defects: What is wrong and worked around, one line each.
+    """
+
+    def __init__(self, path: Path, name: str, env_id: str | None = None) -> None:
+        self._name = name
+        with self._reading():
+            self._file = h5py.File(path, "r")
+        try:
+            sizes = self._check_columns()
+            self._surroundings(path.stem.lower().replace("_", "-"), env_id, sizes)
+            self._cut()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> NDArray:
+        """Rows of one column: numbers as float32, flags as they are.
+
+        Args:
+            key: Name of the column.
+            start: First row.
+            stop: Row behind the last; None: to the end.
+        """
+        with self._reading():
+            values = self._file[key][start:stop]
+        if _RANKS[key] == 1:
+            values = values.reshape(-1)  # some files store (N, 1)
+        return values if key in ("terminals", "timeouts") else values.astype(np.float32, copy=False)
+
+    def episodes(self, block: int = 50_000) -> Iterator[tuple[NDArray, NDArray, NDArray, bool]]:
+        """Episodes that need no ``next_observations``: T + 1 observations, T actions, T rewards, whether it terminated.
+
+        Their steps are those of `read_d4rl`, in the same order. An episode is cut where its observations do not lead
+        on. No more than a block of rows, or one episode, is in memory at a time.
+
+        Args:
+            block: Rows to read at once.
+        """
+        ends = np.flatnonzero(self.last) + 1
+        starts = np.concatenate([[0], ends])
+        keys = ("observations", "actions", "rewards", *(["next_observations"] if self.has_next_observations else []))
+        first = 0
+        while first < len(ends):
+            # whole episodes, as many as a block holds
+            behind = max(first + 1, int(np.searchsorted(ends, starts[first] + block, side="right")))
+            offset = starts[first]
+            columns = {key: self.read(key, offset, ends[behind - 1]) for key in keys}
+            for episode in range(first, behind):
+                rows = slice(starts[episode] - offset, ends[episode] - offset)
+                terminated = bool(self.terminations[ends[episode] - 1])
+                yield from _whole({key: values[rows] for key, values in columns.items()}, terminated)
+            first = behind
+
+    def _check_columns(self) -> tuple[int, int]:
+        """Check the columns for presence, rank and length; returns the sizes of observations and actions."""
+        with self._reading():
+            missing = [key for key in _REQUIRED if not isinstance(self._file.get(key), h5py.Dataset)]
+            shapes = {key: self._file[key].shape for key in _RANKS if isinstance(self._file.get(key), h5py.Dataset)}
+        if missing:
+            raise UserError(
+                f"data.dataset: {self._name} has no {', '.join(missing)}; D4RL's layout needs {', '.join(_REQUIRED)}"
+            )
+        rows = shapes["observations"][0] if shapes["observations"] else 0
+        for key, shape in shapes.items():
+            rank = _RANKS[key]
+            if shape[:1] != (rows,) or (len(shape) != rank and not (rank == 1 and shape == (rows, 1))):
+                raise UserError(
+                    f"data.dataset: {self._name} has {key} of shape {shape}, where {rows} rows of "
+                    f"{'vectors' if rank == 2 else 'numbers'} are needed; mend the file"
+                )
+        if shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
+            raise UserError(
+                f"data.dataset: {self._name} has next_observations of another width than observations; mend the file"
+            )
+        self.has_next_observations = "next_observations" in shapes
+        self._has_timeouts = "timeouts" in shapes
+        return shapes["observations"][1], shapes["actions"][1]
+
+    def _surroundings(self, title: str, env_id: str | None, sizes: tuple[int, int]) -> None:
+        """Spaces, environment and reference scores."""
+        locomotion = _LOCOMOTION.fullmatch(title)
+        if env_id is None and locomotion is not None:
+            env_id = _EVALUATED_IN[locomotion["family"]]
+        self.env_spec: EnvSpec | None = environment_spec(env_id) if env_id is not None else None
+        self.reference: ReferenceScores | None
+        if is_d4rl_name(title):
+            self.reference = d4rl_scores(title)
+        else:
+            self.reference = reference_scores(self.env_spec.id) if self.env_spec is not None else None
+        if self.env_spec is not None:
+            self.observation_space, self.action_space = environment_spaces(self.env_spec, self._name, sizes)
+        else:
+            # D4RL scales the actions of all its environments to [-1, 1].
+            self.observation_space, self.action_space = unbounded(sizes[0]), gym.spaces.Box(-1.0, 1.0, (sizes[1],))
+
+    def _cut(self) -> None:
+        """Where episodes end."""
+        self.defects: tuple[str, ...] = ()
+        self.terminations: NDArray[np.bool_] = self.read("terminals").astype(bool)
+        if self._has_timeouts:
+            timeouts = self.read("timeouts").astype(bool)
+        else:
+            timeouts = _time_limits(self.terminations, self.env_spec)
+            limit = self.env_spec.max_episode_steps if self.env_spec is not None else None
+            cut = "at terminals alone" if limit is None else f"at terminals and every {limit} steps"
+            self.defects = (f"timeouts: the file has none; episodes are cut {cut}",)
+        self.last = self.terminations | timeouts
+        self.last[-1:] = True
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what a broken file throws into the user's error."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"data.dataset: {self._name} is not a readable HDF5 file ({error}); get it again"
+            ) from error
+
+
+def _whole(columns: dict[str, NDArray], terminated: bool) -> Iterator[tuple[NDArray, NDArray, NDArray, bool]]:
+    """One episode as `D4RLFile.episodes` gives it: none, one, or the parts it is cut into.
+
+    Args:
+        columns: The episode's rows by column.
+        terminated: Whether the task ended at its end.
+    """
+    observations, actions, rewards = (columns[key] for key in ("observations", "actions", "rewards"))
+    recorded = columns.get("next_observations")
+    if recorded is None:
+        if terminated:
+            yield np.concatenate([observations, observations[-1:]]), actions, rewards, True
+        elif len(observations) > 1:
+            yield observations, actions[:-1], rewards[:-1], False
+        return
+    cuts = [0, *np.flatnonzero(breaks(observations, recorded)) + 1, len(observations)]
+    for start, stop in zip(cuts, cuts[1:]):
+        part = np.concatenate([observations[start:stop], recorded[stop - 1 : stop]])
+        yield part, actions[start:stop], rewards[start:stop], terminated and stop == len(observations)
 
 
 def _time_limits(terminations: NDArray[np.bool_], env_spec: EnvSpec | None) -> NDArray[np.bool_]:
@@ -116,32 +277,3 @@ def _time_limits(terminations: NDArray[np.bool_], env_spec: EnvSpec | None) -> N
     starts[1:] = np.where(terminations[:-1], rows[1:], 0)
     steps = rows - np.maximum.accumulate(starts)
     return (steps + 1) % limit == 0
-
-
-def _read_columns(path: Path, name: str) -> dict[str, NDArray]:
-    """The columns that are used, checked for presence, rank and length."""
-    try:
-        with h5py.File(path, "r") as file:
-            missing = [key for key in _REQUIRED if not isinstance(file.get(key), h5py.Dataset)]
-            if missing:
-                raise UserError(
-                    f"data.dataset: {name} has no {', '.join(missing)}; D4RL's layout needs {', '.join(_REQUIRED)}"
-                )
-            columns = {key: file[key][()] for key in _RANKS if key in file}
-    except OSError as error:
-        raise UserError(f"data.dataset: {name} is not a readable HDF5 file ({error}); get it again") from error
-
-    rows = len(columns["observations"])
-    for key, values in columns.items():
-        rank = _RANKS[key]
-        if rank == 1 and values.size == rows:
-            values = values.reshape(rows)  # some files store (N, 1)
-        if values.ndim != rank or len(values) != rows:
-            raise UserError(
-                f"data.dataset: {name} has {key} of shape {values.shape}, where {rows} rows of "
-                f"{'vectors' if rank == 2 else 'numbers'} are needed; mend the file"
-            )
-        columns[key] = values if key in ("terminals", "timeouts") else values.astype(np.float32, copy=False)
-    if columns.get("next_observations", columns["observations"]).shape != columns["observations"].shape:
-        raise UserError(f"data.dataset: {name} has next_observations of another width than observations; mend the file")
-    return columns

@@ -56,6 +56,4 @@ def _build(name: str, dataset_id: str, seed: int, steps: int, progress: bool, ov
         if folder is None:
             return
         with progress_bar(f"Building {name}", steps, progress) as bar:
-            record(
-                folder, name, dataset_id, seed, steps, lambda played: bar.update(bar.task_ids[0], completed=played)
-            )
+            record(folder, name, dataset_id, seed, steps, lambda played: bar.update(bar.task_ids[0], completed=played))

@@ -28,7 +28,7 @@ from dawm.errors import UserError
 __all__ = ["REPEATED", "SOURCE", "read_minari"]
 
 REPEATED = "last_observation_repeated"
-"""Key of the metadata: true where a terminated episode's last observation was not recorded and repeats the one before."""
+"""Key of the metadata: true if last observations behind terminations were not recorded and repeat the ones before."""
 
 SOURCE = "ref_score_source"
 """Key of the metadata: where the reference scores come from."""

@@ -282,8 +282,9 @@ class TransitionDataModule(L.LightningDataModule):
     @property
     def synthetic(self) -> Transitions:
         """The imagined rows now in use (views), fields of shape (M, ...)."""
-        rows = self._synthetic_rows[: self._synthetic_count]
-        return Transitions.unpack(rows, self.observation_size, self.action_size)
+        return Transitions.unpack(
+            self._synthetic_rows[: self._synthetic_count], self.observation_size, self.action_size
+        )
 
     # Drawing
 

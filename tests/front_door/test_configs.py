@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dawm import cli
+from dawm.commands import MODULES
 from dawm.modules import build_module
 
 CONFIGS = sorted((Path(__file__).parents[2] / "lightning_configs").glob("*.yaml"))
@@ -19,7 +20,7 @@ def test_the_nine_locomotion_tasks_and_the_paper_are_there():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_parses_and_instantiates(path, monkeypatch):
     config = cli.make_parser().parse_args(["fit", "--config", str(path), "--horizon", "5"]).fit
-    modules = {key: config.pop(key) for key in cli.MODULES}
+    modules = {key: config.pop(key) for key in MODULES}
     config.pop("config")
     parts = cli.make_fit_parser().instantiate(config)
     assert parts.data.horizon == 5

@@ -1,0 +1,143 @@
+"""What the commands do once their arguments are parsed."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+from gymnasium.envs.registration import EnvSpec
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from dawm.callbacks import RegenerateRollouts
+from dawm.checkpoints import ORIGIN, read_checkpoint
+from dawm.data.module import TransitionDataModule
+from dawm.data.scores import ReferenceScores
+from dawm.errors import UserError
+from dawm.evaluation import Policy, evaluate
+from dawm.experiment import Experiment
+from dawm.modules import build_module, load_module
+from dawm.report import collect_results, read_results, show_evaluation, show_results, write_files
+
+__all__ = ["MODULES", "evaluate_run", "fit"]
+
+EVALUATION_SEED = 2_000_000  # of the last evaluation: apart from the seeds of evaluations during training
+MODULES = ("world_model", "inverse_dynamics", "model")
+
+
+def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
+    """Trains the stages in order, scores the agent, writes and shows the results.
+
+    Args:
+        parser: The parser of ``fit``, which instantiates what it parsed.
+        config: Parsed settings.
+        console: Where to draw.
+    """
+    _quiet()
+    plain = config.clone()
+    plain.pop("config", None)
+    settings: dict[str, Any] = plain.as_dict()
+    output_dir = _writable(Path(config.output_dir))
+    modules = {key: settings[key] for key in MODULES}
+    rest = config.clone()
+    for key in (*MODULES, "config"):
+        rest.pop(key, None)
+    parts = parser.instantiate(rest)
+
+    data: TransitionDataModule = parts.data
+    data.setup()
+    horizon = modules["world_model"]["init_args"].get("horizon", data.horizon)
+    if horizon != data.horizon:
+        raise UserError(
+            f"data.horizon is {data.horizon} but world_model.horizon is {horizon}; set both to ${{horizon}}"
+        )
+    experiment = Experiment(
+        data=data,
+        stages=parts.stages,
+        trainer=settings["trainer"],
+        settings={
+            name: {
+                "data": settings["data"],
+                "module": modules["model" if name == "agent" else name],
+                "callbacks": settings["stages"][name]["callbacks"],
+            }
+            for name in ("world_model", "inverse_dynamics", "agent")
+        },
+        output_dir=output_dir,
+        seed=config.seed_everything,
+        console=console,
+    )
+    trained = {}
+    if data.synthetic_fraction > 0:
+        for name in ("world_model", "inverse_dynamics"):
+            trained[name] = experiment.run_stage(name, build_module(modules[name]))
+        for callback in _regenerate(parts.stages.agent.callbacks):
+            callback.connect(trained["world_model"], trained["inverse_dynamics"])
+    else:
+        for callback in _regenerate(parts.stages.agent.callbacks):
+            parts.stages.agent.callbacks.remove(callback)
+        console.print("synthetic_fraction is 0: the agent learns from real data alone, nothing is imagined")
+    agent = experiment.run_stage("agent", build_module(modules["model"]))
+    if experiment.rank != 0:
+        return
+    if data.env_spec is None:
+        raise UserError("data.env_id: the data set names no environment to score the agent in; set --data.env_id")
+    console.print(f"scoring the agent over {config.final_episodes} episodes of {data.env_spec.id}")
+    normalize = None if data.reference is None else data.reference.normalize
+    evaluation = evaluate(
+        cast(Policy, agent.act), data.env_spec, config.final_episodes, EVALUATION_SEED, normalize=normalize
+    )
+    results = collect_results(
+        data.episodes, modules["model"]["class_path"], evaluation, experiment.results, config.seed_everything
+    )
+    write_files(output_dir, results, settings)
+    show_results(console, output_dir, results)
+
+
+def evaluate_run(
+    console: Console, run: Path, episodes: int = 20, seed: int = EVALUATION_SEED, env_id: str | None = None
+) -> None:
+    """Score a run's trained agent in its environment.
+
+    Args:
+        console: Where to print.
+        run: Folder of the run (``output_dir`` of ``fit``).
+        episodes: Episodes to play.
+        seed: Seed of the first episode.
+        env_id: Gymnasium environment to play in; None takes the data set's own.
+    """
+    path = Path(read_results(run)["stages"]["agent"]["checkpoint"])
+    agent, origin = load_module(path), read_checkpoint(path)[ORIGIN]
+    if env_id is None and origin["env_spec"] is None:
+        raise UserError("env_id: the data set of this run names no environment; set --env_id")
+    environment = env_id or EnvSpec.from_json(origin["env_spec"])
+    reference = None if origin["reference"] is None else ReferenceScores(**origin["reference"])
+    normalize = None if reference is None else reference.normalize
+    result = evaluate(cast(Policy, agent.act), environment, episodes, seed, normalize=normalize)
+    show_evaluation(console, result, reference)
+
+
+def _regenerate(callbacks: Sequence[L.Callback]) -> list[RegenerateRollouts]:
+    return [callback for callback in callbacks if isinstance(callback, RegenerateRollouts)]
+
+
+def _quiet() -> None:
+    """Keeps Lightning's advice off the screen where the project has decided otherwise."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # of another library's making: Lightning calls a deprecated part of torch
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    # the data stand in memory: worker processes would only slow the drawing down
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror}); set --output_dir") from None
+    return folder

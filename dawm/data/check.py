@@ -1,0 +1,142 @@
+"""Look for defects in a data set: what would mislead training without stopping it.
+
+Symbols: N rows, O observation size, A action size.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.text import Text
+
+from dawm.data.d4rl import breaks
+from dawm.data.episodes import read_recordings
+from dawm.data.recording import Recording
+
+__all__ = ["check_dataset", "find_defects"]
+
+_ROUNDING = 1e-3  # of a bound, in halves of the Box's width
+
+
+def check_dataset(console: Console, dataset: str) -> int:
+    """Look for defects and print each on a line; "no defects" if there are none.
+
+    Args:
+        console: Where to draw.
+        dataset: A Minari id, an embedded id, the path of an HDF5 file in D4RL's layout, or several joined with +.
+
+    Returns:
+        Number of defects.
+    """
+    recordings = read_recordings(dataset)
+    count = 0
+    for recording in recordings:
+        name = f"{recording.name}: " if len(recordings) > 1 else ""
+        for defect in find_defects(recording):
+            console.print(Text(name + defect), soft_wrap=True)
+            count += 1
+    if not count:
+        console.print("no defects")
+    return count
+
+
+def find_defects(recording: Recording) -> Iterator[str]:
+    """Every defect of a recording, one line each."""
+    yield from recording.defects
+    if not len(recording.rewards):
+        yield "steps: there are none"
+        return
+    yield from _not_finite(recording)
+    yield from _outside("observations", recording.observations, recording.observation_space)
+    yield from _outside("actions", recording.actions, recording.action_space)
+    yield from _not_leading_on(recording)
+    yield from _constant(recording)
+    yield from _too_long(recording)
+    yield from _repeated(recording)
+    reference = recording.reference
+    if reference is not None and not reference.minimum < reference.maximum:
+        yield f"reference scores: the minimum {reference.minimum:g} is not below the maximum {reference.maximum:g}"
+
+
+def _inside(recording: Recording) -> NDArray[np.bool_]:
+    """Whether the next row belongs to the same episode, shape (N - 1,)."""
+    inside = np.ones(len(recording.rewards), bool)
+    inside[recording.ends - 1] = False
+    return inside[:-1]
+
+
+def _not_finite(recording: Recording) -> Iterator[str]:
+    for key in ("observations", "actions", "rewards", "next_observations"):
+        values = getattr(recording, key)
+        bad = ~np.isfinite(values).reshape(len(values), -1)
+        if key == "next_observations" and bad.any():
+            # Those that were observed in the row behind are told of already.
+            bad[:-1] &= ~(~np.isfinite(recording.observations[1:]) & _inside(recording)[:, None])
+            if recording.next_observed is not None:
+                bad[~recording.next_observed] = False
+        for column in np.flatnonzero(bad.any(axis=0)):
+            where = f"{key}[{column}]" if values.ndim > 1 else key
+            rows = np.flatnonzero(bad[:, column])
+            yield f"{where}: {len(rows)} NaN or infinite values, the first in row {rows[0]}"
+
+
+def _outside(key: str, values: NDArray, box) -> Iterator[str]:
+    slack = _ROUNDING * np.minimum((box.high.astype(np.float64) - box.low) / 2, 1e3)
+    bad = (values < box.low - slack) | (values > box.high + slack)
+    rows = np.flatnonzero(bad.any(axis=1))
+    if len(rows):
+        columns = np.flatnonzero(bad.any(axis=0))
+        yield (
+            f"{key}: {len(rows)} rows outside the space in columns {', '.join(map(str, columns))}, "
+            f"the first in row {rows[0]}"
+        )
+
+
+def _not_leading_on(recording: Recording) -> Iterator[str]:
+    rows = np.flatnonzero(breaks(recording.observations, recording.next_observations) & _inside(recording))
+    if len(rows):
+        yield (
+            f"next_observations: {len(rows)} are not the observations of the next row of the same episode, "
+            f"the first in row {rows[0]}"
+        )
+
+
+def _constant(recording: Recording) -> Iterator[str]:
+    if len(recording.rewards) < 2:
+        return
+    for key in ("observations", "actions", "rewards"):
+        values = getattr(recording, key).reshape(len(recording.rewards), -1)
+        for column in np.flatnonzero((values == values[0]).all(axis=0)):
+            where = f"{key}[{column}]" if key != "rewards" else key
+            yield f"{where}: always {values[0, column]:g}"
+
+
+def _too_long(recording: Recording) -> Iterator[str]:
+    limit = None if recording.env_spec is None else recording.env_spec.max_episode_steps
+    lengths = np.diff(recording.ends, prepend=0)
+    if limit is None or lengths.max() <= limit:
+        return
+    first = int((lengths > limit).argmax())
+    yield (
+        f"episodes: {int((lengths > limit).sum())} longer than the {limit} steps of {recording.env_spec.id}, "
+        f"the first in row {recording.starts[first]}, of {lengths[first]} steps"
+    )
+
+
+def _repeated(recording: Recording) -> Iterator[str]:
+    seen: dict[bytes, int] = {}
+    again = []
+    for episode, (start, end) in enumerate(zip(recording.starts, recording.ends)):
+        digest = hashlib.blake2b(recording.observations[start:end].tobytes(), digest_size=16)
+        digest.update(recording.actions[start:end].tobytes())
+        first = seen.setdefault(digest.digest(), episode)
+        if first != episode:
+            again.append((episode, first))
+    if again:
+        episode, first = again[0]
+        yield (
+            f"episodes: {len(again)} the same as an earlier one, the first in row {recording.starts[episode]}, "
+            f"the same as that in row {recording.starts[first]}"
+        )

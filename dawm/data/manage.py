@@ -1,0 +1,275 @@
+"""Look at data sets, build the embedded ones, import files: what ``python -m dawm datasets`` does.
+
+Symbols: E episodes.
+"""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import minari
+import numpy as np
+from gymnasium.spaces import Box
+from minari.data_collector import EpisodeBuffer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from dawm.data.d4rl import D4RLFile
+from dawm.data.embedded import STEPS, build
+from dawm.data.episodes import read_recordings
+from dawm.data.minari_files import REPEATED, SOURCE
+from dawm.data.names import EMBEDDED, REMOTE, dataset_folder, local_datasets
+from dawm.data.scores import ReferenceScores
+from dawm.data.staging import datasets_path, progress_bar, staged
+from dawm.errors import UserError
+
+__all__ = ["build_dataset", "import_file", "list_datasets", "show_dataset"]
+
+_BINS = 10
+_BAR = 40  # characters of the longest bar
+
+
+def list_datasets(console: Console) -> None:
+    """List the data sets on this machine, those that can be built, and those known to be on Minari's server.
+
+    Args:
+        console: Where to draw.
+    """
+    local = local_datasets()
+    table = Table(title=f"data sets in {dataset_folder()}")
+    for heading in ("data set", "where"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("episodes", "steps", "size"):
+        table.add_column(heading, justify="right")
+
+    for name, metadata in local.items():
+        size = _megabytes(dataset_folder(name))
+        if {"total_episodes", "total_steps"} <= metadata.keys():
+            where = "built here" if name.startswith("embedded/") else "here"
+            table.add_row(Text(name), where, f"{metadata['total_episodes']:,}", f"{metadata['total_steps']:,}", size)
+        else:
+            table.add_row(Text(name), "here, but damaged", "", "", size)
+    table.add_section()
+    for name in EMBEDDED:
+        if f"{name}-v0" not in local:
+            table.add_row(name, "can be built", "", f"about {STEPS:,}", "")
+    table.add_section()
+    for name in REMOTE:
+        if name not in local:
+            table.add_row(name, "Minari's server", "", "", "")
+    console.print(table)
+
+
+def show_dataset(console: Console, dataset: str) -> None:
+    """Show what a data set holds: sizes, returns, scores, spaces, values that are not finite.
+
+    Args:
+        console: Where to draw.
+        dataset: A Minari id, an embedded id, the path of an HDF5 file in D4RL's layout, or several joined with +.
+    """
+    recordings = read_recordings(dataset)
+    for recording in recordings:
+        console.print(Text(recording.name, style="bold"))
+        console.print(_facts(recording))
+        console.print(_histogram(recording.returns()))
+    if len(recordings) > 1:
+        console.print(Text(f"together: {sum(len(recording.rewards) for recording in recordings):,} steps"))
+        console.print(_histogram(np.concatenate([recording.returns() for recording in recordings])))
+
+
+def build_dataset(console: Console, name: str, seed: int = 0, overwrite: bool = False) -> None:
+    """Build an embedded data set: real rollouts of the behaviour policies inside the package.
+
+    Args:
+        console: Where to draw.
+        name: embedded/hopper/medium-replay, embedded/hopper/medium or embedded/hopper/expert.
+        seed: Seed of the episodes' starts and of the actions' noise; another one than 0 becomes part of the name.
+        overwrite: Build it again if it is there already.
+    """
+    dataset_id = build(name, seed, progress=True, overwrite=overwrite)
+    console.print(Text(f"{dataset_id} is ready in {dataset_folder(dataset_id)}"))
+
+
+def import_file(
+    console: Console,
+    file: Path,
+    output: str,
+    env_id: str | None = None,
+    reference_minimum: float | None = None,
+    reference_maximum: float | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Turn an HDF5 file in D4RL's layout into a Minari data set with the same transitions.
+
+    Args:
+        console: Where to draw.
+        file: The file.
+        output: Minari id of the new data set, such as mine/hopper/medium-v0.
+        env_id: Gymnasium id of its environment; None: known from one of D4RL's file names, else none.
+        reference_minimum: Return that scores 0; None: D4RL's for its file names, else the environment's.
+        reference_maximum: Return that scores 100.
+        overwrite: Replace a data set of that name.
+    """
+    path = file.expanduser()
+    reference = _given_reference(reference_minimum, reference_maximum)
+    _check_output(output, overwrite)
+    if not path.is_file():
+        raise UserError(f"file: {file} does not exist; check the path")
+    with D4RLFile(path, str(file), env_id) as source:
+        reference = reference or source.reference
+        try:
+            with (
+                staged(output, overwrite) as folder,
+                progress_bar(f"Importing {path.name}", len(source.last), visible=True) as bar,
+            ):
+                if folder is None:
+                    raise _taken(output)
+                episodes, steps = _write(folder, output, source, path.name, reference, bar)
+        except OSError as error:
+            raise UserError(
+                f"output: {output} cannot be written in {dataset_folder()} ({error}); "
+                "set MINARI_DATASETS_PATH to a folder you can write to"
+            ) from error
+    console.print(Text(f"{output}: {episodes:,} episodes, {steps:,} steps in {dataset_folder(output)}"))
+    if source.has_next_observations and (cut := episodes - int(source.last.sum())):
+        console.print(f"cut at {cut:,} places inside episodes where next_observations do not lead on", highlight=False)
+    if reference is None:
+        console.print("it has no reference scores: set --reference_minimum and --reference_maximum", highlight=False)
+
+
+def _check_output(output: str, overwrite: bool) -> None:
+    """Raise a UserError where an id cannot be written."""
+    try:
+        parse_dataset_id(output)
+    except (ValueError, TypeError) as error:  # a TypeError where the version is missing
+        raise UserError(f"output: {output!r} is not a Minari id; write it as namespace/name-v0") from error
+    if output.startswith("embedded/"):
+        raise UserError(f"output: {output} would look like one of the embedded data sets; choose another namespace")
+    if is_complete(output) and not overwrite:
+        raise _taken(output)
+
+
+def _taken(output: str) -> UserError:
+    return UserError(f"output: {output} is there already; choose another name, or --overwrite true")
+
+
+def _given_reference(minimum: float | None, maximum: float | None) -> ReferenceScores | None:
+    """Reference scores from the command line."""
+    if minimum is None and maximum is None:
+        return None
+    if minimum is None or maximum is None or not minimum < maximum:
+        raise UserError(
+            f"reference_minimum: {minimum} and reference_maximum {maximum} span no scale; "
+            "give both, the smaller one first"
+        )
+    return ReferenceScores(minimum, maximum, source="given when imported")
+
+
+def _write(
+    folder: Path, output: str, source: D4RLFile, file_name: str, reference: ReferenceScores | None, bar: Progress
+) -> tuple[int, int]:
+    """Write the file's episodes as a Minari data set below a folder; returns the numbers of episodes and steps."""
+    box = source.observation_space
+    with datasets_path(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Minari's wishes for an author and a link
+        dataset = minari.create_dataset_from_buffers(
+            output,
+            [],
+            env=source.env_spec,
+            observation_space=Box(box.low.astype(np.float32), box.high.astype(np.float32), dtype=np.float32),
+            action_space=source.action_space,
+            description=f"Imported from {file_name}, an HDF5 file in D4RL's layout.",
+        )
+        metadata: dict[str, Any] = {} if source.has_next_observations else {REPEATED: True}
+        if reference is not None:
+            metadata["ref_min_score"], metadata["ref_max_score"] = reference.minimum, reference.maximum
+            metadata[SOURCE] = reference.source
+        dataset.storage.update_metadata(metadata)
+        dataset.storage.update_episodes(_buffers(source, bar))
+    if not dataset.storage.total_episodes:
+        raise UserError(f"file: {file_name} has no complete step, so there is nothing to import")
+    bar.update(bar.task_ids[0], completed=len(source.last))
+    return dataset.storage.total_episodes, dataset.storage.total_steps
+
+
+def _buffers(source: D4RLFile, bar: Progress) -> Iterator[EpisodeBuffer]:
+    """The file's episodes in Minari's form, one at a time."""
+    for observations, actions, rewards, terminated in source.episodes():
+        ended = np.arange(1, len(rewards) + 1) == len(rewards)
+        yield EpisodeBuffer(
+            observations=observations,
+            actions=actions,
+            rewards=rewards,
+            terminations=ended & terminated,
+            truncations=ended & (not terminated),
+        )
+        bar.advance(bar.task_ids[0], len(rewards))
+
+
+def _facts(recording: Recording) -> Table:
+    """What there is to say about one recording in numbers."""
+    returns = recording.returns()
+    returns, lengths = returns[np.isfinite(returns)], np.diff(recording.ends, prepend=0)
+    table = Table(show_header=False, box=None)
+
+    def row(heading: str, fact: str) -> None:
+        table.add_row(heading, Text(fact))
+
+    row("episodes", f"{len(lengths):,}")
+    row("steps", f"{len(recording.rewards):,}")
+    row("returns", _range(returns))
+    row("score", _score(returns, recording.reference))
+    row("episode lengths", _range(lengths))
+    if len(lengths):
+        rate = recording.terminations[recording.ends - 1].mean()
+        row("terminated", f"{rate:.1%} of the episodes; the others are truncated")
+    row("environment", "not known" if recording.env_spec is None else recording.env_spec.id)
+    row("observations", " ".join(str(recording.observation_space).split()))
+    row("actions", " ".join(str(recording.action_space).split()))
+    columns = ("observations", "actions", "rewards", "next_observations")
+    bad = {key: int((~np.isfinite(getattr(recording, key))).sum()) for key in columns}
+    row("NaN or infinite", ", ".join(f"{count:,} in {key}" for key, count in bad.items() if count) or "none")
+    if recording.path is not None:
+        row("on disk", f"{_megabytes(recording.path)}, {recording.path}")
+    return table
+
+
+def _range(values: NDArray) -> str:
+    if not len(values):
+        return "none"
+    return f"mean {values.mean():,.1f}, from {values.min():,.1f} to {values.max():,.1f}"
+
+
+def _score(returns: NDArray, reference: ReferenceScores | None) -> str:
+    """The data's mean return on the scale of 0 to 100, and the scale."""
+    if reference is None:
+        return "not known: no table has reference scores for it"
+    scale = f"0 is {reference.minimum:,.1f}, 100 is {reference.maximum:,.1f}, from: {reference.source}"
+    return f"{reference.normalize(float(returns.mean())):.1f} ({scale})" if len(returns) else f"none ({scale})"
+
+
+def _histogram(returns: NDArray[np.float64]) -> Table:
+    """Numbers of episodes by return, as bars.
+
+    Args:
+        returns: Undiscounted returns, shape (E,); those that are not finite are left out.
+    """
+    table = Table(title="episodes by return", title_justify="left", show_header=False, box=None)
+    finite = returns[np.isfinite(returns)]
+    if not len(finite):
+        return table
+    spread = finite.max() > finite.min()
+    counts, edges = np.histogram(finite, bins=_BINS if spread else 1)
+    for count, low, high in zip(counts, edges, edges[1:]):
+        span = f"{low:,.1f} to {high:,.1f}" if spread else f"{finite[0]:,.1f}"
+        table.add_row(Text(span, justify="right"), "█" * -(-_BAR * count // counts.max()), Text(f"{count:,}"))
+    return table
+
+
+def _megabytes(path: Path) -> str:
+    """Size of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
