@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from dawm.errors import UserError
@@ -121,6 +122,11 @@ class SaveCheckpoint(Checkpoint):
     ) -> None:
         """Saves when the count of updates has passed a multiple of ``every_n_steps``."""
         if trainer.global_step // self.every_n_steps > self._last_step // self.every_n_steps:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves again what a validation right after a checkpoint changed, because a resumed run does not repeat it."""
+        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == self._last_step:
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -168,8 +168,18 @@ def _make(environment: Environment) -> gym.Env:
         env.close()
         raise UserError(f"data.env_id: {env.action_space} is not a Box of actions; choose another --data.env_id")
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
+        space = _sorted_keys(env.observation_space)
+        env = gym.wrappers.TransformObservation(
+            env, lambda observation: gym.spaces.flatten(space, observation), gym.spaces.flatten_space(space)
+        )
     return env
+
+
+def _sorted_keys(space: gym.Space) -> gym.Space:
+    """A space whose observations are laid out as in data sets: Dicts by sorted keys, whatever order they were given."""
+    if not isinstance(space, gym.spaces.Dict):
+        return space
+    return gym.spaces.Dict([(key, _sorted_keys(part)) for key, part in sorted(space.spaces.items())])
 
 
 def _actions(act: Policy, observations: NDArray, space: gym.Space, device: torch.device | str) -> NDArray:

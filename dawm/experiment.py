@@ -181,7 +181,7 @@ class Experiment:
         trainer.fit(module, **loaders, ckpt_path=resume, weights_only=True)
         metrics: dict[str, float] = {}
         if validation is not None:
-            metrics = dict(trainer.validate(module, validation, verbose=False)[0])
+            metrics = {k: v for k, v in trainer.validate(module, validation, verbose=False)[0].items() if k != "step"}
         result = StageResult(str(last), trainer.global_step, save.seconds, False, metrics)
         if trainer.is_global_zero:
             write_whole(folder / "complete.json", json.dumps(asdict(result), indent=2) + "\n")

@@ -126,6 +126,7 @@ class InverseDynamics(UpdateModule):
 
     def on_validation_epoch_end(self) -> None:
         """Keeps the network if it is the best so far; logs the error of each action dimension and their mean."""
+        self.log("step", float(self.trainer.global_step))  # the x-axis, in updates
         errors = self.validation_errors.means()
         self.validation_errors.reset()
         # a validation after fit comes too late: the checkpoint is written, and a module must be equal to its checkpoint

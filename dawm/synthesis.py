@@ -18,7 +18,18 @@ from dawm.errors import UserError
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.world_model import DiffusionWorldModel
 
-__all__ = ["ConstantReturn", "LiftedReturn", "QuantileReturn", "Synthesized", "TargetReturn", "synthesize"]
+__all__ = [
+    "CHUNK",
+    "ConstantReturn",
+    "LiftedReturn",
+    "QuantileReturn",
+    "Rollouts",
+    "Synthesized",
+    "TargetReturn",
+    "observation_bounds",
+    "roll_out",
+    "synthesize",
+]
 
 CHUNK = 4096  # starts imagined at once: bounds the memory, and is past the point where larger is faster
 
@@ -100,7 +111,37 @@ class Synthesized(NamedTuple):
     counts: Counter[str]
 
 
-@torch.no_grad()
+class Rollouts(NamedTuple):
+    """Imagined futures with their actions; the first ``lengths[b]`` steps of each can be trusted.
+
+    Args:
+        observations: ``s_t`` (real) and ``s_{t+1} .. s_{t+H}``, shape (B, H + 1, O).
+        actions: ``a_t`` (real) and ``a_{t+1} .. a_{t+H-1}`` in [-1, 1], shape (B, H, A).
+        rewards: ``r_t .. r_{t+H-1}``, shape (B, H).
+        terminations: 1 where the task is imagined to end, shape (B, H).
+        lengths: Steps kept of each rollout, shape (B,), int64.
+        counts: Rows by fate, as in `Synthesized`.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    terminations: Tensor
+    lengths: Tensor
+    counts: Counter[str]
+
+    def cpu(self) -> "Rollouts":
+        """The same rollouts on the CPU."""
+        observations, actions, rewards, terminations, lengths, counts = self
+        return Rollouts(observations.cpu(), actions.cpu(), rewards.cpu(), terminations.cpu(), lengths.cpu(), counts)
+
+    def transitions(self) -> Transitions:
+        """The steps kept, rollout by rollout, fields of shape (M, ...)."""
+        before, after = self.observations[:, :-1], self.observations[:, 1:]
+        kept = torch.arange(before.shape[1], device=self.lengths.device) < self.lengths.unsqueeze(1)
+        return Transitions(before, self.actions, self.rewards, after, self.terminations)[kept]
+
+
 def synthesize(
     world_model: DiffusionWorldModel,
     inverse_dynamics: InverseDynamics,
@@ -130,37 +171,88 @@ def synthesize(
     parts: list[Transitions] = []
     counts: Counter[str] = Counter()
     for chunk in torch.arange(len(observations), device=observations.device).split(CHUNK):
-        imagined = world_model.imagine(
-            observations[chunk], actions[chunk], returns_to_go[chunk], guidance=guidance, generator=generator
+        rollouts = roll_out(
+            world_model,
+            inverse_dynamics,
+            observations[chunk],
+            actions[chunk],
+            returns_to_go[chunk],
+            guidance,
+            generator,
+            bounds,
+            max_disagreement,
         )
-        before, after = imagined.observations[:, :-1], imagined.observations[:, 1:]
-        inferred = inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
-        inferred_actions = inferred.actions.unflatten(0, before.shape[:2])
-        inferred_actions[:, 0] = actions[chunk]
-        terminations = (imagined.terminations > 0.5).float()
-
-        finite = after.isfinite().all(-1) & imagined.rewards.isfinite() & imagined.terminations.isfinite()
-        in_range, certain = torch.ones_like(finite), torch.ones_like(finite)
-        if bounds is not None:
-            in_range = ((after >= bounds[0]) & (after <= bounds[1])).all(-1)
-        if max_disagreement is not None:
-            certain[:, 1:] = (inferred.disagreement <= max_disagreement).unflatten(0, before.shape[:2])[:, 1:]
-
-        kept = torch.ones_like(finite)
-        no_end_before = terminations.cumsum(dim=1) - terminations == 0
-        fates = {
-            "after_end": no_end_before,
-            "non_finite": _all_so_far(finite),
-            "out_of_range": _all_so_far(in_range),
-            "uncertain": _all_so_far(certain),
-        }
-        for fate, good in fates.items():  # a row is counted under the first reason that drops it
-            counts[fate] += int((kept & ~good).sum())
-            kept = kept & good
-        counts["kept"] += int(kept.sum())
-        rows = Transitions(before, inferred_actions, imagined.rewards, after, terminations)
-        parts.append(rows[kept])
+        for fate, count in rollouts.counts.items():
+            counts[fate] += count
+        parts.append(rollouts.transitions())
     return Synthesized(Transitions.cat(parts), counts)
+
+
+@torch.no_grad()
+def roll_out(
+    world_model: DiffusionWorldModel,
+    inverse_dynamics: InverseDynamics,
+    observations: Tensor,
+    actions: Tensor,
+    returns_to_go: Tensor,
+    guidance: float = 1.0,
+    generator: torch.Generator | None = None,
+    bounds: tuple[Tensor, Tensor] | None = None,
+    max_disagreement: float | None = None,
+) -> Rollouts:
+    """Like `synthesize`, but the steps stay together, and all starts are imagined at once.
+
+    Args:
+        world_model: Imagines observations, rewards and terminations.
+        inverse_dynamics: Infers the actions behind the first.
+        observations: Real ``s_t``, shape (B, O).
+        actions: Real ``a_t`` in [-1, 1], shape (B, A).
+        returns_to_go: The return-to-go to aim at, shape (B,).
+        guidance: Weight of classifier-free guidance.
+        generator: Source of the noise.
+        bounds: Lowest and highest observation to accept, each shape (O,); None accepts all.
+        max_disagreement: Largest disagreement of the inverse dynamics to accept; None accepts all.
+    """
+    imagined = world_model.imagine(observations, actions, returns_to_go, guidance=guidance, generator=generator)
+    before, after = imagined.observations[:, :-1], imagined.observations[:, 1:]
+    inferred = inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
+    inferred_actions = inferred.actions.unflatten(0, before.shape[:2])
+    inferred_actions[:, 0] = actions
+    terminations = (imagined.terminations > 0.5).float()
+
+    finite = after.isfinite().all(-1) & imagined.rewards.isfinite() & imagined.terminations.isfinite()
+    in_range, certain = torch.ones_like(finite), torch.ones_like(finite)
+    if bounds is not None:
+        in_range = ((after >= bounds[0]) & (after <= bounds[1])).all(-1)
+    if max_disagreement is not None:
+        certain[:, 1:] = (inferred.disagreement <= max_disagreement).unflatten(0, before.shape[:2])[:, 1:]
+
+    counts: Counter[str] = Counter()
+    kept = torch.ones_like(finite)
+    fates = {
+        "after_end": terminations.cumsum(dim=1) - terminations == 0,
+        "non_finite": _all_so_far(finite),
+        "out_of_range": _all_so_far(in_range),
+        "uncertain": _all_so_far(certain),
+    }
+    for fate, good in fates.items():  # a row is counted under the first reason that drops it
+        counts[fate] = int((kept & ~good).sum())
+        kept = kept & good
+    counts["kept"] = int(kept.sum())
+    # no reason spares a row behind one that it drops, so what is kept is the beginning of each rollout
+    return Rollouts(imagined.observations, inferred_actions, imagined.rewards, terminations, kept.sum(dim=1), counts)
+
+
+def observation_bounds(observations: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Lowest and highest observation to accept, each shape (O,).
+
+    Args:
+        observations: Real observations, shape (N, O).
+        margin: How far outside their range is still accepted, as a share of the range.
+    """
+    low, high = observations.amin(dim=0), observations.amax(dim=0)
+    slack = margin * (high - low)
+    return low - slack, high + slack
 
 
 def _all_so_far(good: Tensor) -> Tensor:

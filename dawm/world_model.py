@@ -326,6 +326,7 @@ class DiffusionWorldModel(UpdateModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs every error at every step, and the first step's ratio to the baseline."""
+        self.log("step", float(self.trainer.global_step))  # the x-axis, in updates
         first: dict[str, float] = {}
         for source, errors in (("validation", self.validation_errors), ("regression", self.regression_errors)):
             if source == "regression" and self.regression is None:

@@ -122,10 +122,10 @@ def test_the_last_chunk_is_shortened(dataset):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_ranks_and_seeds_draw_different_rows(dataset, name):
+def test_ranks_and_seeds_draw_different_rows(write_dataset, name):
+    path = write_dataset([40], [True])  # one episode: the split cannot be what differs
     one, same, rank, seed = (
-        flat(getattr(module(dataset, seed=seed, validation_fraction=0.01), name)(4, rank))
-        for seed, rank in ((0, 0), (0, 0), (0, 1), (1, 0))
+        flat(getattr(module(path, seed=seed), name)(4, rank)) for seed, rank in ((0, 0), (0, 0), (0, 1), (1, 0))
     )
     assert_equal(one, same)
     assert not torch.equal(one[0][0], rank[0][0])
@@ -146,10 +146,17 @@ def test_every_real_row_is_drawn_with_its_own_fields(dataset):
         assert torch.equal(batch.next_observations, batch.observations + torch.tensor([1.0, 0.0]))
 
 
+def test_no_update_is_made_beyond_max_steps(dataset, make_trainer, recorder):
+    """Even if a loader hands over more."""
+    trainer = make_trainer(3)
+    trainer.fit(recorder, module(dataset).mixed_loader(8))
+    assert trainer.global_step == len(recorder.batches) == 3
+
+
 # Mixing
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.3, 3), (0.5, 5), (1.0, 10)])
+@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.3, 3), (0.37, 4), (0.5, 5), (1.0, 10)])
 def test_fraction_of_imagined_rows_is_exact(dataset, fraction, count):
     data = module(dataset, synthetic_fraction=fraction)
     before = [batch.rewards for batch in data.mixed_loader(6)]

@@ -13,6 +13,7 @@ from dawm.data import minari_files
 from dawm.data.episodes import load_episodes, unscale_actions
 from dawm.data.scores import ReferenceScores, d4rl_scores, reference_scores
 from dawm.errors import UserError
+from dawm.evaluation import run_episodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(set to None|env_spec is None):UserWarning")
 
@@ -212,6 +213,38 @@ def test_goal_observations_stand_with_their_keys_sorted():
     assert torch.equal(episodes.transitions.observations, flat[:-1])
     assert torch.equal(episodes.transitions.next_observations, flat[1:])
     assert episodes.observation_space.high.tolist() == [8, 7, 9, 9]
+
+
+def test_data_and_environment_lay_goals_out_alike():
+    parts = {"b": spaces.Box(-9, 9, (1,)), "a": spaces.Dict(z=spaces.Box(-9, 9, (1,)), y=spaces.Box(-9, 9, (1,)))}
+    values = {"b": np.ones(1, np.float32), "a": {"z": np.full(1, 2, np.float32), "y": np.full(1, 3, np.float32)}}
+
+    class Goal(gym.Env):
+        observation_space = spaces.Dict(**parts)  # by keywords: not sorted
+        action_space = UNIT
+
+        def reset(self, seed=None, options=None):
+            return values, {}
+
+        def step(self, action):
+            return values, 0.0, True, False, {}
+
+    observations = {"b": np.ones((2, 1)), "a": {"z": np.full((2, 1), 2.0), "y": np.full((2, 1), 3.0)}}
+    recorded = replace(episode(0, 1, terminated=True), observations=observations)
+    write_minari("toy/goal-v0", [recorded], observation_space=Goal.observation_space)
+    seen = []
+    run_episodes(lambda rows: seen.append(rows[0]) or torch.zeros(len(rows), 2), Goal, [0], 1)
+    assert seen[0].tolist() == load_episodes("toy/goal-v0").transitions.observations[0].tolist() == [3, 2, 1]
+
+
+def test_an_environment_of_another_package(tmp_path, monkeypatch):
+    source = "import gymnasium; gymnasium.register('FarLine-v0', entry_point='test_episodes:Line')"
+    (tmp_path / "far_away.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write_d4rl(tmp_path / "a.hdf5", **d4rl_columns())
+    assert load_episodes(path, "far_away:FarLine-v0").env_spec.id == "FarLine-v0"
+    assert "did you mean FarLine-v0" in error_of(path, "far_away:FarLin-v0")
+    assert "absent_package" in error_of(path, "absent_package:FarLine-v0")
 
 
 def test_minaris_own_reader_gives_the_same(monkeypatch):

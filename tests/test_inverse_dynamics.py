@@ -1,6 +1,8 @@
+import lightning as L
 import pytest
 import torch
 
+from dawm.checkpoints import SaveCheckpoint
 from dawm.data.batches import BatchLoader, FixedBatches, RowStream
 from dawm.data.transitions import Transitions
 from dawm.inverse_dynamics import InverseDynamics
@@ -76,6 +78,33 @@ def test_validating_afterwards_does_not_change_a_trained_model(make_trainer):
     assert model.answer() == 0.4
     trainer.validate(model, FixedBatches([HALF]), verbose=False)
     assert model.answer() == 0.4
+
+
+def test_a_resumed_run_remembers_the_validation_at_its_checkpoint(make_trainer, tmp_path):
+    """Checkpoint and validation fall on the same update, whose network is the best; the resumed run must know it."""
+    model, resumed = Stepping([0.1, 0.1, 0.1, 0.5, 0.9, 0.9]), Stepping([0.1, 0.1, 0.1, 0.5, 0.9, 0.9])
+
+    def fit(module, folder, max_steps, ckpt_path=None):
+        save = SaveCheckpoint(tmp_path / folder / "last.ckpt", 4, {})
+        trainer = make_trainer(
+            6, val_check_interval=2, callbacks=[save, Interrupt(max_steps)], enable_checkpointing=True
+        )
+        trainer.fit(module, looping(HALF, 6, 4, 1), FixedBatches([HALF]), ckpt_path=ckpt_path, weights_only=True)
+        return trainer
+
+    with pytest.raises(RuntimeError, match="pulled plug"):
+        fit(model, "run", 4)
+    assert fit(resumed, "again", 6, tmp_path / "run" / "last.ckpt").global_step == 6
+    assert resumed.answer() == 0.5
+
+
+class Interrupt(L.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise RuntimeError("pulled plug")
 
 
 def test_without_validation_the_last_network_infers(make_trainer):

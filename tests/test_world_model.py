@@ -77,11 +77,13 @@ class Scripted(Sampler):
 @LAYOUTS
 def test_imagine_inverts_rows(settings, expected):
     """Whatever `rows` encodes must come out of `imagine` in the data's own units."""
-    world_model = model(sampler=Scripted(torch.tensor([expected])), **settings)
-    imagined = world_model.imagine(SEGMENT.observations[:, 0], SEGMENT.actions[:, 0], SEGMENT.returns_to_go)
-    torch.testing.assert_close(imagined.observations, SEGMENT.observations)
-    torch.testing.assert_close(imagined.rewards, SEGMENT.rewards)
-    torch.testing.assert_close(imagined.terminations, SEGMENT.terminations)
+    rows = torch.tensor([expected] * 2)
+    rows[1, :, -1] = -1.0
+    start = SEGMENT.observations[:, 0].repeat(2, 1), SEGMENT.actions[:, 0].repeat(2, 1), SEGMENT.returns_to_go.repeat(2)
+    imagined = model(sampler=Scripted(rows), **settings).imagine(*start)
+    torch.testing.assert_close(imagined.observations[1:], SEGMENT.observations)
+    torch.testing.assert_close(imagined.rewards[1:], SEGMENT.rewards)
+    assert imagined.terminations.tolist() == [[1, 1], [0, 0]]
 
 
 def test_condition_layout():

@@ -40,6 +40,8 @@ class TD3BC(OfflineAgent):
         policy_noise: Standard deviation of the noise on the target's actions, actions being in [-1, 1].
         noise_clip: Largest absolute noise on the target's actions.
         policy_every: Critic updates per update of the actor and the targets.
+        critic_layer_norm: Layer norm in the critics, which holds back their overestimation of actions that the data
+            lack (ReBRAC, arXiv 2305.09836); off as in the paper.
         normalize_observations: Standardise observations by the real data's mean and standard deviation.
     """
 
@@ -55,6 +57,7 @@ class TD3BC(OfflineAgent):
         policy_noise: float = 0.2,
         noise_clip: float = 0.5,
         policy_every: int = 2,
+        critic_layer_norm: bool = False,
         normalize_observations: bool = True,
     ) -> None:
         super().__init__(observation_size, action_size, normalize_observations)
@@ -66,7 +69,7 @@ class TD3BC(OfflineAgent):
         self.noise_clip = noise_clip
         self.policy_every = policy_every
         self.actor = BatchedMLP(1, observation_size, hidden, action_size)
-        self.critics = BatchedMLP(2, observation_size + action_size, hidden, 1)
+        self.critics = BatchedMLP(2, observation_size + action_size, hidden, 1, layer_norm=critic_layer_norm)
         self.target_actor = self.target_of(self.actor)
         self.target_critics = self.target_of(self.critics)
         self.critic_optimizer = Adam(self.critics.parameters(), lr=learning_rate, fused=True)

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 
 import numpy as np
+from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
@@ -18,6 +19,7 @@ from dawm.data.recording import Recording
 __all__ = ["check_dataset", "find_defects"]
 
 _ROUNDING = 1e-3  # of a bound, in halves of the Box's width
+_BLOCK = 100_000  # rows to compare at once
 
 
 def check_dataset(console: Console, dataset: str) -> int:
@@ -82,8 +84,9 @@ def _not_finite(recording: Recording) -> Iterator[str]:
             yield f"{where}: {len(rows)} NaN or infinite values, the first in row {rows[0]}"
 
 
-def _outside(key: str, values: NDArray, box) -> Iterator[str]:
-    slack = _ROUNDING * np.minimum((box.high.astype(np.float64) - box.low) / 2, 1e3)
+def _outside(key: str, values: NDArray, box: Box) -> Iterator[str]:
+    half = (box.high.astype(np.float64) - box.low) / 2
+    slack = np.where(np.isfinite(half), _ROUNDING * half, 0.0)
     bad = (values < box.low - slack) | (values > box.high + slack)
     rows = np.flatnonzero(bad.any(axis=1))
     if len(rows):
@@ -95,7 +98,12 @@ def _outside(key: str, values: NDArray, box) -> Iterator[str]:
 
 
 def _not_leading_on(recording: Recording) -> Iterator[str]:
-    rows = np.flatnonzero(breaks(recording.observations, recording.next_observations) & _inside(recording))
+    count, inside = len(recording.rewards), _inside(recording)
+    broken = np.zeros(count - 1, bool)
+    for start in range(0, count - 1, _BLOCK):
+        block = slice(start, start + _BLOCK + 1)
+        broken[start : start + _BLOCK] = breaks(recording.observations[block], recording.next_observations[block])
+    rows = np.flatnonzero(broken & inside)
     if len(rows):
         yield (
             f"next_observations: {len(rows)} are not the observations of the next row of the same episode, "
@@ -116,7 +124,7 @@ def _constant(recording: Recording) -> Iterator[str]:
 def _too_long(recording: Recording) -> Iterator[str]:
     limit = None if recording.env_spec is None else recording.env_spec.max_episode_steps
     lengths = np.diff(recording.ends, prepend=0)
-    if limit is None or lengths.max() <= limit:
+    if recording.env_spec is None or limit is None or lengths.max() <= limit:
         return
     first = int((lengths > limit).argmax())
     yield (

@@ -12,6 +12,8 @@ import minari
 import numpy as np
 from gymnasium.spaces import Box
 from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import parse_dataset_id
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -22,8 +24,9 @@ from dawm.data.embedded import STEPS, build
 from dawm.data.episodes import read_recordings
 from dawm.data.minari_files import REPEATED, SOURCE
 from dawm.data.names import EMBEDDED, REMOTE, dataset_folder, local_datasets
+from dawm.data.recording import Recording
 from dawm.data.scores import ReferenceScores
-from dawm.data.staging import datasets_path, progress_bar, staged
+from dawm.data.staging import datasets_path, is_complete, progress_bar, staged
 from dawm.errors import UserError
 
 __all__ = ["build_dataset", "import_file", "list_datasets", "show_dataset"]

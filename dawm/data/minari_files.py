@@ -7,6 +7,7 @@ HDF5, Minari's usual format, is read straight into preallocated arrays, which is
 episode objects; other formats go through Minari.
 """
 
+import logging
 import re
 import shutil
 import warnings
@@ -149,8 +150,12 @@ def _open(dataset_id: str) -> minari.MinariDataset:
 
 def _download(dataset_id: str) -> None:
     """Fetch a data set from Minari's server, or leave nothing of it."""
-    # Minari and Hugging Face's client draw the bars, but say nothing while they look for the data set.
-    Console(stderr=True).print(f"looking for {dataset_id} on Minari's server", markup=False, highlight=False)
+    # The server's client draws the bars of the download, but says nothing before, and tries for half a minute in vain.
+    Console(stderr=True, soft_wrap=True).print(
+        f"looking for {dataset_id} on Minari's server; without a network this takes half a minute", markup=False
+    )
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # two lines for each attempt
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about newer versions of the data set
@@ -160,6 +165,8 @@ def _download(dataset_id: str) -> None:
         if not isinstance(error, Exception):
             raise
         raise unknown_dataset(dataset_id, error) from error
+    finally:
+        logging.disable(disabled)
 
 
 def _read_hdf5(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], count: int) -> Iterator[Episode]:

@@ -213,8 +213,8 @@ class TransitionDataModule(L.LightningDataModule):
             world_size: Number of processes.
         """
         rows = self._pairs(self.validation_episodes)
-        sample = self._validation_sample(len(rows), rank, world_size)
-        return FixedBatches([self._gather(self._real_rows, rows[chosen]) for chosen in sample])
+        parts = self._validation_sample(len(rows), rank, world_size)
+        return FixedBatches([self._gather(self._real_rows, rows[part]) for part in parts])
 
     def _pairs(self, episode_ids: Tensor) -> Tensor:
         """Rows whose next observation was recorded: without it nothing can be learnt of the action."""
@@ -282,9 +282,8 @@ class TransitionDataModule(L.LightningDataModule):
     @property
     def synthetic(self) -> Transitions:
         """The imagined rows now in use (views), fields of shape (M, ...)."""
-        return Transitions.unpack(
-            self._synthetic_rows[: self._synthetic_count], self.observation_size, self.action_size
-        )
+        rows = self._synthetic_rows[: self._synthetic_count]
+        return Transitions.unpack(rows, self.observation_size, self.action_size)
 
     # Drawing
 

@@ -6,6 +6,7 @@ its own, which Minari does not keep. Actions are a flat Box with finite bounds.
 """
 
 import difflib
+import importlib
 
 import gymnasium as gym
 import numpy as np
@@ -69,11 +70,20 @@ def action_box(space: gym.Space, name: str) -> gym.spaces.Box:
 
 
 def environment_spec(env_id: str) -> EnvSpec:
-    """Gymnasium's specification of an environment, or a UserError with the nearest names."""
+    """Gymnasium's specification of an environment, or a UserError with the nearest names.
+
+    Args:
+        env_id: Its name; ``module:Name-v0`` imports the module that registers it first, as ``gymnasium.make`` does.
+    """
+    module, _, name = env_id.rpartition(":")
     try:
-        return gym.spec(env_id)
+        if module:
+            importlib.import_module(module)
+        return gym.spec(name)
     except (gym.error.Error, ImportError) as error:
-        near = difflib.get_close_matches(env_id, list(gym.registry), n=3, cutoff=0.5)
+        if module and isinstance(error, ImportError):
+            raise UserError(f"data.env_id: {env_id} needs the module {module} ({error}); install it") from error
+        near = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "`module:Name-v0` imports the package that registers it"
         raise UserError(f"data.env_id: Gymnasium knows no environment {env_id!r}; {hint}") from error
 

@@ -12,16 +12,35 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from minari.dataset.minari_dataset import parse_dataset_id
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from dawm.data.names import dataset_folder
+from dawm.errors import UserError
 
-__all__ = ["datasets_path", "is_complete", "lock", "progress_bar", "staged"]
+__all__ = ["check_output", "datasets_path", "is_complete", "lock", "progress_bar", "staged"]
 
 _PREFIX = ".dawm-build-"
 _PATIENCE = 120.0  # seconds to wait for another process, which needs a tenth of them
+
+
+def check_output(output: str, overwrite: bool) -> None:
+    """Raise a UserError where a data set cannot be written under an id.
+
+    Args:
+        output: Minari's id.
+        overwrite: Whether a data set of that id may be replaced.
+    """
+    try:
+        parse_dataset_id(output)
+    except (ValueError, TypeError) as error:  # a TypeError where the version is missing
+        raise UserError(f"output: {output!r} is not a Minari id; write it as namespace/name-v0") from error
+    if output.startswith("embedded/"):
+        raise UserError(f"output: {output} would look like one of the embedded data sets; choose another namespace")
+    if is_complete(output) and not overwrite:
+        raise UserError(f"output: {output} is there already; choose another name, or --overwrite true")
 
 
 def is_complete(dataset_id: str) -> bool:
@@ -116,7 +135,7 @@ class _Rate(ProgressColumn):
     """Steps a second; empty until they are known."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} steps/s" if task.speed else "")
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
 
 def _move(folder: Path, root: Path, dataset_id: str, overwrite: bool) -> None:

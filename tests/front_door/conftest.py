@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dawm.cli import main
 from dawm.data.embedded import build
 
 STEPS = 1500
@@ -59,3 +60,31 @@ def smoke(hopper, tmp_path) -> Path:
     path = tmp_path / "smoke.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(datasets, tmp_path_factory) -> Path:
+    """Folder of a finished run with a horizon of 3, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    options = {
+        "output_dir": folder,
+        "horizon": 3,
+        "data.horizon": 3,
+        "data.dataset": f"embedded/hopper/medium-replay-steps{STEPS}-v0",
+        "data.updates_per_step": 5,
+        "world_model.horizon": 3,
+        "world_model.network": "ResidualMLP",
+        "world_model.network.width": 16,
+        "inverse_dynamics.hidden": [16],
+        "inverse_dynamics.members": 2,
+        "model.hidden": [16, 16],
+        "stages.world_model.max_steps": 20,
+        "stages.inverse_dynamics.max_steps": 20,
+        "stages.agent.max_steps": 10,
+        "final_episodes": 1,
+        "trainer.accelerator": "cpu",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(datasets))
+        assert main(["fit", *(f"--{key}={value}" for key, value in options.items())]) == 0
+    return folder

@@ -1,0 +1,84 @@
+"""Chunks of episodes in files, until there are enough of them for a data set.
+
+They lie in a hidden folder beside the data sets, which lists of data sets pass over, and are written whole or not at
+all: whoever was interrupted finds there what was done, and goes on.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dawm.checkpoints import write_whole
+from dawm.data.minari_writer import EpisodeColumns
+from dawm.data.names import dataset_folder
+from dawm.errors import UserError
+
+__all__ = ["Parts"]
+
+
+class Parts:
+    """The chunks made so far for one data set; iterating reads one at a time.
+
+    Args:
+        output: Minari id of the data set.
+        settings: All that the chunks depend on, as plain values.
+        overwrite: Whether to give up what was begun with other settings; else that is a UserError.
+    """
+
+    def __init__(self, output: str, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        self.folder = dataset_folder() / f".dawm-parts-{hashlib.sha256(output.encode()).hexdigest()[:16]}"
+        self.counts: Counter[str] = Counter()
+        self._settings = json.dumps(settings)
+        self._paths = sorted(self.folder.glob("*.npz"))
+        if self._paths:
+            begun, wanted = json.loads((self.folder / "settings.json").read_text()), json.loads(self._settings)
+            other = [key for key in wanted if begun.get(key) != wanted[key]]
+            if other and not overwrite:
+                raise UserError(
+                    f"output: {output} was begun with {other[0]} {begun.get(other[0])}, not {wanted[other[0]]}; "
+                    "go on with that, choose another name, or start anew with --overwrite true"
+                )
+            if other:
+                self.remove()
+        for path in self._paths:
+            with np.load(path) as part:
+                self.counts.update(json.loads(str(part["counts"])))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __iter__(self) -> Iterator[EpisodeColumns]:
+        for path in self._paths:
+            with np.load(path) as part:
+                yield EpisodeColumns(*(part[key] for key in EpisodeColumns._fields))
+
+    def append(self, columns: EpisodeColumns, counts: Counter[str]) -> None:
+        """Writes one more chunk to the disk.
+
+        Args:
+            columns: The episodes.
+            counts: What to add to the counts; the counts of all chunks are kept with them.
+        """
+        if not self._paths:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / "settings.json", self._settings)
+        path = self.folder / f"{len(self._paths):06d}.npz"
+        temporary = path.with_suffix(f".{os.getpid()}")
+        with temporary.open("wb") as file:
+            np.savez(file, counts=np.array(json.dumps(counts)), **columns._asdict())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        self._paths.append(path)
+        self.counts.update(counts)
+
+    def remove(self) -> None:
+        """Removes the files."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._paths = []
