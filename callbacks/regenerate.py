@@ -84,11 +84,12 @@ class RegenerateRollouts(L.Callback):
         if self._models is None:
             raise UserError("RegenerateRollouts has no models; call connect(world_model, inverse_dynamics) first")
         world_model, inverse_dynamics = self._models
-        real, seed = data.episodes.transitions, derive_seed(self.seed, rank, step, "rollouts")
+        episodes, seed = data.episodes, derive_seed(self.seed, rank, step, "rollouts")
+        real = episodes.transitions
         device = world_model.device
         starts = torch.randint(len(real), (self.rollouts,), generator=torch.Generator().manual_seed(seed))
-        targets = self.target_return(data.returns_to_go[starts], data.returns_to_go)
-        low, high = real.observations.amin(dim=0), real.observations.amax(dim=0)
+        targets = self.target_return(data.returns_to_go[starts], data.returns_to_go[episodes.sample_rows()])
+        low, high = episodes.observation_low, episodes.observation_high
         slack = self.margin * (high - low)
         return synthesize(
             world_model,

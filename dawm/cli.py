@@ -5,8 +5,9 @@ and the callbacks is a key of the config and an option of the command line. `Lig
 serves one model and one Trainer.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NamedTuple, NoReturn
 
 import lightning as L
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -20,9 +21,11 @@ import dawm.networks
 import dawm.samplers
 import dawm.synthesis  # noqa: F401
 from dawm import commands
+from dawm.data import check, manage
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
 from dawm.experiment import Stages
+from dawm.export import synthesize_dataset
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.mistakes import explain, one_line
 from dawm.modules import SIZES
@@ -55,37 +58,72 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Command line; None takes the process's own.
 
     Returns:
-        Exit code: 0, or 2 after a user's mistake.
+        Exit code: 0; 1 if defects were found in a data set; 2 after a user's mistake.
     """
     console = Console()
     try:
         config = make_parser().parse_args(args)
-        _run(config, console)
+        return _run(config, console)
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(
             f"error: {one_line(str(error))}", style="bold red", markup=False, highlight=False
         )
         return 2
-    return 0
 
 
-def _run(config: Namespace, console: Console) -> None:
+class Command(NamedTuple):
+    """A command that is one function: its arguments are the options, its docstring the help.
+
+    Args:
+        function: Takes the console first; a number it returns is a count of defects.
+        positional: The argument that is given without its name.
+    """
+
+    function: Callable[..., int | None]
+    positional: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """One line of help."""
+        return (self.function.__doc__ or "").splitlines()[0]
+
+    def parser(self) -> Parser:
+        """The parser of its options."""
+        parser = Parser(parser_mode="omegaconf+", description=self.summary)
+        skip: set[str | int] = {"console"}
+        if self.positional is not None:
+            kind = inspect.signature(self.function).parameters[self.positional].annotation
+            parser.add_argument(self.positional, type=kind)
+            skip.add(self.positional)
+        parser.add_function_arguments(self.function, skip=skip, as_group=False)
+        return parser
+
+    def run(self, config: Namespace, console: Console) -> int:
+        """Runs it; 1 if it found defects, else 0."""
+        return 1 if self.function(console, **self.parser().instantiate(config).as_dict()) else 0
+
+
+COMMANDS = {
+    "evaluate": Command(commands.evaluate_run),
+    "synthesize": Command(synthesize_dataset),
+}
+DATASETS = {
+    "list": Command(manage.list_datasets),
+    "show": Command(manage.show_dataset, "dataset"),
+    "build": Command(manage.build_dataset, "name"),
+    "import": Command(manage.import_file, "file"),
+    "check": Command(check.check_dataset, "dataset"),
+}
+
+
+def _run(config: Namespace, console: Console) -> int:
     if config.subcommand == "fit":
         commands.fit(make_fit_parser(), config.fit, console)
-    else:
-        arguments = config[config.subcommand]
-        parser = _command_parser(_COMMANDS[config.subcommand])
-        _COMMANDS[config.subcommand](console, **parser.instantiate(arguments).as_dict())
-
-
-_COMMANDS: dict[str, Callable[..., Any]] = {"evaluate": commands.evaluate_run}
-"""Commands that are one function: its arguments are the options, its docstring the help."""
-
-
-def _command_parser(command: Callable[..., Any]) -> Parser:
-    parser = Parser(parser_mode="omegaconf+")
-    parser.add_function_arguments(command, skip={"console"})
-    return parser
+        return 0
+    if config.subcommand == "datasets":
+        chosen = config.datasets.subcommand
+        return DATASETS[chosen].run(config.datasets[chosen], console)
+    return COMMANDS[config.subcommand].run(config[config.subcommand], console)
 
 
 def make_parser() -> Parser:
@@ -97,9 +135,13 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"dawm {dawm.__version__}")
     subcommands = parser.add_subcommands(required=True)
     subcommands.add_subcommand("fit", make_fit_parser(), help="train the three stages and score the agent")
-    for name, command in _COMMANDS.items():
-        summary = (command.__doc__ or "").splitlines()[0]
-        subcommands.add_subcommand(name, _command_parser(command), help=summary)
+    for name, command in COMMANDS.items():
+        subcommands.add_subcommand(name, command.parser(), help=command.summary)
+    datasets = Parser(parser_mode="omegaconf+", description="Look at, build, import and check data sets.")
+    subcommands.add_subcommand("datasets", datasets, help="look at, build, import and check data sets")
+    nested = datasets.add_subcommands(required=True)
+    for name, command in DATASETS.items():
+        nested.add_subcommand(name, command.parser(), help=command.summary)
     return parser
 
 

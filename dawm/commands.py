@@ -53,13 +53,15 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
         raise UserError(
             f"data.horizon is {data.horizon} but world_model.horizon is {horizon}; set both to ${{horizon}}"
         )
+    # no result depends on where the rows are kept
+    data_settings = {key: value for key, value in settings["data"].items() if key not in ("cache_dir", "memory_limit")}
     experiment = Experiment(
         data=data,
         stages=parts.stages,
         trainer=settings["trainer"],
         settings={
             name: {
-                "data": settings["data"],
+                "data": data_settings,
                 "module": modules["model" if name == "agent" else name],
                 "callbacks": settings["stages"][name]["callbacks"],
             }

@@ -217,14 +217,14 @@ class Experiment:
             raise UserError(f"trainer: {error} Change --trainer.*") from None
 
     def _fit_normalizers(self, name: str, module: L.LightningModule) -> None:
-        real = self.data.episodes.transitions
+        data, episodes, real = self.data, self.data.episodes, self.data.episodes.transitions
         if name == "agent":
             if isinstance(module, OfflineAgent):
-                module.fit_normalizers(real, self.data.episodes.returns())
+                module.fit_normalizers(real[episodes.sample_rows()], episodes.returns())
             return
-        rows = self.data.rows_of(self.data.training_episodes)
+        rows = episodes.sample_rows(data.training_episodes)
         if name == "world_model":
-            module.fit_normalizers(real[rows], self.data.returns_to_go[rows])  # type: ignore[operator]
+            module.fit_normalizers(real[rows], data.returns_to_go[rows])  # type: ignore[operator]
         else:
             module.fit_normalizers(real[rows])  # type: ignore[operator]
 

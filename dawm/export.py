@@ -293,6 +293,6 @@ def _new_storage(folder: Path, output: str, episodes: Episodes, metadata: dict[s
         )
     if episodes.reference is not None:
         metadata |= {"ref_min_score": episodes.reference.minimum, "ref_max_score": episodes.reference.maximum}
-        metadata |= {SOURCE: episodes.reference.source}
+        metadata |= {SOURCE: f"those of {episodes.name} ({episodes.reference.source})"}
     dataset.storage.update_metadata(metadata)
     return dataset.storage

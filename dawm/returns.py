@@ -5,10 +5,14 @@ Symbols: N rows, E episodes, gamma the discount. The return-to-go of step t of a
 loaders; the window form sums only the next ``window`` rewards (the two forms in DWM, arXiv 2402.03570).
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
-__all__ = ["returns_to_go"]
+__all__ = ["returns_in_blocks", "returns_to_go"]
+
+BLOCK = 1 << 18  # rows to sum at once, if not one episode has more: bounds the memory, and fits into a cache
 
 
 def returns_to_go(rewards: Tensor, ends: Tensor, discount: float, window: int | None = None) -> Tensor:
@@ -25,20 +29,48 @@ def returns_to_go(rewards: Tensor, ends: Tensor, discount: float, window: int | 
     """
     if rewards.ndim != 1 or ends.ndim != 1:
         raise ValueError(f"rewards and ends must have one dimension, got {rewards.ndim} and {ends.ndim}")
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    lengths = ends - starts
-    longest = int(lengths.max())
-    totals = torch.zeros(len(rewards), dtype=torch.float64, device=rewards.device)
-    # All episodes walk backwards together: after step k the row `ends - 1 - k` of each one holds its sum.
-    running = torch.zeros(len(ends), dtype=torch.float64, device=rewards.device)
-    for k in range(longest):
-        alive = lengths > k
-        rows = (ends - 1 - k)[alive]
-        running[alive] = rewards[rows].double() + discount * running[alive]
-        totals[rows] = running[alive]
-    if window is not None:
-        row_ends = torch.repeat_interleave(ends, lengths)
-        later = torch.arange(len(rewards), device=rewards.device) + window
-        inside = later < row_ends
-        totals[inside] -= discount**window * totals[later[inside]].clone()
-    return totals.to(rewards.dtype)
+    blocks = returns_in_blocks(lambda start, stop: rewards[start:stop], ends, discount, window)
+    return torch.cat([block.to(rewards.dtype) for block in blocks])
+
+
+def returns_in_blocks(
+    read: Callable[[int, int], Tensor], ends: Tensor, discount: float, window: int | None = None
+) -> Iterator[Tensor]:
+    """Return-to-go at every step, some whole episodes at a time, in double precision.
+
+    Args:
+        read: Gives the rewards from a row up to another.
+        ends: Exclusive end row of each episode, ascending, shape (E,).
+        discount: Gamma, in [0, 1].
+        window: Sum only this many rewards; None sums to the episode's end.
+    """
+    first, start = 0, 0
+    while first < len(ends):
+        behind = max(first + 1, int(torch.searchsorted(ends, start + BLOCK, right=True)))
+        stop = int(ends[behind - 1])
+        yield _sums(read(start, stop), ends[first:behind] - start, discount, window)
+        first, start = behind, stop
+
+
+def _sums(rewards: Tensor, ends: Tensor, discount: float, window: int | None) -> Tensor:
+    """Return-to-go of some whole episodes in double precision, shape (N,).
+
+    Args:
+        rewards: Rewards, shape (N,).
+        ends: Exclusive end row of each episode, shape (E,).
+        discount: Gamma.
+        window: Sum only this many rewards; None sums to the episode's end.
+    """
+    lengths = torch.diff(ends, prepend=ends.new_zeros(1))
+    left = torch.repeat_interleave(ends, lengths) - torch.arange(len(rewards), device=rewards.device)
+    totals = rewards.double()
+    # Each pass doubles how many rewards a row has summed: its own `reach`, and those of the row behind them.
+    reach, longest = 1, int(lengths.max())
+    while reach < longest and discount**reach > 0:
+        behind = torch.where(left[:-reach] > reach, totals[reach:], 0.0)
+        totals[:-reach] += discount**reach * behind
+        reach *= 2
+    if window is not None and window < longest:
+        behind = torch.where(left[:-window] > window, totals[window:], 0.0)
+        totals[:-window] -= discount**window * behind
+    return totals

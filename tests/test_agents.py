@@ -185,15 +185,17 @@ def test_targets_have_no_gradient_and_move_by_tau(make):
 
 def test_iql_actor_learning_rate_follows_a_cosine_over_the_run():
     agent = IQL(1, 1, **SETTINGS)
-    assert agent.actor_learning_rate() == SETTINGS["learning_rate"]
+    assert agent.decayed(SETTINGS["learning_rate"]) == SETTINGS["learning_rate"]
     agent._trainer = SimpleNamespace(max_steps=100)
     agent.update_index = 50
-    assert agent.actor_learning_rate() == pytest.approx(SETTINGS["learning_rate"] / 2)
+    assert agent.decayed(SETTINGS["learning_rate"]) == pytest.approx(SETTINGS["learning_rate"] / 2)
     agent.update(uniform(64))
     rates = [group["lr"] for group in agent.optimizer.param_groups]
     assert rates == pytest.approx([SETTINGS["learning_rate"] / 2, SETTINGS["learning_rate"]])
-    agent.decay_actor_learning_rate = False
-    assert agent.actor_learning_rate() == SETTINGS["learning_rate"]
+    constant = IQL(1, 1, **SETTINGS, decay_actor_learning_rate=False)
+    constant._trainer, constant.update_index = SimpleNamespace(max_steps=100), 50
+    constant.update(uniform(64))
+    assert [group["lr"] for group in constant.optimizer.param_groups] == [SETTINGS["learning_rate"]] * 2
 
 
 def test_iql_draws_from_its_gaussian_and_drops_units_in_training_only():

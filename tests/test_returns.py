@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dawm import returns
 from dawm.returns import returns_to_go
 
 REWARDS, ENDS = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0]), torch.tensor([3, 5])
@@ -22,8 +23,11 @@ def test_window_sums_only_the_next_rewards(window, expected):
     assert returns_to_go(REWARDS, ENDS, 0.5, window).tolist() == expected
 
 
+@pytest.mark.parametrize("block", [1, 8, 9, 1000])
 @pytest.mark.parametrize("window", [None, 4])
-def test_many_episodes_at_once_equal_a_loop(window):
+def test_many_episodes_at_once_equal_a_loop(window, block, monkeypatch):
+    """However many whole episodes are summed at once."""
+    monkeypatch.setattr(returns, "BLOCK", block)
     lengths = torch.tensor([7, 1, 12, 3])
     ends, rewards = lengths.cumsum(0), torch.randn(23)
     expected = torch.zeros(23)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -325,8 +326,10 @@ def test_the_baseline_is_rolled_out_by_hand(make_trainer, monkeypatch):
         return torch.tensor([[1.0, 1.0, 1.0, 1.0]])  # difference (1, 2), reward 5, terminated
 
     monkeypatch.setattr(world_model, "_regress", regress)
-    metrics = make_trainer(1).validate(world_model, FixedBatches([SEGMENT]), verbose=False)[0]
+    recorded = replace(SEGMENT, valid=torch.ones(1, 2))
+    metrics = make_trainer(1).validate(world_model, FixedBatches([recorded]), verbose=False)[0]
     assert metrics["world_model/regression_observation_error/step_1"] == 0
+    assert metrics["world_model/regression_observation_error/step_2"] == ((1 / 2) ** 2 + (2 / 4) ** 2) / 2
     assert metrics["world_model/regression_reward_error/step_1"] == 0
     assert metrics["world_model/regression_termination_error/step_1"] == 0
     torch.testing.assert_close(torch.tensor(asked[1][0]), torch.tensor([[1.0, 2.0]]))

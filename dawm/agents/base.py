@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dawm.agents.losses import cosine_decay
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
 from dawm.normalizer import Normalizer
@@ -105,6 +106,15 @@ class OfflineAgent(UpdateModule):
             observations: Observations in the data's units, shape (B, O).
             deterministic: The policy's mean, or a draw from it.
         """
+
+    def decayed(self, learning_rate: float) -> float:
+        """A learning rate that falls to 0 along a cosine over the run; constant where no trainer sets a length.
+
+        Args:
+            learning_rate: Its value at the first update.
+        """
+        total = self._trainer.max_steps if self._trainer is not None else -1
+        return learning_rate * cosine_decay(self.update_index, total) if total > 0 else learning_rate
 
     @staticmethod
     def target_of(network: nn.Module) -> nn.Module:

@@ -19,7 +19,6 @@ from torch.optim import Adam, Optimizer
 from dawm.agents.base import OfflineAgent
 from dawm.agents.losses import (
     advantage_weights,
-    cosine_decay,
     critic_loss,
     expectile_loss,
     gaussian_log_likelihood,
@@ -159,19 +158,13 @@ class IQL(OfflineAgent):
         Args:
             batch: Transitions in the data's units, fields of shape (B, ...).
         """
-        self.optimizer.param_groups[0]["lr"] = self.actor_learning_rate()
+        if self.decay_actor_learning_rate:
+            self.optimizer.param_groups[0]["lr"] = self.decayed(self.learning_rate)
         loss, metrics = self.total_loss(self.prepare(batch))
         self.minimize(loss, self.optimizer)
         self.update_targets()
         self.update_index += 1
         return metrics
-
-    def actor_learning_rate(self) -> float:
-        """The actor's learning rate at this update, a function of the update's number alone."""
-        total = self._trainer.max_steps if self._trainer is not None else -1
-        if not self.decay_actor_learning_rate or total < 1:
-            return self.learning_rate
-        return self.learning_rate * cosine_decay(self.update_index, total)
 
     def optimizers_in_order(self) -> list[Optimizer]:
         """One optimiser: actor, then value network and critics."""

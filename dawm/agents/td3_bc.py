@@ -42,6 +42,8 @@ class TD3BC(OfflineAgent):
         policy_every: Critic updates per update of the actor and the targets.
         critic_layer_norm: Layer norm in the critics, which holds back their overestimation of actions that the data
             lack (ReBRAC, arXiv 2305.09836); off as in the paper.
+        decay_actor_learning_rate: Let the actor's learning rate fall to 0 along a cosine over the run's ``max_steps``,
+            which settles the last policy; off as in the paper.
         normalize_observations: Standardise observations by the real data's mean and standard deviation.
     """
 
@@ -58,6 +60,7 @@ class TD3BC(OfflineAgent):
         noise_clip: float = 0.5,
         policy_every: int = 2,
         critic_layer_norm: bool = False,
+        decay_actor_learning_rate: bool = False,
         normalize_observations: bool = True,
     ) -> None:
         super().__init__(observation_size, action_size, normalize_observations)
@@ -68,6 +71,8 @@ class TD3BC(OfflineAgent):
         self.policy_noise = policy_noise
         self.noise_clip = noise_clip
         self.policy_every = policy_every
+        self.learning_rate = learning_rate
+        self.decay_actor_learning_rate = decay_actor_learning_rate
         self.actor = BatchedMLP(1, observation_size, hidden, action_size)
         self.critics = BatchedMLP(2, observation_size + action_size, hidden, 1, layer_norm=critic_layer_norm)
         self.target_actor = self.target_of(self.actor)
@@ -135,6 +140,8 @@ class TD3BC(OfflineAgent):
         loss, metrics = self.critic_loss(batch)
         self.minimize(loss, self.critic_optimizer)
         if (self.update_index + 1) % self.policy_every == 0:
+            if self.decay_actor_learning_rate:
+                self.actor_optimizer.param_groups[0]["lr"] = self.decayed(self.learning_rate)
             loss, actor_metrics = self.actor_loss(batch)
             self.minimize(loss, self.actor_optimizer)
             self.update_targets()

@@ -1,6 +1,6 @@
 """Drawing batches: seeded streams of row numbers, and the loaders that Lightning iterates over.
 
-Symbols: K updates drawn at once, B batch size.
+Symbols: K updates drawn at once, B batch size, E ranges.
 
 A stream is a function of its seed alone, and each update takes a fixed count of numbers from it. So results do not
 depend on K, and a resumed run skips what the interrupted one has used: its position is one number, the same on every
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BatchLoader", "FixedBatches", "RowStream", "derive_seed", "take"]
+__all__ = ["BatchLoader", "FixedBatches", "Ranges", "RowStream", "derive_seed", "take"]
 
 SKIP_CHUNK = 1 << 22
 
@@ -60,6 +60,34 @@ class RowStream:
         """
         for start in range(0, count, SKIP_CHUNK):
             torch.randint(2, (min(SKIP_CHUNK, count - start),), generator=self._generator)
+
+
+class Ranges:
+    """Ranges of rows, one behind the other, whose rows are found by number: a list of rows that takes no memory.
+
+    Args:
+        starts: First row of each range, shape (E,).
+        lengths: Rows of each range, shape (E,).
+    """
+
+    def __init__(self, starts: Tensor, lengths: Tensor) -> None:
+        self._behind = lengths.cumsum(0)
+        self._shifts = starts - (self._behind - lengths)
+
+    def __len__(self) -> int:
+        return int(self._behind[-1]) if len(self._behind) else 0
+
+    def find(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows by number, and the range that each belongs to.
+
+        Args:
+            numbers: Numbers below ``len(self)``, shape (...).
+
+        Returns:
+            Rows and positions in ``starts``, each shape (...).
+        """
+        which = torch.searchsorted(self._behind, numbers.contiguous(), right=True)
+        return numbers + self._shifts[which], which
 
 
 class BatchLoader:

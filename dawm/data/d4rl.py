@@ -5,7 +5,7 @@
 * ``next_observations`` missing: inside an episode ``s_{t+1}`` is the next row's observation. The last row of a
   truncated episode has none and is dropped, because it would have to bootstrap from a made-up ``s_{t+1}``. The last row
   of a terminated episode is kept: it alone says that the task ends there, and it never bootstraps. Its ``s_{t+1}`` is
-  filled with ``s_t`` and marked in ``Recording.next_observed``; it can teach neither dynamics nor inverse dynamics.
+  filled with ``s_t`` and marked in ``Block.next_observed``; it can teach neither dynamics nor inverse dynamics.
 * ``timeouts`` missing: an episode is cut at the environment's time limit where the environment is known, and the
   file's end truncates the last one.
 
@@ -28,12 +28,12 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from dawm.data.recording import Recording
+from dawm.data.recording import BLOCK, Block, Source, columns
 from dawm.data.scores import ReferenceScores, d4rl_scores, reference_scores
 from dawm.data.spaces import environment_spaces, environment_spec, unbounded
 from dawm.errors import UserError
 
-__all__ = ["D4RLFile", "breaks", "is_d4rl_name", "read_d4rl"]
+__all__ = ["D4RLFile", "D4RLSource", "breaks", "is_d4rl_name"]
 
 _LOCOMOTION_KINDS = "(random|medium|expert|mixed|medium-replay|full-replay|medium-expert)"
 _LOCOMOTION = re.compile(rf"(?P<family>hopper|walker2d|halfcheetah)-{_LOCOMOTION_KINDS}-v\d+")
@@ -64,44 +64,52 @@ def breaks(observations: NDArray, next_observations: NDArray) -> NDArray[np.bool
     return ~leads_on.all(axis=1)
 
 
-def read_d4rl(path: Path, name: str, env_id: str | None = None) -> Recording:
-    """Read one file.
+class D4RLSource(Source):
+    """One file.
 
     Args:
         path: The file.
         name: What the user calls it, for messages.
         env_id: The environment to evaluate in; None: known from the file's name, or none.
     """
-    with D4RLFile(path, name, env_id) as file:
-        observations, actions, rewards = (file.read(key) for key in ("observations", "actions", "rewards"))
-        recorded = file.read("next_observations") if file.has_next_observations else None
-    terminations, last = file.terminations, file.last
-    if recorded is not None:
-        keep = np.ones(len(last), dtype=bool)
-        next_observations, next_observed = recorded, None
-    else:
-        keep = ~last | terminations
-        next_observations = np.concatenate([observations[1:], observations[-1:]])
-        next_observations[terminations] = observations[terminations]
-        next_observed = ~terminations[keep]
-        # A truncated episode now ends one row earlier; where it was only that one row, the episode before ends there.
-        last = np.append(last[:-1] | ~keep[1:], last[-1:])
-    return Recording(
-        name=name,
-        observations=observations[keep],
-        actions=actions[keep],
-        rewards=rewards[keep],
-        next_observations=next_observations[keep],
-        terminations=terminations[keep],
-        ends=np.flatnonzero(last[keep]) + 1,
-        observation_space=file.observation_space,
-        action_space=file.action_space,
-        env_spec=file.env_spec,
-        reference=file.reference,
-        next_observed=next_observed,
-        path=path,
-        defects=file.defects,
-    )
+
+    def __init__(self, path: Path, name: str, env_id: str | None = None) -> None:
+        self.path, self.name, self._env_id = path, name, env_id
+        self.files = [path]
+        with D4RLFile(path, name, env_id) as file:
+            self.observation_space, self.action_space = file.observation_space, file.action_space
+            self.env_spec, self.reference, self.defects = file.env_spec, file.reference, file.defects
+            self.count = int(_kept(file).sum())
+        self.settings = "; ".join(self.defects)  # where it was cut
+
+    def blocks(self) -> Iterator[Block]:
+        """All rows in order."""
+        with D4RLFile(self.path, self.name, self._env_id) as file:
+            terminations, last, keep = file.terminations, file.last, _kept(file)
+            # A truncated episode ends one row earlier; where it was only that one row, the episode before ends there.
+            last = np.append(last[:-1] | ~keep[1:], last[-1:])
+            for start in range(0, len(last), BLOCK):
+                part = slice(start, start + BLOCK)
+                observations = file.read("observations", start, start + BLOCK + 1)
+                rows = np.empty((len(last[part]), self.width), np.float32)
+                parts = columns(rows, *self.sizes)
+                parts.observations[:] = observations[: len(rows)]
+                parts.actions[:] = file.read("actions", start, start + BLOCK)
+                parts.rewards[:] = file.read("rewards", start, start + BLOCK)
+                parts.terminations[:] = terminations[part]
+                if file.has_next_observations:
+                    parts.next_observations[:] = file.read("next_observations", start, start + BLOCK)
+                    yield Block(rows, last[part])
+                    continue
+                parts.next_observations[: len(observations) - 1] = observations[1:]
+                parts.next_observations[terminations[part]] = parts.observations[terminations[part]]
+                kept = keep[part]
+                yield Block(rows[kept], last[part][kept], ~terminations[part][kept])
+
+
+def _kept(file: "D4RLFile") -> NDArray[np.bool_]:
+    """Rows whose ``s_{t+1}`` is known or not needed, shape (N,)."""
+    return np.ones(len(file.last), bool) if file.has_next_observations else ~file.last | file.terminations
 
 
 class D4RLFile:
@@ -158,7 +166,7 @@ class D4RLFile:
     def episodes(self, block: int = 50_000) -> Iterator[tuple[NDArray, NDArray, NDArray, bool]]:
         """Episodes that need no ``next_observations``: T + 1 observations, T actions, T rewards, whether it terminated.
 
-        Their steps are those of `read_d4rl`, in the same order. An episode is cut where its observations do not lead
+        Their steps are those of `D4RLSource`, in the same order. An episode is cut where its observations do not lead
         on. No more than a block of rows, or one episode, is in memory at a time.
 
         Args:
@@ -269,11 +277,12 @@ def _whole(columns: dict[str, NDArray], terminated: bool) -> Iterator[tuple[NDAr
 
 def _time_limits(terminations: NDArray[np.bool_], env_spec: EnvSpec | None) -> NDArray[np.bool_]:
     """Where episodes reach the environment's time limit, counted from the last termination, shape (N,)."""
-    rows = np.arange(len(terminations))
+    reached = np.zeros(len(terminations), dtype=bool)
     limit = env_spec.max_episode_steps if env_spec is not None else None
-    if limit is None:
-        return np.zeros(len(rows), dtype=bool)
-    starts = np.zeros_like(rows)
-    starts[1:] = np.where(terminations[:-1], rows[1:], 0)
-    steps = rows - np.maximum.accumulate(starts)
-    return (steps + 1) % limit == 0
+    if limit is not None:
+        starts = np.concatenate([[0], np.flatnonzero(terminations) + 1])
+        times = np.diff(starts, append=len(terminations)) // limit
+        # the first, second, ... time that the limit is reached behind each start
+        nth = np.arange(times.sum()) - np.repeat(times.cumsum() - times, times) + 1
+        reached[np.repeat(starts, times) + nth * limit - 1] = True
+    return reached

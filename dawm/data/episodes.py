@@ -1,6 +1,6 @@
 """Load recorded episodes: the one place where files become tensors.
 
-Symbols: N rows, O observation size, A action size, E episodes.
+Symbols: N rows, O observation size, A action size, E episodes, D = 2 O + A + 2 columns of a packed row.
 
 A data set is named by
 
@@ -15,32 +15,30 @@ clamp the actions they are given, so a recorded action outside is clipped to wha
 more than rounding. One further out than half the Box's width was recorded in other units and is an error.
 """
 
-import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
-import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
-from dawm.data.d4rl import is_d4rl_name, read_d4rl
+from dawm.data.batches import Ranges
+from dawm.data.cache import MEMORY_LIMIT, load_table, mapped_returns_to_go
+from dawm.data.d4rl import D4RLSource, is_d4rl_name
 from dawm.data.embedded import build
-from dawm.data.minari_files import read_minari
+from dawm.data.minari_files import MinariSource
 from dawm.data.names import EMBEDDED
-from dawm.data.recording import Recording
+from dawm.data.recording import Recording, Source
 from dawm.data.scores import ReferenceScores
+from dawm.data.spaces import scale_actions, unscale_actions
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
+from dawm.returns import returns_to_go
 
 __all__ = ["Episodes", "load_episodes", "read_recordings", "scale_actions", "unscale_actions"]
-
-# How far an action lies outside its bounds, in halves of the Box's width.
-_ROUNDING = 1e-3
-_OTHER_UNITS = 1.0
+STATISTICS_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,30 +47,46 @@ class Episodes:
 
     Args:
         name: The data set as the user named it.
-        transitions: All steps in order, float32 on the CPU, actions in [-1, 1].
+        rows: All steps in order, packed (`Transitions.pack`), float32 on the CPU, actions in [-1, 1], shape (N, D).
+            Never write to them: of a large data set they are a mapped file.
         ends: Exclusive end row of each episode, shape (E,), int64.
+        terminated: Whether each episode ended with a termination, shape (E,), bool.
+        end_observed: False where the last ``s_{t+1}`` of an episode was not recorded and is filled with ``s_t``, shape
+            (E,), bool. Only terminated rows of files without ``next_observations`` are so; they serve one-step TD,
+            because they never bootstrap, but must not teach the dynamics or the inverse dynamics.
+        episode_returns: Undiscounted return of each episode, shape (E,).
+        observation_low: Lowest value of each observation dimension, shape (O,).
+        observation_high: Highest value, shape (O,).
         observation_space: Flat Box of the observations.
         action_space: The environment's own Box of actions.
         env_spec: The environment to evaluate in; None if not known.
         reference: Reference scores; None if not known.
-        fingerprint: Hash of transitions, ends and action bounds: the same for the same data in another file format.
-        next_observed: False where ``s_{t+1}`` was not recorded and is filled with ``s_t``, shape (N,), bool. Only
-            terminated rows of files without ``next_observations`` are so; they serve one-step TD, because they never
-            bootstrap, but must not teach the dynamics or the inverse dynamics.
+        fingerprint: Hash of rows, ends and action bounds: the same for the same data in another file format.
+        cache: Folder of the cache whose file the rows are mapped from; None: they stand in memory.
     """
 
     name: str
-    transitions: Transitions
+    rows: Tensor
     ends: Tensor
+    terminated: Tensor
+    end_observed: Tensor
+    episode_returns: Tensor
+    observation_low: Tensor
+    observation_high: Tensor
     observation_space: gym.spaces.Box
     action_space: gym.spaces.Box
     env_spec: EnvSpec | None
     reference: ReferenceScores | None
     fingerprint: str
-    next_observed: Tensor
+    cache: Path | None = None
 
     def __len__(self) -> int:
-        return len(self.transitions)
+        return len(self.rows)
+
+    @property
+    def transitions(self) -> Transitions:
+        """Views of the rows' columns, fields of shape (N, ...)."""
+        return Transitions.unpack(self.rows, self.observation_space.shape[0], self.action_space.shape[0])
 
     @property
     def starts(self) -> Tensor:
@@ -87,46 +101,79 @@ class Episodes:
     @property
     def truncated(self) -> Tensor:
         """Whether each episode ended without a termination, shape (E,), bool."""
-        return self.transitions.terminations[self.ends - 1] == 0
+        return ~self.terminated
+
+    @property
+    def next_observed(self) -> Tensor:
+        """False where ``s_{t+1}`` was not recorded, shape (N,), bool; made anew at each call."""
+        observed = torch.ones(len(self), dtype=torch.bool)
+        observed[self.ends - 1] = self.end_observed
+        return observed
 
     def returns(self) -> Tensor:
         """Undiscounted return of each episode, shape (E,)."""
-        episode = torch.repeat_interleave(torch.arange(len(self.ends)), self.lengths)
-        # In double precision: an episode may sum a thousand rewards.
-        sums = torch.zeros(len(self.ends), dtype=torch.float64)
-        return sums.index_add(0, episode, self.transitions.rewards.double()).float()
+        return self.episode_returns
+
+    def returns_to_go(self, discount: float, window: int | None = None) -> Tensor:
+        """Return-to-go of every row, shape (N,); mapped where the rows are.
+
+        Args:
+            discount: Discount.
+            window: Sum only this many rewards; None sums to the episode's end.
+        """
+        if self.cache is not None:
+            return mapped_returns_to_go(self.cache, self.ends, discount, window)
+        return returns_to_go(self.transitions.rewards, self.ends, discount, window)
+
+    def sample_rows(self, episode_ids: Tensor | None = None) -> Tensor:
+        """Row numbers to take statistics from, ascending, shape (n,): always the same ones.
+
+        They are all rows up to 2^20; of more, so many are drawn at random (some twice), which moves a mean by a
+        thousandth of a standard deviation.
+
+        Args:
+            episode_ids: The episodes to take rows from; None: all.
+        """
+        chosen = slice(None) if episode_ids is None else episode_ids
+        ranges = Ranges(self.starts[chosen], self.lengths[chosen])
+        numbers = torch.arange(min(len(ranges), STATISTICS_ROWS))
+        if len(ranges) > STATISTICS_ROWS:
+            generator = torch.Generator().manual_seed(0)
+            numbers = torch.randint(len(ranges), (STATISTICS_ROWS,), generator=generator).sort()[0]
+        return ranges.find(numbers)[0]
 
 
-def load_episodes(dataset: str, env_id: str | None = None) -> Episodes:
+def load_episodes(
+    dataset: str, env_id: str | None = None, cache_dir: str | None = None, memory_limit: float = MEMORY_LIMIT
+) -> Episodes:
     """Load a data set by name; the module's docstring gives the forms a name takes.
 
     Args:
         dataset: The name.
         env_id: Gymnasium id of the environment to evaluate in; None: the one that the data set names.
+        cache_dir: Folder of the cache; None: `dawm.data.cache.default_folder`.
+        memory_limit: Rows of more than so many GiB are mapped from the cache instead of held in memory.
     """
-    recordings = read_recordings(dataset, env_id)
-    for recording in recordings:
-        recording.check()
-    _check_agreement(recordings)
-
-    first = recordings[0]
-    parts = [_to_transitions(recording) for recording in recordings]
-    transitions = parts[0] if len(parts) == 1 else Transitions.cat(parts)
-    offsets = np.cumsum([0, *(len(part) for part in parts)])
-    ends = torch.from_numpy(np.concatenate([part.ends + offset for part, offset in zip(recordings, offsets)]))
-    next_observed = [
-        np.ones(len(part.rewards), bool) if part.next_observed is None else part.next_observed for part in recordings
-    ]
+    sources = [_open(part, env_id) for part in _split(dataset)]
+    for source in sources:
+        source.check()
+    _check_agreement(sources)
+    first, table = sources[0], load_table(sources, cache_dir, memory_limit)
     return Episodes(
         name=dataset,
-        transitions=transitions,
-        ends=ends,
+        rows=table.rows,
+        ends=table.ends,
+        terminated=table.terminated,
+        end_observed=table.end_observed,
+        episode_returns=table.returns,
+        observation_low=table.low,
+        observation_high=table.high,
         observation_space=first.observation_space,
         action_space=first.action_space,
-        env_spec=next((part.env_spec for part in recordings if part.env_spec is not None), None),
-        reference=next((part.reference for part in recordings if part.reference is not None), None),
-        fingerprint=_fingerprint(transitions, ends, first.action_space),
-        next_observed=torch.from_numpy(np.concatenate(next_observed)),
+        env_spec=next((source.env_spec for source in sources if source.env_spec is not None), None),
+        reference=next((source.reference for source in sources if source.reference is not None), None),
+        fingerprint=table.fingerprint,
+        cache=table.folder,
     )
 
 
@@ -137,35 +184,7 @@ def read_recordings(dataset: str, env_id: str | None = None) -> list[Recording]:
         dataset: The name.
         env_id: Gymnasium id of the environment; None: the one that the data set names.
     """
-    return [_read(part, env_id) for part in _split(dataset)]
-
-
-def scale_actions(actions: Tensor, space: gym.spaces.Box) -> Tensor:
-    """Map actions from the environment's Box to [-1, 1].
-
-    Args:
-        actions: Actions in the environment's units, shape (..., A).
-        space: The environment's Box, shape (A,).
-    """
-    middle, half = _middle_and_half(space)
-    return (actions - middle.to(actions.device)) / half.to(actions.device)
-
-
-def unscale_actions(actions: Tensor, space: gym.spaces.Box) -> Tensor:
-    """Map actions from [-1, 1] to the environment's Box; the inverse of `scale_actions`.
-
-    Args:
-        actions: Actions in [-1, 1], shape (..., A).
-        space: The environment's Box, shape (A,).
-    """
-    middle, half = _middle_and_half(space)
-    return actions * half.to(actions.device) + middle.to(actions.device)
-
-
-def _middle_and_half(space: gym.spaces.Box) -> tuple[Tensor, Tensor]:
-    """Middle and half the width of a Box, shapes (A,)."""
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    return torch.tensor((low + high) / 2, dtype=torch.float32), torch.tensor((high - low) / 2, dtype=torch.float32)
+    return [_open(part, env_id).read() for part in _split(dataset)]
 
 
 def _split(dataset: str) -> list[str]:
@@ -178,24 +197,24 @@ def _split(dataset: str) -> list[str]:
     return parts
 
 
-def _read(name: str, env_id: str | None) -> Recording:
+def _open(name: str, env_id: str | None) -> Source:
     """One data set by name."""
     path = Path(name).expanduser()
     if path.is_file():
-        return read_d4rl(path, name, env_id)
+        return D4RLSource(path, name, env_id)
     if name.startswith((".", "/", "~")) or path.suffix in (".hdf5", ".h5"):
         raise UserError(f"data.dataset: the file {name} does not exist; check the path")
     if is_d4rl_name(name):
         raise UserError(f"data.dataset: {name} is one of D4RL's names; give the path of its HDF5 file instead")
     dataset_id = build(name) if name.removesuffix("-v0") in EMBEDDED else name
-    return read_minari(dataset_id, name, env_id)
+    return MinariSource(dataset_id, name, env_id)
 
 
-def _check_agreement(recordings: Sequence[Recording]) -> None:
+def _check_agreement(sources: Sequence[Source]) -> None:
     """Raise a UserError where joined data sets do not belong together."""
-    first = recordings[0]
-    scored = [part for part in recordings if part.reference is not None]
-    for other in recordings[1:]:
+    first = sources[0]
+    scored = [part for part in sources if part.reference is not None]
+    for other in sources[1:]:
         if _sizes_and_bounds(first) != _sizes_and_bounds(other):
             raise UserError(
                 f"data.dataset: {first.name} and {other.name} cannot be joined, their spaces differ "
@@ -217,48 +236,7 @@ def _check_agreement(recordings: Sequence[Recording]) -> None:
             )
 
 
-def _sizes_and_bounds(recording: Recording) -> tuple[int, list[float], list[float]]:
+def _sizes_and_bounds(source: Source) -> tuple[int, list[float], list[float]]:
     """What joined data sets must have in common."""
-    space = recording.action_space
-    return recording.observation_space.shape[0], space.low.tolist(), space.high.tolist()
-
-
-def _to_transitions(recording: Recording) -> Transitions:
-    """Tensors of one recording, with the actions scaled to [-1, 1]."""
-    actions = scale_actions(torch.from_numpy(recording.actions), recording.action_space)
-    excess = actions.abs().amax(dim=-1) - 1.0
-    outside = excess > _ROUNDING
-    if outside.any():
-        where = (
-            f"data.dataset: {recording.name} has {int(outside.sum())} actions outside {recording.action_space}, "
-            f"the first in row {int(outside.int().argmax())}"
-        )
-        if excess.max() > _OTHER_UNITS:
-            raise UserError(
-                f"{where}; name the environment with the right bounds in data.env_id, or clip the recorded actions"
-            )
-        warnings.warn(f"{where}; they are clipped", stacklevel=3)
-    return Transitions(
-        observations=torch.from_numpy(recording.observations),
-        actions=actions.clamp_(-1.0, 1.0),
-        rewards=torch.from_numpy(recording.rewards),
-        next_observations=torch.from_numpy(recording.next_observations),
-        terminations=torch.from_numpy(recording.terminations).float(),
-    )
-
-
-def _fingerprint(transitions: Transitions, ends: Tensor, action_space: gym.spaces.Box) -> str:
-    """Hash of everything that training sees."""
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in (
-        transitions.observations,
-        transitions.actions,
-        transitions.rewards,
-        transitions.next_observations,
-        transitions.terminations,
-        ends,
-    ):
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().numpy().data)
-    digest.update(action_space.low.astype(np.float64).tobytes() + action_space.high.astype(np.float64).tobytes())
-    return digest.hexdigest()
+    space = source.action_space
+    return source.sizes[0], space.low.tolist(), space.high.tolist()

@@ -3,7 +3,7 @@
 An episode of T steps is stored as T + 1 observations and T actions, rewards and terminations, so that ``s_{t+1}`` of
 every step is known. An episode ends where Minari ends it, and after every termination.
 
-HDF5, Minari's usual format, is read straight into preallocated arrays, which is many times faster than building its
+HDF5, Minari's usual format, is read straight into blocks of packed rows, which is many times faster than building its
 episode objects; other formats go through Minari.
 """
 
@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from dawm.data.names import dataset_folder, unknown_dataset
-from dawm.data.recording import Recording
+from dawm.data.recording import BLOCK, Block, Source, columns
 from dawm.data.scores import ReferenceScores, reference_scores
 from dawm.data.spaces import action_box, environment_spaces, environment_spec, observation_box, observation_leaves
 from dawm.errors import UserError
 
-__all__ = ["REPEATED", "SOURCE", "read_minari"]
+__all__ = ["REPEATED", "SOURCE", "MinariSource"]
 
 REPEATED = "last_observation_repeated"
 """Key of the metadata: true if last observations behind terminations were not recorded and repeat the ones before."""
@@ -34,92 +34,123 @@ REPEATED = "last_observation_repeated"
 SOURCE = "ref_score_source"
 """Key of the metadata: where the reference scores come from."""
 
-Episode = tuple[list[NDArray], NDArray, NDArray, NDArray]
-"""Leaves of the observation with T + 1 rows each; actions, rewards and terminations with T."""
+Piece = tuple[list[NDArray], NDArray, NDArray, NDArray, bool]
+"""Steps of one episode: leaves of the observation with T + 1 rows each; actions, rewards and terminations with T; and
+whether the episode ends there."""
 
 
-def read_minari(dataset_id: str, name: str, env_id: str | None = None) -> Recording:
-    """Read one data set, downloading it first if it is not on this machine.
+class MinariSource(Source):
+    """One data set on this machine, downloaded first if it is not there.
 
     Args:
         dataset_id: Minari's id.
         name: What the user calls it, for messages.
         env_id: The environment to evaluate in; None: the one the data set names.
     """
-    dataset = _open(dataset_id)
-    paths = [path for path, _ in observation_leaves(dataset.observation_space, name)]
-    observation_space = observation_box(dataset.observation_space, name)
-    action_space = action_box(dataset.action_space, name)
-    if env_id is None:
-        # Minari shows the environment meant for evaluation only as a made one.
-        env_spec = dataset._eval_env_spec or dataset.env_spec
-    else:
-        env_spec = environment_spec(env_id)
-        environment_spaces(env_spec, name, (observation_space.shape[0], action_space.shape[0]))
 
-    metadata = dataset.storage.metadata
-    rows = int(metadata["total_steps"])
-    observations = np.empty((rows, observation_space.shape[0]), np.float32)
-    next_observations = np.empty_like(observations)
-    actions = np.empty((rows, action_space.shape[0]), np.float32)
-    rewards, terminations = np.empty(rows, np.float32), np.empty(rows, bool)
-    last = np.zeros(rows, bool)
+    def __init__(self, dataset_id: str, name: str, env_id: str | None = None) -> None:
+        dataset = _open(dataset_id)
+        self.name = name
+        self._dataset = dataset
+        self._paths = [path for path, _ in observation_leaves(dataset.observation_space, name)]
+        self.observation_space = observation_box(dataset.observation_space, name)
+        self.action_space = action_box(dataset.action_space, name)
+        if env_id is None:
+            # Minari shows the environment meant for evaluation only as a made one.
+            self.env_spec = dataset._eval_env_spec or dataset.env_spec
+        else:
+            self.env_spec = environment_spec(env_id)
+            environment_spaces(self.env_spec, name, self.sizes)
+        metadata = dataset.storage.metadata
+        self.reference = _reference(metadata, self.env_spec)
+        self.count, self._episodes = int(metadata["total_steps"]), int(metadata["total_episodes"])
+        self._repeated = bool(metadata.get(REPEATED))
+        data = dataset.storage.data_path
+        self.path = data.parent
+        self.files = sorted(file for file in data.rglob("*") if file.is_file() and file.name != "metadata.json")
+        self.settings = f"{self.count} steps, {self._episodes} episodes, {self._paths}, {REPEATED} {self._repeated}"
 
-    read = _read_hdf5 if dataset.storage.FORMAT == "hdf5" else _read_any
-    start, empty, folder = 0, 0, dataset.storage.data_path.parent
-    try:
-        for leaves, actions_, rewards_, terminations_ in read(dataset, paths, int(metadata["total_episodes"])):
-            steps, column = len(rewards_), 0
-            stop = start + steps
-            if {len(leaf) - 1 for leaf in leaves} | {len(actions_), len(terminations_)} != {steps}:
-                raise ValueError(f"columns of unequal length in the episode that begins at row {start}")
-            for leaf in leaves:
-                values = leaf.reshape(len(leaf), -1)
-                columns = slice(column, column + values.shape[1])
-                observations[start:stop, columns], next_observations[start:stop, columns] = values[:-1], values[1:]
-                column += values.shape[1]
-            actions[start:stop], rewards[start:stop], terminations[start:stop] = actions_, rewards_, terminations_
-            if steps:
-                last[stop - 1] = True
-            else:
-                empty += 1
-            start = stop
-        if start != rows:
-            raise ValueError(f"{start} steps instead of {rows}")
-    except (KeyError, ValueError, OSError) as error:
-        raise UserError(f"data.dataset: {name} is damaged ({error}); delete {folder} and get it again") from error
-    return Recording(
-        name=name,
-        observations=observations,
-        actions=actions,
-        rewards=rewards,
-        next_observations=next_observations,
-        terminations=terminations,
-        ends=np.flatnonzero(last | terminations) + 1,
-        observation_space=observation_space,
-        action_space=action_space,
-        env_spec=env_spec,
-        reference=_reference(metadata, env_spec),
-        next_observed=~terminations if metadata.get(REPEATED) else None,
-        path=folder,
-        defects=_defects(empty, np.flatnonzero(terminations & ~last)),
-    )
+    def blocks(self) -> Iterator[Block]:
+        """All rows in order."""
+        read = _read_hdf5 if self._dataset.storage.FORMAT == "hdf5" else _read_any
+        empty, going_on, start, filled = 0, _GoingOn(), 0, 0
+        rows, last = self._buffers(0)
+        try:
+            for leaves, actions, rewards, terminations, ends in read(self._dataset, self._paths, self._episodes):
+                steps = len(rewards)
+                if {len(leaf) - 1 for leaf in leaves} | {len(actions), len(terminations)} != {steps}:
+                    raise ValueError(f"columns of unequal length in the episode that begins at row {start + filled}")
+                if filled + steps > len(rows):
+                    if start + filled > self.count:
+                        break
+                    yield self._block(rows[:filled], last[:filled])
+                    start, filled = start + filled, 0
+                    rows, last = self._buffers(steps)
+                stop, column = filled + steps, 0
+                parts = columns(rows[filled:stop], *self.sizes)
+                for leaf in leaves:
+                    values = leaf.reshape(len(leaf), -1)
+                    place = slice(column, column + values.shape[1])
+                    parts.observations[:, place], parts.next_observations[:, place] = values[:-1], values[1:]
+                    column += values.shape[1]
+                parts.actions[:], parts.rewards[:], parts.terminations[:] = actions, rewards, terminations
+                last[filled:stop] = terminations
+                going_on.look(terminations[: steps - 1] if ends else terminations, start + filled)
+                if steps and ends:
+                    last[stop - 1] = True
+                empty += not steps
+                filled = stop
+            if start + filled != self.count:
+                raise ValueError(f"{start + filled} steps instead of {self.count}")
+        except (KeyError, ValueError, OSError) as error:
+            raise UserError(
+                f"data.dataset: {self.name} is damaged ({error}); delete {self.path} and get it again"
+            ) from error
+        self.defects = _defects(empty, going_on)
+        yield self._block(rows[:filled], last[:filled])
+
+    def _buffers(self, steps: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Room for a block that begins with so many steps."""
+        size = max(steps, min(BLOCK, self.count))
+        return np.empty((size, self.width), np.float32), np.zeros(size, bool)
+
+    def _block(self, rows: NDArray[np.float32], last: NDArray[np.bool_]) -> Block:
+        return Block(rows, last, rows[:, -1] == 0 if self._repeated else None)
 
 
-def _defects(empty: int, going_on: NDArray[np.int64]) -> tuple[str, ...]:
+class _GoingOn:
+    """Terminations that are not the last step of their episode: how many, and the first one's row."""
+
+    def __init__(self) -> None:
+        self.count, self.first = 0, 0
+
+    def look(self, terminations: NDArray, start: int) -> None:
+        """Look through some steps.
+
+        Args:
+            terminations: Terminations with further steps behind them, shape (T,).
+            start: Row of the first.
+        """
+        if terminations.any():
+            if not self.count:
+                self.first = start + int(np.argmax(terminations))
+            self.count += int(np.count_nonzero(terminations))
+
+
+def _defects(empty: int, going_on: _GoingOn) -> tuple[str, ...]:
     """What an episode should not be.
 
     Args:
         empty: Number of episodes without a step.
-        going_on: Rows of terminations that are not the last step of their episode.
+        going_on: Terminations that are not the last step of their episode.
     """
     defects = []
     if empty:
         defects.append(f"episodes: {empty} without a step; they are left out")
-    if len(going_on):
+    if going_on.count:
         defects.append(
-            f"terminations: {len(going_on)} with further steps behind them in the same episode, "
-            f"the first in row {going_on[0]}; another episode begins there"
+            f"terminations: {going_on.count} with further steps behind them in the same episode, "
+            f"the first in row {going_on.first}; another episode begins there"
         )
     return tuple(defects)
 
@@ -169,24 +200,36 @@ def _download(dataset_id: str) -> None:
         logging.disable(disabled)
 
 
-def _read_hdf5(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], count: int) -> Iterator[Episode]:
+def _read_hdf5(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], count: int) -> Iterator[Piece]:
     """Episodes by h5py's low-level calls, which take a third of the time of its objects: thousands are common."""
     keys = ["/".join(("observations", *path)).encode() for path in paths]
 
-    def read(key: bytes, dtype: type | None = np.float32) -> NDArray:
+    def read(key: bytes, start: int = 0, stop: int | None = None, dtype: type | None = np.float32) -> NDArray:
         column = h5py.h5d.open(file.id, key)
-        values = np.empty(column.shape, dtype or column.dtype)  # HDF5 converts numbers; asking for the type is slow
-        column.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+        selected = memory = h5py.h5s.ALL
+        shape = column.shape
+        if start > 0 or stop is not None:
+            shape = ((shape[0] if stop is None else stop) - start, *shape[1:])
+            selected, memory = column.get_space(), h5py.h5s.create_simple(shape)
+            selected.select_hyperslab((start, *(0 for _ in shape[1:])), shape)
+        values = np.empty(shape, dtype or column.dtype)  # HDF5 converts numbers; asking for the type is slow
+        column.read(memory, selected, values)
         return values
 
     with h5py.File(dataset.storage.data_path / "main_data.hdf5", "r") as file:
         for index in range(count):
             group = b"episode_%d/" % index
-            leaves = [read(group + key) for key in keys]
-            yield leaves, read(group + b"actions"), read(group + b"rewards"), read(group + b"terminations", None)
+            steps = h5py.h5d.open(file.id, group + b"rewards").shape[0]
+            for start in range(0, max(steps, 1), BLOCK):
+                # up to the end of each column, so that one of another length is noticed
+                stop, behind = (start + BLOCK, start + BLOCK + 1) if start + BLOCK < steps else (None, None)
+                leaves = [read(group + key, start, behind) for key in keys]
+                actions, rewards = read(group + b"actions", start, stop), read(group + b"rewards", start, stop)
+                terminations = read(group + b"terminations", start, stop, None)
+                yield leaves, actions, rewards, terminations, stop is None
 
 
-def _read_any(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], count: int) -> Iterator[Episode]:
+def _read_any(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], count: int) -> Iterator[Piece]:
     """Episodes by Minari's own reader, for every format."""
     for episode in dataset.iterate_episodes(range(count)):
         leaves = []
@@ -195,4 +238,4 @@ def _read_any(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], count
             for key in path:
                 values = values[key]
             leaves.append(np.asarray(values))
-        yield leaves, np.asarray(episode.actions), np.asarray(episode.rewards), np.asarray(episode.terminations)
+        yield leaves, np.asarray(episode.actions), np.asarray(episode.rewards), np.asarray(episode.terminations), True

@@ -10,7 +10,7 @@ Symbols: E episodes, T_e steps of an episode, N steps of all, O observation size
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from h5py import h5a, h5d, h5f, h5g, h5p, h5s, h5t
@@ -51,7 +51,7 @@ def write_episodes(path: Path, parts: Iterable[EpisodeColumns], report: Callable
         The numbers of episodes and steps.
     """
     episodes = steps = 0
-    file = h5f.create(str(path).encode(), h5f.ACC_TRUNC)
+    file = h5f.create(str(path).encode(), h5f.ACC_TRUNC, fcpl=_timeless(h5p.FILE_CREATE))
     try:
         for part in parts:
             _write_part(file, part, first=episodes)
@@ -67,16 +67,17 @@ def _write_part(file: h5f.FileID, part: EpisodeColumns, first: int) -> None:
     columns = [np.ascontiguousarray(column) for column in (part.observations, part.actions, part.rewards)]
     observations, actions, rewards = columns
     observation_type, action_type, reward_type = (h5t.py_create(column.dtype) for column in columns)
-    compact, plain = _layout(h5d.COMPACT), _layout(h5d.CONTIGUOUS)
+    compact, plain = _timeless(h5p.DATASET_CREATE), _timeless(h5p.DATASET_CREATE)
+    compact.set_layout(h5d.COMPACT)
 
     def column(group: h5g.GroupID, key: bytes, kind: h5t.TypeID, values: NDArray) -> None:
         layout = compact if values.nbytes <= COMPACT_BYTES else plain
         h5d.create(group, key, kind, _space(values.shape), layout).write(h5s.ALL, h5s.ALL, values)
 
-    start = 0
+    start, group_properties = 0, _timeless(h5p.GROUP_CREATE)
     for index, (length, terminated) in enumerate(zip(part.lengths.tolist(), part.terminated.tolist())):
         stop, before = start + length, start + index  # each episode has one observation more than steps
-        group = h5g.create(file, b"episode_%d" % (first + index))
+        group = h5g.create(file, b"episode_%d" % (first + index), gcpl=group_properties)
         _attribute(group, b"id", first + index)
         _attribute(group, b"total_steps", length)
         column(group, b"observations", observation_type, observations[before : before + length + 1])
@@ -94,11 +95,11 @@ def _attribute(group: h5g.GroupID, name: bytes, value: int) -> None:
     h5a.create(group, name, h5t.STD_I64LE, _space(())).write(np.array(value, np.int64))
 
 
-def _layout(kind: int) -> h5p.PropDCID:
-    layout = h5p.create(h5p.DATASET_CREATE)
-    layout.set_layout(kind)
-    layout.set_obj_track_times(False)  # the same episodes give the same bytes
-    return layout
+def _timeless(kind: h5p.PropClassID) -> Any:
+    """Properties of a file, group or column without its time: the same episodes give the same bytes."""
+    properties = h5p.create(kind)
+    properties.set_obj_track_times(False)
+    return properties
 
 
 @cache

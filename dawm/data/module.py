@@ -1,7 +1,8 @@
 """TransitionDataModule: real and imagined transitions, mixed while batches are drawn.
 
 All data stand in memory as tensors on the training device and are drawn there, in the main process: a gather of packed
-rows is far cheaper than worker processes, and a refill of the imagined rows is visible in the next batch.
+rows is far cheaper than worker processes, and a refill of the imagined rows is visible in the next batch. Rows beyond
+``memory_limit`` stay in a mapped file of the cache (`dawm.data.cache`), and are gathered from it on the CPU.
 
 Symbols: N real rows, B batch size, K batches drawn at once, H horizon, O observation size, A action size.
 """
@@ -11,13 +12,13 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
-from dawm.data.batches import BatchLoader, FixedBatches, RowStream, derive_seed, take
+from dawm.data.batches import BatchLoader, FixedBatches, Ranges, RowStream, derive_seed, take
+from dawm.data.cache import MEMORY_LIMIT
 from dawm.data.episodes import Episodes, load_episodes
 from dawm.data.scores import ReferenceScores
 from dawm.data.segments import SegmentTable
 from dawm.data.transitions import Segments, Transitions
 from dawm.errors import UserError
-from dawm.returns import returns_to_go
 from dawm.updates import UpdateModule
 
 __all__ = ["TransitionDataModule"]
@@ -41,6 +42,9 @@ class TransitionDataModule(L.LightningDataModule):
         updates_per_step: Batches drawn at once K. Saves Lightning's cost per step; results do not depend on it.
         validation_fraction: Share of the episodes held out from the world model and the inverse dynamics, in (0, 1).
         seed: Seed of the split and of all draws; ranks draw different rows from it.
+        cache_dir: Folder for the cache of large data sets; None: ``$DAWM_CACHE``, else ``~/.cache/dawm``.
+        memory_limit: GiB of real rows to hold in memory, and on the training device, per process; the rows of a larger
+            data set are mapped from the cache. Results do not depend on it.
     """
 
     def __init__(
@@ -56,18 +60,17 @@ class TransitionDataModule(L.LightningDataModule):
         updates_per_step: int = 20,
         validation_fraction: float = 0.1,
         seed: int = 0,
+        cache_dir: str | None = None,
+        memory_limit: float = MEMORY_LIMIT,
     ) -> None:
         super().__init__()
         _check("synthetic_fraction", synthetic_fraction, 0 <= synthetic_fraction <= 1, "a number from 0 to 1")
         _check("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "a number between 0 and 1")
+        _check("memory_limit", memory_limit, memory_limit >= 0, "a number of GiB, at least 0")
         _check("discount", discount, 0 <= discount <= 1, "a number from 0 to 1")
-        for key, value in {
-            "horizon": horizon,
-            "batch_size": batch_size,
-            "segment_batch_size": segment_batch_size,
-            "updates_per_step": updates_per_step,
-            "return_window": 1 if return_window is None else return_window,
-        }.items():
+        sizes = {"horizon": horizon, "batch_size": batch_size, "segment_batch_size": segment_batch_size}
+        sizes |= {"updates_per_step": updates_per_step, "return_window": 1 if return_window is None else return_window}
+        for key, value in sizes.items():
             _check(key, value, value >= 1, "a whole number of at least 1")
         self.dataset = dataset
         self.env_id = env_id
@@ -80,6 +83,8 @@ class TransitionDataModule(L.LightningDataModule):
         self.updates_per_step = updates_per_step
         self.validation_fraction = validation_fraction
         self.seed = seed
+        self.cache_dir = cache_dir
+        self.memory_limit = memory_limit
         self._episodes: Episodes | None = None
         self._synthetic_count = 0
 
@@ -89,7 +94,7 @@ class TransitionDataModule(L.LightningDataModule):
         """Loads the data set once, and splits off the held-out episodes."""
         if self._episodes is not None:
             return
-        episodes = load_episodes(self.dataset, self.env_id)
+        episodes = load_episodes(self.dataset, self.env_id, self.cache_dir, self.memory_limit)
         longest = int(episodes.lengths.max())
         if longest < self.horizon:
             raise UserError(
@@ -97,11 +102,9 @@ class TransitionDataModule(L.LightningDataModule):
                 f"set --horizon to {longest} or less"
             )
         self._episodes = episodes
-        self.returns_to_go = returns_to_go(
-            episodes.transitions.rewards, episodes.ends, self.discount, self.return_window
-        )
-        self._real_rows = episodes.transitions.pack()
-        self._synthetic_rows = self._real_rows[:0]
+        self._real_rows = episodes.rows
+        self.returns_to_go = episodes.returns_to_go(self.discount, self.return_window)
+        self._synthetic_rows = torch.empty(0, self._real_rows.shape[1])
         order = torch.randperm(len(episodes.ends), generator=torch.Generator().manual_seed(self.seed))
         held_out = min(max(1, round(self.validation_fraction * len(order))), len(order) - 1)
         self.validation_episodes, self.training_episodes = order[:held_out].sort()[0], order[held_out:].sort()[0]
@@ -118,12 +121,12 @@ class TransitionDataModule(L.LightningDataModule):
     @property
     def observation_size(self) -> int:
         """O."""
-        return self.episodes.transitions.observations.shape[1]
+        return self.episodes.observation_space.shape[0]
 
     @property
     def action_size(self) -> int:
         """A."""
-        return self.episodes.transitions.actions.shape[1]
+        return self.episodes.action_space.shape[0]
 
     @property
     def env_spec(self) -> EnvSpec | None:
@@ -141,16 +144,9 @@ class TransitionDataModule(L.LightningDataModule):
         Args:
             device: The training device.
         """
-        self._real_rows, self._synthetic_rows = self._real_rows.to(device), self._synthetic_rows.to(device)
-
-    def rows_of(self, episode_ids: Tensor) -> Tensor:
-        """Row numbers of some episodes' transitions.
-
-        Args:
-            episode_ids: Episodes, shape (E,).
-        """
-        starts, ends = self.episodes.starts[episode_ids], self.episodes.ends[episode_ids]
-        return torch.cat([torch.arange(int(s), int(e)) for s, e in zip(starts, ends)])
+        self._synthetic_rows = self._synthetic_rows.to(device)
+        if self.episodes.cache is None:
+            self._real_rows = self._real_rows.to(device)
 
     # Stage 1: segments for the world model
 
@@ -165,7 +161,7 @@ class TransitionDataModule(L.LightningDataModule):
         stream = RowStream(derive_seed(self.seed, rank, "segments"))
 
         def draw(count: int) -> Segments:
-            return table.gather(stream.draw(len(table), count, self.segment_batch_size))
+            return table.gather(stream.draw(len(table), count, self.segment_batch_size)).to(self._synthetic_rows.device)
 
         return BatchLoader(draw, [(stream, self.segment_batch_size)], updates, self.updates_per_step)
 
@@ -177,7 +173,8 @@ class TransitionDataModule(L.LightningDataModule):
             world_size: Number of processes.
         """
         table = self._segment_table(self.validation_episodes)
-        return FixedBatches([table.gather(rows) for rows in self._validation_sample(len(table), rank, world_size)])
+        parts = self._validation_sample(len(table), rank, world_size)
+        return FixedBatches([table.gather(part).to(self._synthetic_rows.device) for part in parts])
 
     def _segment_table(self, episode_ids: Tensor) -> SegmentTable:
         table = SegmentTable(self.episodes, episode_ids, self._real_rows, self.returns_to_go, self.horizon)
@@ -201,7 +198,7 @@ class TransitionDataModule(L.LightningDataModule):
         stream = RowStream(derive_seed(self.seed, rank, "transitions"))
 
         def draw(count: int) -> Transitions:
-            return self._gather(self._real_rows, rows[stream.draw(len(rows), count, self.batch_size)])
+            return self._gather(rows.find(stream.draw(len(rows), count, self.batch_size))[0])
 
         return BatchLoader(draw, [(stream, self.batch_size)], updates, self.updates_per_step)
 
@@ -214,12 +211,12 @@ class TransitionDataModule(L.LightningDataModule):
         """
         rows = self._pairs(self.validation_episodes)
         parts = self._validation_sample(len(rows), rank, world_size)
-        return FixedBatches([self._gather(self._real_rows, rows[part]) for part in parts])
+        return FixedBatches([self._gather(rows.find(part)[0]) for part in parts])
 
-    def _pairs(self, episode_ids: Tensor) -> Tensor:
+    def _pairs(self, episode_ids: Tensor) -> Ranges:
         """Rows whose next observation was recorded: without it nothing can be learnt of the action."""
-        rows = self.rows_of(episode_ids)
-        return rows[self.episodes.next_observed[rows]]
+        lengths = self.episodes.lengths - (~self.episodes.end_observed).long()
+        return Ranges(self.episodes.starts[episode_ids], lengths[episode_ids])
 
     # Stage 3: real and imagined transitions for the agent
 
@@ -256,11 +253,10 @@ class TransitionDataModule(L.LightningDataModule):
             # the real rows of a run do not depend on its imagined ones.
             real_rows = real.draw(len(self._real_rows), count, self.batch_size)
             synthetic_rows = synthetic.draw(max(self._synthetic_count, 1), count, max(synthetic_size, 1))
-            if self._synthetic_count == 0 or synthetic_size == 0:
-                rows = take(self._real_rows, real_rows)
-            else:
-                real_part = take(self._real_rows, real_rows[:, : self.batch_size - synthetic_size])
-                rows = torch.cat([real_part, take(self._synthetic_rows, synthetic_rows)], dim=1)
+            imagined = synthetic_size if self._synthetic_count else 0
+            rows = self._take_real(real_rows[:, : self.batch_size - imagined])
+            if imagined:
+                rows = torch.cat([rows, take(self._synthetic_rows, synthetic_rows)], dim=1)
             rows = rows.squeeze(0) if squeeze else rows
             return Transitions.unpack(rows, self.observation_size, self.action_size)
 
@@ -273,7 +269,7 @@ class TransitionDataModule(L.LightningDataModule):
         Args:
             transitions: Imagined transitions, fields of shape (M, ...).
         """
-        rows = transitions.pack().to(self._real_rows.device)
+        rows = transitions.pack().to(self._synthetic_rows.device)
         if len(self._synthetic_rows) < len(rows):
             self._synthetic_rows = torch.empty_like(rows)
         self._synthetic_rows[: len(rows)].copy_(rows)
@@ -287,8 +283,11 @@ class TransitionDataModule(L.LightningDataModule):
 
     # Drawing
 
-    def _gather(self, table: Tensor, rows: Tensor) -> Transitions:
-        return Transitions.unpack(take(table, rows), self.observation_size, self.action_size)
+    def _take_real(self, rows: Tensor) -> Tensor:
+        return take(self._real_rows, rows).to(self._synthetic_rows.device)
+
+    def _gather(self, rows: Tensor) -> Transitions:
+        return Transitions.unpack(self._take_real(rows), self.observation_size, self.action_size)
 
     def _validation_sample(self, size: int, rank: int, world_size: int) -> tuple[Tensor, ...]:
         """Batches of row numbers below `size`, drawn once; the ranks share them out."""

@@ -1,10 +1,16 @@
 """What every reader of files delivers: rows in order, in the environment's own units, as NumPy arrays.
 
-Symbols: N rows, O observation size, A action size, E episodes.
+A `Source` is a data set that is open but not read: it knows what surrounds the rows, and gives the rows in blocks, so
+that a data set may be larger than the memory. A `Recording` is one that was read whole.
+
+Symbols: N rows, O observation size, A action size, E episodes, D = 2 O + A + 2 columns of a packed row.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -14,9 +20,37 @@ from numpy.typing import NDArray
 from dawm.data.scores import ReferenceScores
 from dawm.errors import UserError
 
-__all__ = ["Recording"]
+__all__ = ["BLOCK", "Block", "Columns", "Recording", "Source", "columns"]
+
+BLOCK = 1 << 16
+"""Rows that a source reads at once."""
 
 Floats = NDArray[np.float32]
+
+
+class Columns(NamedTuple):
+    """Views into packed rows; the same order as in `dawm.data.transitions.Transitions`."""
+
+    observations: Floats
+    actions: Floats
+    rewards: Floats
+    next_observations: Floats
+    terminations: Floats
+
+
+class Block(NamedTuple):
+    """Consecutive rows of a data set; an episode may go on in the next block.
+
+    Args:
+        rows: Packed rows, actions in the environment's units, terminations 0 or 1, shape (N, D).
+        last: Whether each row is the last one of its episode, shape (N,), bool.
+        next_observed: False where ``s_{t+1}`` was not recorded and is filled in: last rows of episodes only, shape
+            (N,), bool; None: all recorded.
+    """
+
+    rows: Floats
+    last: NDArray[np.bool_]
+    next_observed: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,18 +100,93 @@ class Recording:
             return np.zeros(0)
         return np.add.reduceat(self.rewards, self.starts, dtype=np.float64)
 
+
+class Source(ABC):
+    """A data set that is open but not read.
+
+    Attributes:
+        name: What the user calls it.
+        count: Rows N.
+        observation_space: Flat Box.
+        action_space: Flat Box with finite bounds.
+        env_spec: The environment to evaluate in.
+        reference: Reference scores.
+        path: The file or folder.
+        files: The files that hold the rows.
+        settings: What the rows depend on besides the files, in words.
+        defects: What the reader found wrong and worked around, one line each; complete when the rows were read.
+    """
+
+    name: str
+    count: int
+    observation_space: gym.spaces.Box
+    action_space: gym.spaces.Box
+    env_spec: EnvSpec | None
+    reference: ReferenceScores | None
+    path: Path
+    files: Sequence[Path]
+    settings: str
+    defects: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Observation size and action size, (O, A)."""
+        return self.observation_space.shape[0], self.action_space.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of a packed row D."""
+        return 2 * self.sizes[0] + self.sizes[1] + 2
+
+    @abstractmethod
+    def blocks(self) -> Iterator[Block]:
+        """All rows in order; about `BLOCK` of them at a time, each block in memory of its own."""
+
+    def read(self) -> Recording:
+        """Read everything, with whatever is wrong in its numbers."""
+        rows = np.empty((self.count, self.width), np.float32)
+        last, next_observed = np.zeros(self.count, bool), np.ones(self.count, bool)
+        start, complete = 0, True
+        for block in self.blocks():
+            stop = start + len(block.rows)
+            rows[start:stop], last[start:stop] = block.rows, block.last
+            if block.next_observed is not None:
+                next_observed[start:stop], complete = block.next_observed, False
+            start = stop
+        parts = columns(rows, *self.sizes)
+        return Recording(
+            self.name,
+            *parts[:-1],
+            terminations=parts.terminations != 0,
+            ends=np.flatnonzero(last) + 1,
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            env_spec=self.env_spec,
+            reference=self.reference,
+            next_observed=None if complete else next_observed,
+            path=self.path,
+            defects=self.defects,
+        )
+
     def check(self) -> None:
-        """Raise a UserError if there are no rows, or numbers that are not finite."""
-        if not len(self.rewards):
+        """Raise a UserError if there are no rows."""
+        if not self.count:
             raise UserError(f"data.dataset: {self.name} is empty; record some complete steps first")
-        for column in ("observations", "actions", "rewards", "next_observations"):
-            values = getattr(self, column)
-            if np.isfinite(values).all():
-                continue
-            bad = ~np.isfinite(values).reshape(len(values), -1)
-            columns = np.flatnonzero(bad.any(axis=0))
-            where = f"{column} (column {', '.join(map(str, columns[:3]))})" if values.ndim > 1 else column
-            raise UserError(
-                f"data.dataset: {self.name} has {int(bad.sum())} NaN or infinite values in {where}, "
-                f"the first in row {int(bad.any(axis=1).argmax())}; remove those episodes from the data set"
-            )
+
+
+def columns(rows: Floats, observation_size: int, action_size: int) -> Columns:
+    """Views into packed rows.
+
+    Args:
+        rows: Packed rows, shape (N, D).
+        observation_size: O.
+        action_size: A.
+    """
+    behind = observation_size + action_size
+    return Columns(
+        rows[:, :observation_size],
+        rows[:, observation_size:behind],
+        rows[:, behind],
+        rows[:, behind + 1 : -1],
+        rows[:, -1],
+    )

@@ -6,7 +6,7 @@ Symbols: N rows, B batch, H horizon, O observation size, A action size.
 import torch
 from torch import Tensor
 
-from dawm.data.batches import take
+from dawm.data.batches import Ranges, take
 from dawm.data.episodes import Episodes
 from dawm.data.transitions import Segments, Transitions
 
@@ -31,24 +31,15 @@ class SegmentTable:
         self, episodes: Episodes, episode_ids: Tensor, packed: Tensor, returns_to_go: Tensor, horizon: int
     ) -> None:
         self._packed = packed
-        self._returns_to_go = returns_to_go.to(packed.device)
+        self._returns_to_go = returns_to_go
         self._horizon = horizon
-        self._sizes = episodes.transitions.observations.shape[1], episodes.transitions.actions.shape[1]
-        starts, ends = episodes.starts[episode_ids], episodes.ends[episode_ids]
-        room = torch.where(episodes.truncated[episode_ids], ends - horizon + 1, ends) - starts
-        room = room.clamp(min=0)
-        self._ends = torch.repeat_interleave(ends, room)
-        first = torch.repeat_interleave(starts, room)
-        place = torch.arange(len(first)) - torch.repeat_interleave(room.cumsum(0) - room, room)
-        self._starts = first + place
+        self._sizes = episodes.observation_space.shape[0], episodes.action_space.shape[0]
+        starts, self._ends = episodes.starts[episode_ids], episodes.ends[episode_ids]
+        behind = torch.where(episodes.truncated[episode_ids], self._ends - horizon + 1, self._ends)
+        self._starts = Ranges(starts, (behind - starts).clamp(min=0))
 
     def __len__(self) -> int:
         return len(self._starts)
-
-    @property
-    def starts(self) -> Tensor:
-        """The row each segment starts at, shape (len(self),)."""
-        return self._starts
 
     def gather(self, numbers: Tensor) -> Segments:
         """Segments by number.
@@ -59,7 +50,8 @@ class SegmentTable:
         Returns:
             Segments with fields of shape (..., B, ...).
         """
-        starts, ends = self._starts[numbers].unsqueeze(-1), self._ends[numbers].unsqueeze(-1)
+        first, which = self._starts.find(numbers)
+        starts, ends = first.unsqueeze(-1), self._ends[which].unsqueeze(-1)
         rows = starts + torch.arange(self._horizon)
         valid = rows < ends
         steps = Transitions.unpack(take(self._packed, torch.minimum(rows, ends - 1)), *self._sizes)
@@ -73,5 +65,5 @@ class SegmentTable:
             rewards=steps.rewards * mask,
             terminations=steps.terminations,
             valid=mask,
-            returns_to_go=take(self._returns_to_go.unsqueeze(-1), starts.squeeze(-1)).squeeze(-1),
+            returns_to_go=take(self._returns_to_go.unsqueeze(-1), first).squeeze(-1).to(mask.device),
         )

@@ -10,7 +10,9 @@ import importlib
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.envs.registration import EnvSpec
+from torch import Tensor
 
 from dawm.errors import UserError
 
@@ -20,7 +22,9 @@ __all__ = [
     "environment_spec",
     "observation_box",
     "observation_leaves",
+    "scale_actions",
     "unbounded",
+    "unscale_actions",
 ]
 
 
@@ -114,3 +118,31 @@ def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tupl
             "name the environment that the data came from"
         )
     return observation_space, action_space
+
+
+def scale_actions(actions: Tensor, space: gym.spaces.Box) -> Tensor:
+    """Map actions from the environment's Box to [-1, 1].
+
+    Args:
+        actions: Actions in the environment's units, shape (..., A).
+        space: The environment's Box, shape (A,).
+    """
+    middle, half = _middle_and_half(space)
+    return (actions - middle.to(actions.device)) / half.to(actions.device)
+
+
+def unscale_actions(actions: Tensor, space: gym.spaces.Box) -> Tensor:
+    """Map actions from [-1, 1] to the environment's Box; the inverse of `scale_actions`.
+
+    Args:
+        actions: Actions in [-1, 1], shape (..., A).
+        space: The environment's Box, shape (A,).
+    """
+    middle, half = _middle_and_half(space)
+    return actions * half.to(actions.device) + middle.to(actions.device)
+
+
+def _middle_and_half(space: gym.spaces.Box) -> tuple[Tensor, Tensor]:
+    """Middle and half the width of a Box, shapes (A,)."""
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return torch.tensor((low + high) / 2, dtype=torch.float32), torch.tensor((high - low) / 2, dtype=torch.float32)

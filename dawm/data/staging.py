@@ -88,11 +88,15 @@ def datasets_path(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock(root: Path) -> Iterator[bool]:
+def lock(root: Path, patience: float = _PATIENCE) -> Iterator[bool]:
     """Let one process at a time build in a folder; yields whether the lock was obtained.
 
     The folder itself is locked, so that no lock file stays behind, and the kernel frees the lock when a process is
     killed. Where such locks do not exist (Windows, some network drives), building goes on without: the rename decides.
+
+    Args:
+        root: The folder.
+        patience: Seconds to wait for another process.
     """
     try:
         import fcntl
@@ -102,7 +106,7 @@ def lock(root: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        locked, deadline = False, time.monotonic() + _PATIENCE
+        locked, deadline = False, time.monotonic() + patience
         while not locked and time.monotonic() < deadline:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

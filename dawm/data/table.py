@@ -1,0 +1,200 @@
+"""Table: the rows of a data set as training sees them, put together from its sources block by block.
+
+Whether the rows go into memory or into a file of the cache is for the reader of `Assembly` to decide; it holds one
+block, and besides it only what is needed for each episode.
+
+Symbols: N rows, O observation size, A action size, E episodes, D = 2 O + A + 2 columns of a packed row.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dawm.data.recording import Block, Columns, Source, columns
+from dawm.data.spaces import scale_actions
+from dawm.errors import UserError
+
+__all__ = ["Assembly", "Table", "read_table"]
+
+# How far an action lies outside its bounds, in halves of the Box's width.
+_ROUNDING = 1e-3
+_OTHER_UNITS = 1.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows of a data set, actions in [-1, 1], and what is known of its episodes.
+
+    Args:
+        rows: Packed rows, float32, shape (N, D); never written to.
+        ends: Exclusive end row of each episode, shape (E,), int64.
+        terminated: Whether each episode ended with a termination, shape (E,), bool.
+        end_observed: Whether the last ``s_{t+1}`` of each episode was recorded, shape (E,), bool.
+        returns: Undiscounted return of each episode, shape (E,).
+        low: Lowest value of each observation dimension, shape (O,).
+        high: Highest value, shape (O,).
+        fingerprint: Hash of rows, ends and action bounds: the same for the same data in another file format.
+        folder: Folder of the cache whose file the rows are mapped from; None: they stand in memory.
+    """
+
+    rows: Tensor
+    ends: Tensor
+    terminated: Tensor
+    end_observed: Tensor
+    returns: Tensor
+    low: Tensor
+    high: Tensor
+    fingerprint: str
+    folder: Path | None = None
+
+
+class Assembly:
+    """The rows of one or several sources, one behind the other, checked and with their actions scaled to [-1, 1].
+
+    Args:
+        sources: The data sets to join, all of the same sizes and action bounds.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+        self.count = sum(source.count for source in sources)
+        self.width = sources[0].width
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._episodes: list[tuple[NDArray, ...]] = []
+        self._low = np.full(sources[0].sizes[0], np.inf, np.float32)
+        self._high = -self._low
+        self._running = 0.0  # return of the episode that goes on in the next block
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Packed rows, shape (n, D); a UserError behind a source's last block if its numbers cannot be used."""
+        start = 0
+        for source in self._sources:
+            checks = _Checks(source)
+            for block in source.blocks():
+                if not len(block.rows):
+                    continue
+                parts = columns(block.rows, *source.sizes)
+                checks.look(block.rows, parts)
+                self._look(block, parts, start)
+                self._digest.update(block.rows.data)
+                start += len(block.rows)
+                yield block.rows
+            checks.finish()
+        if start != self.count:
+            raise RuntimeError(f"{start} rows were read, where {self.count} were announced")
+
+    def table(self, rows: Tensor, folder: Path | None = None) -> Table:
+        """What came of it, once all blocks were taken.
+
+        Args:
+            rows: The rows, wherever they were put, shape (N, D).
+            folder: See `Table`.
+        """
+        ends, terminated, end_observed, returns = (
+            torch.from_numpy(np.concatenate(values)) for values in zip(*self._episodes)
+        )
+        space, digest = self._sources[0].action_space, self._digest.copy()
+        digest.update(str((self.count, *self._sources[0].sizes)).encode() + ends.numpy().tobytes())
+        digest.update(space.low.astype(np.float64).tobytes() + space.high.astype(np.float64).tobytes())
+        low, high = torch.from_numpy(self._low), torch.from_numpy(self._high)
+        return Table(rows, ends, terminated, end_observed, returns, low, high, digest.hexdigest(), folder)
+
+    def _look(self, block: Block, parts: Columns, start: int) -> None:
+        """Takes down where episodes end, and the range of the observations."""
+        last = np.flatnonzero(block.last)
+        observed = np.ones(len(last), bool) if block.next_observed is None else block.next_observed[last]
+        # in double precision: an episode may sum a thousand rewards
+        episode: NDArray[np.int64] = np.cumsum(block.last) - block.last
+        returns = np.bincount(episode, parts.rewards, minlength=len(last) + 1)
+        returns[0] += self._running
+        self._running = returns[len(last)]
+        self._episodes.append(
+            (start + last + 1, parts.terminations[last] != 0, observed, returns[: len(last)].astype(np.float32))
+        )
+        np.minimum(self._low, parts.observations.min(axis=0), out=self._low)
+        np.maximum(self._high, parts.observations.max(axis=0), out=self._high)
+
+
+def read_table(sources: Sequence[Source]) -> Table:
+    """Read into memory.
+
+    Args:
+        sources: The data sets to join.
+    """
+    assembly = Assembly(sources)
+    rows, start = torch.empty(assembly.count, assembly.width), 0
+    for block in assembly.blocks():
+        rows[start : start + len(block)] = torch.from_numpy(block)
+        start += len(block)
+    return assembly.table(rows)
+
+
+class _Checks:
+    """What is wrong in the numbers of a source: told once for all of its rows.
+
+    Args:
+        source: The data set.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._rows = 0
+        self._outside, self._first_outside, self._excess = 0, 0, 0.0
+        self._bad: dict[str, tuple[int, int, NDArray[np.bool_]]] = {}  # values, first row, which columns
+
+    def look(self, rows: NDArray[np.float32], parts: Columns) -> None:
+        """Scales the actions of a block in place, and takes down what is wrong in it.
+
+        Args:
+            rows: Packed rows, shape (n, D).
+            parts: Their columns.
+        """
+        if not np.isfinite(rows).all():
+            for key, values in parts._asdict().items():
+                self._take_down(key, ~np.isfinite(values).reshape(len(values), -1))
+        actions = torch.from_numpy(parts.actions)
+        actions.copy_(scale_actions(actions, self._source.action_space))
+        excess = actions.abs().amax(dim=-1) - 1.0
+        outside = excess > _ROUNDING
+        if outside.any():
+            if not self._outside:
+                self._first_outside = self._rows + int(outside.int().argmax())
+            self._outside += int(outside.sum())
+            self._excess = max(self._excess, float(excess.max()))
+        actions.clamp_(-1.0, 1.0)
+        self._rows += len(rows)
+
+    def finish(self) -> None:
+        """Raises a UserError for what cannot be used, and warns of what was changed."""
+        name, space = self._source.name, self._source.action_space
+        for key, (count, first, bad) in self._bad.items():
+            which = ", ".join(map(str, np.flatnonzero(bad)[:3]))
+            where = f"{key} (column {which})" if key not in ("rewards", "terminations") else key
+            raise UserError(
+                f"data.dataset: {name} has {count} NaN or infinite values in {where}, "
+                f"the first in row {first}; remove those episodes from the data set"
+            )
+        if not self._outside:
+            return
+        where = (
+            f"data.dataset: {name} has {self._outside} actions outside {space}, the first in row {self._first_outside}"
+        )
+        if self._excess > _OTHER_UNITS:
+            raise UserError(
+                f"{where}; name the environment with the right bounds in data.env_id, or clip the recorded actions"
+            )
+        warnings.warn(f"{where}; they are clipped", stacklevel=2)
+
+    def _take_down(self, key: str, bad: NDArray[np.bool_]) -> None:
+        if not bad.any():
+            return
+        first = self._rows + int(bad.any(axis=1).argmax())
+        count, earlier, which = self._bad.get(key, (0, first, np.zeros(bad.shape[1], bool)))
+        self._bad[key] = (count + int(bad.sum()), earlier, which | bad.any(axis=0))
