@@ -16,7 +16,7 @@ from dawm.checkpoints import ORIGIN, read_checkpoint
 from dawm.data.module import TransitionDataModule
 from dawm.data.scores import ReferenceScores
 from dawm.errors import UserError
-from dawm.evaluation import Policy, evaluate
+from dawm.evaluation import Policy, evaluate, make_environment
 from dawm.experiment import Experiment
 from dawm.modules import build_module, load_module
 from dawm.report import collect_results, read_results, show_evaluation, show_results, write_files
@@ -48,6 +48,9 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
 
     data: TransitionDataModule = parts.data
     data.setup()
+    if data.env_spec is None:
+        raise UserError("data.env_id: the data set names no environment to score the agent in; set --data.env_id")
+    make_environment(data.env_spec).close()  # a missing package shows now, not after hours of training
     horizon = modules["world_model"]["init_args"].get("horizon", data.horizon)
     if horizon != data.horizon:
         raise UserError(
@@ -84,8 +87,6 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
     agent = experiment.run_stage("agent", build_module(modules["model"]))
     if experiment.rank != 0:
         return
-    if data.env_spec is None:
-        raise UserError("data.env_id: the data set names no environment to score the agent in; set --data.env_id")
     console.print(f"scoring the agent over {config.final_episodes} episodes of {data.env_spec.id}")
     normalize = None if data.reference is None else data.reference.normalize
     evaluation = evaluate(

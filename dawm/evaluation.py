@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dawm.errors import UserError
 
-__all__ = ["Environment", "Evaluation", "Policy", "bootstrap_interval", "evaluate", "run_episodes", "summarize"]
+__all__ = ["Environment", "Evaluation", "Policy", "bootstrap_interval", "evaluate", "make_environment", "run_episodes", "summarize"]
 
 Policy = Callable[[Tensor], Tensor]
 Environment = str | EnvSpec | Callable[[], gym.Env]
@@ -109,7 +109,7 @@ def run_episodes(
     envs: list[gym.Env] = []
     try:
         for _ in range(min(num_envs, len(seeds))):
-            envs.append(_make(environment))
+            envs.append(make_environment(environment))
         # Environments of their own instead of Gymnasium's vector ones: those must step finished episodes on, or start
         # others in their place; here a finished environment takes the next seed, or leaves.
         waiting = iter(enumerate(seeds))
@@ -154,7 +154,15 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _make(environment: Environment) -> gym.Env:
+def make_environment(environment: Environment) -> gym.Env:
+    """One environment with flat observations.
+
+    Args:
+        environment: A Gymnasium id, a specification, or a function that makes the environment.
+
+    Raises:
+        UserError: It cannot be made, or its actions are not a Box.
+    """
     try:
         # checking every step takes as long as a policy does
         env = environment() if callable(environment) else gym.make(environment, disable_env_checker=True)
