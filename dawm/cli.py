@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Command line; None takes the process's own.
 
     Returns:
-        Exit code: 0; 1 if defects were found in a data set; 2 after a user's mistake.
+        Exit code: 0; 1 if defects were found in a data set; 2 after a user's mistake; 130 after Ctrl-C.
     """
     console = Console()
     try:
@@ -69,6 +69,9 @@ def main(args: Sequence[str] | None = None) -> int:
             f"error: {one_line(str(error))}", style="bold red", markup=False, highlight=False
         )
         return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted: the same command goes on where it was", style="bold")
+        return 130
 
 
 class Command(NamedTuple):

@@ -12,7 +12,6 @@ import minari
 import numpy as np
 from gymnasium.spaces import Box
 from minari.data_collector import EpisodeBuffer
-from minari.dataset.minari_dataset import parse_dataset_id
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
@@ -26,7 +25,7 @@ from dawm.data.minari_files import REPEATED, SOURCE
 from dawm.data.names import EMBEDDED, REMOTE, dataset_folder, local_datasets
 from dawm.data.recording import Recording
 from dawm.data.scores import ReferenceScores
-from dawm.data.staging import datasets_path, is_complete, progress_bar, staged
+from dawm.data.staging import check_output, datasets_path, progress_bar, staged
 from dawm.errors import UserError
 
 __all__ = ["build_dataset", "import_file", "list_datasets", "show_dataset"]
@@ -118,7 +117,7 @@ def import_file(
     """
     path = file.expanduser()
     reference = _given_reference(reference_minimum, reference_maximum)
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     if not path.is_file():
         raise UserError(f"file: {file} does not exist; check the path")
     with D4RLFile(path, str(file), env_id) as source:
@@ -141,18 +140,6 @@ def import_file(
         console.print(f"cut at {cut:,} places inside episodes where next_observations do not lead on", highlight=False)
     if reference is None:
         console.print("it has no reference scores: set --reference_minimum and --reference_maximum", highlight=False)
-
-
-def _check_output(output: str, overwrite: bool) -> None:
-    """Raise a UserError where an id cannot be written."""
-    try:
-        parse_dataset_id(output)
-    except (ValueError, TypeError) as error:  # a TypeError where the version is missing
-        raise UserError(f"output: {output!r} is not a Minari id; write it as namespace/name-v0") from error
-    if output.startswith("embedded/"):
-        raise UserError(f"output: {output} would look like one of the embedded data sets; choose another namespace")
-    if is_complete(output) and not overwrite:
-        raise _taken(output)
 
 
 def _taken(output: str) -> UserError:

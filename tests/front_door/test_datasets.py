@@ -40,7 +40,7 @@ def test_check_counts_as_failure(file, capsys):
     assert "rewards" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["show", "no/such-v0"], ["build", "embedded/hoper/medium"], []])
+@pytest.mark.parametrize("arguments", [["show", "embedded/nope"], ["build", "embedded/hoper/medium"], []])
 def test_mistakes(arguments, capsys):
     assert main(["datasets", *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: ")
