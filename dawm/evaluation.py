@@ -18,7 +18,16 @@ from torch import Tensor
 
 from dawm.errors import UserError
 
-__all__ = ["Environment", "Evaluation", "Policy", "bootstrap_interval", "evaluate", "make_environment", "run_episodes", "summarize"]
+__all__ = [
+    "Environment",
+    "Evaluation",
+    "Policy",
+    "bootstrap_interval",
+    "evaluate",
+    "make_environment",
+    "run_episodes",
+    "summarize",
+]
 
 Policy = Callable[[Tensor], Tensor]
 Environment = str | EnvSpec | Callable[[], gym.Env]

@@ -25,13 +25,16 @@ def _isolated(tmp_path, monkeypatch):
 def write_dataset(tmp_path):
     """Writes a D4RL-layout file in which every field tells its row.
 
-    Row i of episode e: observation (i, e), action i / 1000, reward i + 0.25, next observation (i + 1, e).
+    Row i of episode e: observation (i, e), action i / 1000, reward i + 0.25, next observation (i + 1, e). Rows count
+    from ``first``.
     """
 
-    def write(lengths: Sequence[int] = LENGTHS, terminated: Sequence[bool] = TERMINATED, next_observations=True) -> str:
-        rows = np.arange(sum(lengths), dtype=np.float32)
+    def write(
+        lengths: Sequence[int] = LENGTHS, terminated: Sequence[bool] = TERMINATED, next_observations=True, first=0
+    ) -> str:
+        rows = first + np.arange(sum(lengths), dtype=np.float32)
         episode = np.repeat(np.arange(len(lengths)), lengths).astype(np.float32)
-        last = np.cumsum(lengths) - 1
+        last = first + np.cumsum(lengths) - 1
         path = tmp_path / f"rows-{len(list(tmp_path.iterdir()))}.hdf5"
         with h5py.File(path, "w") as file:
             file["observations"] = np.stack([rows, episode], axis=1)

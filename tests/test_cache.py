@@ -97,6 +97,18 @@ def test_one_pass_gives_range_and_returns(folder, dataset):
     assert episodes.truncated.tolist() == [False, True, False, True, True, False]
 
 
+def test_statistics_come_from_a_sample_of_a_large_data_set(dataset, monkeypatch):
+    """Episodes 1 and 4 are the rows 5 to 7 and 19."""
+    episodes, chosen = load_episodes(dataset), torch.tensor([1, 4])
+    assert episodes.sample_rows(chosen).tolist() == [5, 6, 7, 19]
+    assert episodes.sample_rows().tolist() == list(range(26))
+    monkeypatch.setattr("dawm.data.episodes.STATISTICS_ROWS", 3)
+    assert set(episodes.sample_rows(chosen).tolist()) <= {5, 6, 7, 19}
+    sample = episodes.sample_rows()
+    assert len(sample) == 3
+    assert sample.tolist() == sorted(episodes.sample_rows().tolist())
+
+
 @pytest.mark.parametrize("name", LOADERS)
 def test_batches_from_the_mapped_file_are_those_from_memory(folder, write_dataset, name):
     path = write_dataset(next_observations=False)
@@ -116,7 +128,7 @@ def test_mapped_rows_stay_on_the_cpu_and_batches_go_to_the_device(folder, datase
     data.to("meta")
     batch = next(iter(getattr(data, name)(4)))
     assert {values.device.type for values in vars(batch).values()} == {"meta"}
-    assert data.episodes.rows.device.type == "cpu"
+    assert data._real_rows.device.type == "cpu"
 
 
 def test_a_second_start_does_not_read_the_data_set(folder, dataset, monkeypatch):
@@ -145,6 +157,16 @@ def test_the_same_size_and_time_with_other_content(folder, dataset):
         file["rewards"][3] = 100
     os.utime(dataset, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert os.stat(dataset).st_size == status.st_size
+    assert load_episodes(dataset).transitions.rewards[3] == 100
+
+
+def test_a_change_that_no_sample_sees(folder, dataset, monkeypatch):
+    """Of a large file little is sampled, but every writer leaves a new time."""
+    monkeypatch.setattr(cache, "_SAMPLES", 1)
+    monkeypatch.setattr(cache, "_SAMPLE_BYTES", 8)  # the format's signature
+    load_episodes(dataset)
+    with h5py.File(dataset, "a") as file:
+        file["rewards"][3] = 100
     assert load_episodes(dataset).transitions.rewards[3] == 100
 
 

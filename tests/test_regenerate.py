@@ -152,9 +152,10 @@ def test_the_target_return_policy_is_asked(data):
     assert callback._models[0].asked[0][2].unique().tolist() == [77.0]
 
 
-@pytest.mark.parametrize(("margin", "kept"), [(0.0, {0.0}), (0.1, {0.0, -1.0, -2.0})])
-def test_margin_is_a_share_of_the_datas_range(data, margin, kept):
-    """Observations are (row, episode), so up to (25, 5): a step of 25 down leaves the data's range."""
+@pytest.mark.parametrize(("margin", "kept"), [(0.0, {100}), (0.1, {100, 99, 98})])
+def test_margin_is_a_share_of_the_datas_range(write_dataset, margin, kept):
+    """Observations are (row, episode), from (100, 0) to (125, 5): a step of 25 down leaves the data's range."""
+    data = TransitionDataModule(write_dataset(first=100), horizon=HORIZON)
     callback = regenerate(rollouts=500, jump=torch.tensor([-25.0, 0.0]), margin=margin)
     assert set(callback.synthesize(data, 0, 0).transitions.next_observations[:, 0].tolist()) == kept
 

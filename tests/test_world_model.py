@@ -234,6 +234,35 @@ def starts_of(segments):
     return segments.observations[:, 0], segments.actions[:, 0], segments.returns_to_go
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_return_dropout_is_the_share_hidden(make_trainer, monkeypatch, share):
+    world_model, kept = model(return_dropout=share), []
+    condition = world_model.condition
+    monkeypatch.setattr(world_model, "condition", lambda *args: kept.append(args[-1]) or condition(*args))
+    make_trainer(10).fit(world_model, looping(accelerating(50, 2), 10, 400))
+    assert float(torch.cat(kept).mean()) == pytest.approx(1 - share, abs=0.03 * (0 < share < 1))
+
+
+def test_normalizers_are_fitted_to_what_they_normalise():
+    world_model = model()
+    data = Transitions(
+        observations=torch.tensor([[0.0, 10.0], [2.0, 14.0]]),
+        actions=torch.zeros(2, 1),
+        rewards=torch.tensor([5.0, 11.0]),
+        next_observations=torch.tensor([[1.0, 10.0], [5.0, 22.0]]),
+        terminations=torch.zeros(2),
+    )
+    world_model.fit_normalizers(data, torch.tensor([100.0, 120.0]))
+    for name, mean, std in (
+        ("observation", [1, 12], [1, 2]),
+        ("difference", [2, 4], [1, 4]),
+        ("reward", [8], [3]),
+        ("return", [110], [10]),
+    ):
+        normalizer = getattr(world_model, f"{name}_normalizer")
+        assert (normalizer.mean.tolist(), normalizer.std.tolist()) == (mean, std), name
+
+
 def test_learning_rate_rises_then_falls(make_trainer):
     seen = []
 
