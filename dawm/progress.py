@@ -41,8 +41,8 @@ class StageProgress(ProgressBar):
         if not self._enabled:
             return
         self._progress = Progress(
-            TextColumn("[bold]{task.description:<18}"),
-            BarColumn(),
+            TextColumn("[bold]{task.description:<16}"),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]:>6} updates/s"),
             TimeRemainingColumn(),
