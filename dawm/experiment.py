@@ -164,6 +164,7 @@ class Experiment:
         save = SaveCheckpoint(last, stage.checkpoint_every_n_steps, self._origin(name))
         trainer = self._trainer(name, stage, module, folder, save)
         self.rank, rank, world_size = trainer.global_rank, trainer.global_rank, trainer.world_size
+        self.data.to(trainer.strategy.root_device)  # batches are drawn where they are used
         loaders: dict[str, Any] = {"datamodule": self.data}
         validation: Iterable[Any] | None = None
         if name == "world_model":

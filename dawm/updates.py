@@ -17,6 +17,8 @@ import torch.distributed
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dawm.errors import UserError
+
 __all__ = ["UpdateModule"]
 
 
@@ -92,6 +94,14 @@ class UpdateModule(L.LightningModule):
         metrics = {f"{self.name}/{key}": torch.stack(parts).mean() for key, parts in values.items()}
         # "step" sets the loggers' x-axis; Lightning would otherwise count training steps, not updates
         self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=self.trainer.world_size > 1)
+
+    def on_fit_start(self) -> None:
+        """Refuses precisions that need what these updates lack: gradient scaling, or data in another type."""
+        if self.trainer.precision not in ("32-true", "bf16-mixed"):
+            raise UserError(
+                f"trainer.precision: {self.trainer.precision} needs gradient scaling or converted data, which the "
+                "updates lack; set --trainer.precision to 32-true or bf16-mixed"
+            )
 
     def configure_optimizers(self) -> list[Optimizer]:
         """The optimisers, for Lightning's checkpoints."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dawm.agents.losses import cosine_decay
 from dawm.data.transitions import Transitions
-from dawm.errors import UserError
 from dawm.normalizer import Normalizer
 from dawm.updates import UpdateModule
 
@@ -137,11 +136,3 @@ class OfflineAgent(UpdateModule):
         """
         # all tensors in one call (torch's own moving average, swa_utils, calls the same function)
         torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), tau)
-
-    def on_fit_start(self) -> None:
-        """Refuses half precision with loss scaling, which these updates do not do."""
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            raise UserError(
-                f"trainer.precision: {self.trainer.precision} needs gradient scaling, which the agents' updates lack; "
-                "set --trainer.precision to 32-true or bf16-mixed"
-            )
