@@ -251,6 +251,21 @@ def test_list_shows_what_is_here_and_what_could_be(dataset, console, root):
     assert table["mujoco/hopper/expert-v0"] == ["Minari's server", "", "", ""]
 
 
+def test_list_asks_the_server_for_sizes(console, root, monkeypatch):
+    metadata = {"total_episodes": 7, "total_steps": 12345, "dataset_size": 1.5}
+    monkeypatch.setattr("minari.list_remote_datasets", lambda: {"new/set-v0": metadata})
+    list_datasets(console, remote=True)
+    (line,) = (line for line in console.export_text().splitlines() if "new/set-v0" in line)
+    assert [cell.strip() for cell in line.split("│")[2:-1]] == ["Minari's server", "7", "12,345", "1.5 MB"]
+
+    def unreachable():
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("minari.list_remote_datasets", unreachable)
+    with pytest.raises(UserError, match="remote: .*no route"):
+        list_datasets(console, remote=True)
+
+
 def test_build_again(console, root, monkeypatch):
     monkeypatch.setattr(embedded, "STEPS", 1)
     folder = root / "embedded/hopper/medium-v0"

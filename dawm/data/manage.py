@@ -34,13 +34,14 @@ _BINS = 10
 _BAR = 40  # characters of the longest bar
 
 
-def list_datasets(console: Console) -> None:
+def list_datasets(console: Console, remote: bool = False) -> None:
     """List the data sets on this machine, those that can be built, and those known to be on Minari's server.
 
     Args:
         console: Where to draw.
+        remote: Ask the server for all that it has, with sizes; without, the names known to this version are listed.
     """
-    local = local_datasets()
+    local, server = local_datasets(), _server() if remote else dict.fromkeys(REMOTE, {})
     table = Table(title=f"data sets in {dataset_folder()}")
     for heading in ("data set", "where"):
         table.add_column(heading, overflow="fold")
@@ -59,10 +60,21 @@ def list_datasets(console: Console) -> None:
         if f"{name}-v0" not in local:
             table.add_row(name, "can be built", "", f"about {STEPS:,}", "")
     table.add_section()
-    for name in REMOTE:
+    for name, metadata in server.items():
         if name not in local:
-            table.add_row(name, "Minari's server", "", "", "")
+            counts = [f"{int(metadata[key]):,}" if key in metadata else "" for key in ("total_episodes", "total_steps")]
+            size = f"{float(metadata['dataset_size']):,.1f} MB" if "dataset_size" in metadata else ""
+            table.add_row(name, "Minari's server", *counts, size)
     console.print(table)
+
+
+def _server() -> dict[str, dict[str, Any]]:
+    """All data sets on Minari's server, with their metadata."""
+    try:
+        return minari.list_remote_datasets()
+    except Exception as error:  # the server's client raises errors of many libraries
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"remote: Minari's server does not answer ({reason}); leave --remote out") from error
 
 
 def show_dataset(console: Console, dataset: str) -> None:
