@@ -1,10 +1,13 @@
 """Checkpoints: written whole or not at all, kept twice, and read without unpickling anything but tensors."""
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import lightning as L
 import torch
@@ -15,7 +18,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from dawm.errors import UserError
 
-__all__ = ["ORIGIN", "AtomicCheckpointIO", "SaveCheckpoint", "read_checkpoint", "write_whole"]
+__all__ = ["ORIGIN", "AtomicCheckpointIO", "Interrupted", "SaveCheckpoint", "read_checkpoint", "write_whole"]
 
 ORIGIN = "dawm_origin"
 """Key of a checkpoint under which the data set it was trained on is named."""
@@ -52,6 +55,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
             raise UserError(f"cannot write {path}; is the disk full? Free it or set --output_dir ({error})") from None
 
+    def load_checkpoint(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads a checkpoint for Lightning, as `read_checkpoint` does.
+
+        Args:
+            path: File to read.
+            args: Unused; what Lightning would choose is decided here.
+            kwargs: Unused.
+        """
+        return read_checkpoint(path)
+
 
 def previous_of(path: Path) -> Path:
     """Where the checkpoint before the last one is kept.
@@ -84,19 +97,28 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         UserError: The file is missing, damaged, or holds more than tensors and plain values.
     """
     try:
+        with ZipFile(path) as archive:  # torch reads the parts without comparing them with their checksums
+            if archive.testzip() is not None:
+                raise BadZipFile("a checksum does not fit")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}; check the path, or train that stage first") from None
     except UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged or not a safe checkpoint and was not loaded ({reason})") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}); delete it to start anew") from None
 
 
+class Interrupted(Exception):
+    """Training was stopped from outside (Ctrl-C, SIGTERM), after a checkpoint was saved."""
+
+
 class SaveCheckpoint(Checkpoint):
     """Saves ``last.ckpt`` every N updates and at the end, and the random states with it.
+
+    Ctrl-C and SIGTERM save too, once the updates under way are done, and then end the training with `Interrupted`.
 
     Args:
         path: Where to save.
@@ -111,11 +133,16 @@ class SaveCheckpoint(Checkpoint):
         self.seconds = 0.0  # of training, over all starts of the run
         self._started = 0.0
         self._last_step = 0
+        self._signals: list[int] = []
+        self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock, and takes the signals over."""
         self._started = time.monotonic()
         self._last_step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, lambda received, frame: self._signals.append(received))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -123,15 +150,39 @@ class SaveCheckpoint(Checkpoint):
         """Saves when the count of updates has passed a multiple of ``every_n_steps``."""
         if trainer.global_step // self.every_n_steps > self._last_step // self.every_n_steps:
             self._save(trainer)
+        interval = trainer.val_check_batch or 1
+        validation_due = trainer.enable_validation and (trainer.fit_loop.total_batch_idx + 1) % interval == 0
+        if not validation_due:  # a resumed run would leave out a validation that this one had still to do
+            self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves again what a validation right after a checkpoint changed, because a resumed run does not repeat it."""
-        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == self._last_step:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if trainer.global_step == self._last_step:
             self._save(trainer)
+        self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the last state."""
-        self._save(trainer)
+        """Saves the last state, if it is not saved yet."""
+        if trainer.global_step != self._last_step or not self.path.exists():
+            self._save(trainer)
+        self._give_signals_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self._give_signals_back()
+
+    def _give_signals_back(self) -> None:
+        while self._handlers:
+            number, handler = self._handlers.popitem()
+            signal.signal(number, handler)
+
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        """Saves and stops where a signal has come to any rank; with one rank this costs nothing."""
+        if trainer.strategy.reduce_boolean_decision(bool(self._signals), all=False):
+            self._save(trainer)
+            raise Interrupted(f"stopped after update {trainer.global_step}; the same command goes on from {self.path}")
 
     def _save(self, trainer: L.Trainer) -> None:
         now = time.monotonic()

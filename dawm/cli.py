@@ -21,6 +21,7 @@ import dawm.networks
 import dawm.samplers
 import dawm.synthesis  # noqa: F401
 from dawm import commands
+from dawm.checkpoints import Interrupted
 from dawm.data import check, manage
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
@@ -69,6 +70,9 @@ def main(args: Sequence[str] | None = None) -> int:
             f"error: {one_line(str(error))}", style="bold red", markup=False, highlight=False
         )
         return 2
+    except Interrupted as stop:
+        Console(stderr=True, soft_wrap=True).print(f"interrupted: {stop}", style="bold", markup=False, highlight=False)
+        return 130
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted: the same command goes on where it was", style="bold")
         return 130

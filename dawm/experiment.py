@@ -7,6 +7,7 @@ was, and a changed setting starts anew beside the old result instead of over it.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from dawm import __version__
 from dawm.agents import OfflineAgent
-from dawm.checkpoints import ORIGIN, AtomicCheckpointIO, SaveCheckpoint, read_checkpoint, write_whole
+from dawm.checkpoints import ORIGIN, AtomicCheckpointIO, SaveCheckpoint, previous_of, read_checkpoint, write_whole
 from dawm.data.batches import derive_seed
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
@@ -175,10 +176,7 @@ class Experiment:
             loaders = {"train_dataloaders": self.data.transition_loader(stage.max_steps, rank)}
         if validation is not None:
             loaders["val_dataloaders"] = validation
-        resume = str(last) if last.exists() else None
-        if resume is not None:
-            read_checkpoint(last)  # says what is wrong with a damaged one
-            self.console.print(f"{name}: going on from {last}")
+        resume = self._resume_from(name, last)
         trainer.fit(module, **loaders, ckpt_path=resume, weights_only=True)
         metrics: dict[str, float] = {}
         if validation is not None:
@@ -187,6 +185,20 @@ class Experiment:
         if trainer.is_global_zero:
             write_whole(folder / "complete.json", json.dumps(asdict(result), indent=2) + "\n")
         return result
+
+    def _resume_from(self, name: str, last: Path) -> Path | None:
+        """The last checkpoint of an interrupted stage, or the one before where the last is damaged."""
+        for path in (last, previous_of(last)):
+            if path.exists():
+                try:
+                    read_checkpoint(path)
+                except UserError as error:
+                    self.console.print(f"{name}: {error}", style="yellow", markup=False)
+                else:
+                    self.console.print(f"{name}: going on from {path}")
+                    os.replace(path, last)  # instead of a damaged one
+                    return last
+        return None
 
     def _trainer(
         self, name: str, stage: Stage, module: L.LightningModule, folder: Path, save: SaveCheckpoint

@@ -92,6 +92,12 @@ class UpdateModule(L.LightningModule):
                 values[key].append(value)
         self._count_updates(count)
         metrics = {f"{self.name}/{key}": torch.stack(parts).mean() for key, parts in values.items()}
+        if not torch.stack(list(metrics.values())).isfinite().all():
+            wrong = ", ".join(key for key, value in metrics.items() if not value.isfinite())
+            raise UserError(
+                f"{wrong} became NaN or infinite between updates {first} and {first + count}; the last checkpoint was "
+                "kept: lower the learning_rate, or look at the data with `datasets check`"
+            )
         # "step" sets the loggers' x-axis; Lightning would otherwise count training steps, not updates
         self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=self.trainer.world_size > 1)
 

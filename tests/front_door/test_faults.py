@@ -1,0 +1,112 @@
+"""Signals, damaged checkpoints and numbers that are not finite."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dawm.cli import main
+
+SIGNALLER = '''
+import os
+import lightning as L
+
+
+class Signal(L.Callback):
+    """Sends its own process a signal, once."""
+
+    def __init__(self, number: int, at: int):
+        self.number, self.at = number, at
+
+    def on_train_batch_start(self, trainer, *args):
+        marker = os.environ["SIGNAL_MARKER"]
+        if trainer.global_step >= self.at and not os.path.exists(marker):
+            open(marker, "w").close()
+            os.kill(os.getpid(), self.number)
+'''
+
+BURST = '''
+from dawm.agents import TD3BC
+
+
+class Burst(TD3BC):
+    def update(self, batch):
+        metrics = super().update(batch)
+        if self.update_index > 30:
+            metrics["critic_loss"] = metrics["critic_loss"] * float("nan")
+        return metrics
+'''
+
+
+def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    results = json.loads((run / "results.json").read_text())
+    return torch.load(results["stages"][stage]["checkpoint"], weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_and_the_run_goes_on_as_if_nothing_had_been(smoke, tmp_path, number):
+    (tmp_path / "signaller.py").write_text(SIGNALLER)
+    config = yaml.safe_load(smoke.read_text())
+    # at update 10 the updates under way end where a validation is due
+    config["stages"]["inverse_dynamics"]["callbacks"] = [
+        {"class_path": "signaller.Signal", "init_args": {"number": int(number), "at": 5}}
+    ]
+    config["stages"]["inverse_dynamics"]["checkpoint_every_n_steps"] = 1000
+    smoke.write_text(yaml.safe_dump(config))
+
+    def run(folder: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"SIGNAL_MARKER": str(tmp_path / f"{folder}.sent"), "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-m", "dawm", "fit", "--config", str(smoke), "--output_dir", str(tmp_path / folder)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    stopped = run("stopped")
+    assert stopped.returncode == 130
+    assert "the same command goes on" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    (checkpoint,) = (tmp_path / "stopped" / "inverse_dynamics").glob("*/last.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 10
+    assert run("stopped").returncode == 0
+    (tmp_path / "whole.sent").touch()
+    assert run("whole").returncode == 0
+    for stage in ("world_model", "inverse_dynamics", "agent"):
+        whole, resumed = weights(tmp_path / "whole", stage), weights(tmp_path / "stopped", stage)
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(smoke, tmp_path, capsys):
+    assert main(["fit", "--config", str(smoke)]) == 0
+    before = weights(tmp_path / "run", "agent")
+    folder = Path(json.loads((tmp_path / "run" / "results.json").read_text())["stages"]["agent"]["checkpoint"]).parent
+    (folder / "complete.json").unlink()
+    content = bytearray((folder / "last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1  # one flipped bit, which torch alone would not notice
+    (folder / "last.ckpt").write_bytes(content)
+    capsys.readouterr()
+    assert main(["fit", "--config", str(smoke)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "last.ckpt cannot be read" in printed
+    assert "previous.ckpt" in printed
+    after = weights(tmp_path / "run", "agent")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    smoke, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "burst_agent.py").write_text(BURST)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    smoke.write_text(smoke.read_text().replace("class_path: TD3BC", "class_path: burst_agent.Burst"))
+    assert main(["fit", "--config", str(smoke)]) == 2
+    line = capsys.readouterr().err
+    assert "agent/critic_loss became NaN" in line
+    assert "between updates 30 and 35" in line
+    (checkpoint,) = (tmp_path / "run" / "agent").glob("*/last.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["global_step"] == 20
+    assert all(value.isfinite().all() for value in content["state_dict"].values() if value.is_floating_point())
