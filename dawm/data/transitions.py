@@ -11,7 +11,7 @@ and the next observation ``s_{t+1}``. Three conventions hold everywhere:
 * Actions are scaled to [-1, 1]; the environment's own units appear only at the edges (loading, acting).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -21,8 +21,28 @@ from torch import Tensor
 __all__ = ["Segments", "Transitions"]
 
 
+class _Batch:
+    """What both shapes can do: they are frozen dataclasses of tensors that share their leading dimensions."""
+
+    rewards: Tensor
+
+    def __len__(self) -> int:
+        return self.rewards.shape[0]
+
+    def __getitem__(self, index: Tensor | slice | int) -> Self:
+        """Part of the batch, along the first dimension."""
+        return self._apply(lambda values: values[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device."""
+        return self._apply(lambda values: values.to(device))
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(*(function(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
-class Transitions:
+class Transitions(_Batch):
     """A batch of one-step transitions; every field shares its leading dimensions.
 
     Args:
@@ -38,17 +58,6 @@ class Transitions:
     rewards: Tensor
     next_observations: Tensor
     terminations: Tensor
-
-    def __len__(self) -> int:
-        return self.rewards.shape[0]
-
-    def __getitem__(self, index: Tensor | slice | int) -> Self:
-        """Rows along the first dimension."""
-        return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same rows on another device."""
-        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     @classmethod
     def cat(cls, parts: Sequence["Transitions"]) -> "Transitions":
@@ -83,7 +92,7 @@ class Transitions:
 
 
 @dataclass(frozen=True)
-class Segments:
+class Segments(_Batch):
     """A batch of H consecutive steps of one episode each; a segment never crosses an episode's end.
 
     A segment that meets a termination before its H-th step is continued by absorbing rows: the observation stays, the
@@ -104,14 +113,3 @@ class Segments:
     terminations: Tensor
     valid: Tensor
     returns_to_go: Tensor
-
-    def __len__(self) -> int:
-        return self.rewards.shape[0]
-
-    def __getitem__(self, index: Tensor | slice | int) -> Self:
-        """Segments along the first dimension."""
-        return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same segments on another device."""
-        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))

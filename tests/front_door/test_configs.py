@@ -34,3 +34,11 @@ def test_config_parses_and_instantiates(path, monkeypatch):
     for key, description in modules.items():
         module = build_module(description.as_dict())(11, 3)
         assert module.optimizers_in_order(), key
+
+
+def test_quickstart_runs_with_fewer_updates(hopper, tmp_path):
+    path = next(path for path in CONFIGS if path.stem == "quickstart")
+    few = [f"--stages.{stage}.max_steps=20" for stage in ("world_model", "inverse_dynamics", "agent")]
+    options = ["--output_dir", str(tmp_path), "--data.dataset", hopper, "--final_episodes", "2", *few]
+    assert cli.main(["fit", "--config", str(path), *options]) == 0
+    assert (tmp_path / "results.json").exists()
