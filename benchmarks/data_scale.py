@@ -283,7 +283,8 @@ def main() -> None:
     report("# Data at scale\n")
     report(f"* Machine: {machine()}")
     report(f"* Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, one thread")
-    report(f"* Command: `python -m benchmarks.data_scale {' '.join(sys.argv[1:])}`")
+    counts = f"--rows {' '.join(map(str, settings.rows))} --minari {' '.join(map(str, settings.minari))}"
+    report(f"* Command: `python -m benchmarks.data_scale {counts} --repeats {settings.repeats}`")
     report(
         "* Several figures in a cell: least / median / most over the repeats. MiB are of the whole process, Python and"
     )

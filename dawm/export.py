@@ -35,7 +35,6 @@ from dawm.errors import UserError
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.modules import load_module
 from dawm.report import read_results
-from dawm.returns import returns_to_go
 from dawm.synthesis import CHUNK, LiftedReturn, Rollouts, TargetReturn, observation_bounds, roll_out
 from dawm.world_model import DiffusionWorldModel
 
@@ -162,7 +161,7 @@ def _load(run: Path, device: torch.device) -> _Trained:
         data = yaml.safe_load((run / "config.yaml").read_text())["data"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"run: {run / 'config.yaml'} cannot be read ({error}); run `fit` again") from None
-    episodes = load_episodes(data["dataset"], data["env_id"])
+    episodes = load_episodes(data["dataset"], data["env_id"], data["cache_dir"], data["memory_limit"])
     for name in ("world_model", "inverse_dynamics"):
         if name not in stages:
             raise UserError(
@@ -178,7 +177,7 @@ def _load(run: Path, device: torch.device) -> _Trained:
             )
         modules[name] = load_module(path).to(device)
         hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    returns = returns_to_go(episodes.transitions.rewards, episodes.ends, data["discount"], data["return_window"])
+    returns = episodes.returns_to_go(data["discount"], data["return_window"])
     world_model = cast(DiffusionWorldModel, modules["world_model"])
     return _Trained(world_model, cast(InverseDynamics, modules["inverse_dynamics"]), hashes, episodes, returns)
 

@@ -17,6 +17,7 @@ TERMINATED = (True, False, True, False, False, True)
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setenv("DAWM_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

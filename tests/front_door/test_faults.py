@@ -31,7 +31,7 @@ class Signal(L.Callback):
             os.kill(os.getpid(), self.number)
 '''
 
-BURST = '''
+BURST = """
 from dawm.agents import TD3BC
 
 
@@ -41,7 +41,7 @@ class Burst(TD3BC):
         if self.update_index > 30:
             metrics["critic_loss"] = metrics["critic_loss"] * float("nan")
         return metrics
-'''
+"""
 
 
 def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
