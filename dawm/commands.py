@@ -24,6 +24,12 @@ from dawm.report import collect_results, read_results, show_evaluation, show_res
 __all__ = ["MODULES", "evaluate_run", "fit"]
 
 EVALUATION_SEED = 2_000_000  # of the last evaluation: apart from the seeds of evaluations during training
+DATA_SETTINGS = {
+    "world_model": ("horizon", "discount", "return_window", "segment_batch_size", "validation_fraction"),
+    "inverse_dynamics": ("batch_size", "validation_fraction"),
+    "agent": ("env_id", "discount", "return_window", "batch_size", "synthetic_fraction"),
+}
+"""What of the data module's settings a stage's result depends on, besides the data and the seed."""
 MODULES = ("world_model", "inverse_dynamics", "model")
 
 
@@ -56,19 +62,17 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
         raise UserError(
             f"data.horizon is {data.horizon} but world_model.horizon is {horizon}; set both to ${{horizon}}"
         )
-    # no result depends on where the rows are kept
-    data_settings = {key: value for key, value in settings["data"].items() if key not in ("cache_dir", "memory_limit")}
     experiment = Experiment(
         data=data,
         stages=parts.stages,
         trainer=settings["trainer"],
         settings={
             name: {
-                "data": data_settings,
+                "data": {key: settings["data"][key] for key in keys},
                 "module": modules["model" if name == "agent" else name],
                 "callbacks": settings["stages"][name]["callbacks"],
             }
-            for name in ("world_model", "inverse_dynamics", "agent")
+            for name, keys in DATA_SETTINGS.items()
         },
         output_dir=output_dir,
         seed=config.seed_everything,

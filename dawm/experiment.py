@@ -144,7 +144,7 @@ class Experiment:
             return module.eval()
         key = self._key(name, stage)
         self._keys.append(key)
-        folder = self.output_dir / name / key[:8]
+        folder = self.output_dir.resolve() / name / key[:8]
         last, complete = folder / "last.ckpt", folder / "complete.json"
         if complete.exists():
             checkpoint = self._load(module, last, f"the reused {name}")

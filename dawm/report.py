@@ -131,17 +131,21 @@ def show_evaluation(console: Console, evaluation: Evaluation, reference: Referen
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    """The results of a finished run.
+    """The results of a finished run, with its checkpoints where they are now.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run; it may have been moved since.
     """
     try:
-        return json.loads((run / "results.json").read_text())
+        results = json.loads((run / "results.json").read_text())
+        for stage in results["stages"].values():
+            moved = run.joinpath(*Path(stage["checkpoint"]).parts[-3:])  # <stage>/<key>/last.ckpt
+            stage["checkpoint"] = str(moved) if moved.exists() else stage["checkpoint"]
     except FileNotFoundError:
         raise UserError(f"run: {run} holds no results.json; name the output_dir of a finished `fit`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"run: {run / 'results.json'} cannot be read ({error})") from None
+    return results
 
 
 def read_curve(stage_folder: Path, metric: str) -> tuple[list[int], list[float]]:

@@ -11,8 +11,9 @@ def test_evaluate_agrees_with_the_run_itself(smoke, tmp_path, capsys, monkeypatc
     assert main(["fit", "--config", str(smoke)]) == 0
     agent = json.loads((tmp_path / "run" / "results.json").read_text())["agent"]
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "empty"))  # the data are not needed
+    (tmp_path / "run").rename(tmp_path / "moved")
     capsys.readouterr()
-    assert main(["evaluate", "--run", str(tmp_path / "run"), "--episodes", "2"]) == 0
+    assert main(["evaluate", "--run", str(tmp_path / "moved"), "--episodes", "2"]) == 0
     printed = capsys.readouterr().out
     assert f"return {agent['return']['mean']:.1f}" in printed
     assert f"score {agent['normalized_score']['mean']:.1f}" in printed

@@ -79,6 +79,10 @@ def test_same_seed_same_run_and_changed_setting_trains_beside(smoke, tmp_path):
     assert not stages["agent"]["reused"]
     assert len(list((Path(first) / "agent").glob("*/last.ckpt"))) == 2
     assert not equal(before, weights(Path(first), "agent"))
+    # the share of imagined rows concerns the agent alone
+    assert main(["fit", "--config", str(smoke), "--output_dir", first, "--data.synthetic_fraction", "0.25"]) == 0
+    reused = {name: stage["reused"] for name, stage in results_of(Path(first))["stages"].items()}
+    assert reused == {"world_model": True, "inverse_dynamics": True, "agent": False}
 
 
 def test_results_do_not_depend_on_updates_per_step(smoke, tmp_path):
