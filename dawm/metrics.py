@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["MeanPerColumn"]
+__all__ = ["HorizonErrors", "MeanPerColumn"]
 
 
 class MeanPerColumn(Metric):
@@ -48,3 +48,38 @@ class MeanPerColumn(Metric):
     def means(self) -> Tensor:
         """`compute`, always of shape (H,)."""
         return torch.atleast_1d(self.compute())
+
+
+class HorizonErrors(torch.nn.Module):
+    """Observation, reward and termination errors at each step of the horizon.
+
+    Args:
+        horizon: Steps H.
+    """
+
+    def __init__(self, horizon: int) -> None:
+        super().__init__()
+        self.observation = MeanPerColumn(horizon)
+        self.reward = MeanPerColumn(horizon)
+        self.termination = MeanPerColumn(horizon)
+
+    def update(self, observation: Tensor, reward: Tensor, termination: Tensor, valid: Tensor) -> None:
+        """Adds segments.
+
+        Args:
+            observation: Errors of the observations, shape (B, H, O); their mean over O counts.
+            reward: Errors of the rewards, shape (B, H).
+            termination: Errors of the terminations, shape (B, H).
+            valid: 0 where a step was not recorded, else 1, shape (B, H).
+        """
+        self.observation.update(observation.mean(dim=-1), valid)
+        self.reward.update(reward, valid)
+        self.termination.update(termination, valid)
+
+    def compute_and_reset(self) -> dict[str, Tensor]:
+        """Mean error at each step since the last call, by name, each shape (H,)."""
+        parts = {"observation": self.observation, "reward": self.reward, "termination": self.termination}
+        means = {name: part.means() for name, part in parts.items()}
+        for part in parts.values():
+            part.reset()
+        return means

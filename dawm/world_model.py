@@ -16,7 +16,7 @@ Symbols: B batch, H horizon, O observation size, A action size, R = O + 2 row si
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,15 +26,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dawm.data.transitions import Segments, Transitions
 from dawm.diffusion import EDM, Preconditioning, denoising_loss, guided
 from dawm.errors import UserError
-from dawm.metrics import MeanPerColumn
+from dawm.metrics import HorizonErrors
 from dawm.networks import BatchedMLP, Denoiser, ResidualMLP
 from dawm.normalizer import Normalizer
 from dawm.samplers import DPMSolverPP2M, Sampler
 from dawm.updates import UpdateModule
 
 __all__ = ["DiffusionWorldModel", "Imagined"]
-
-ERRORS = ("observation", "reward", "termination")
 
 
 class Imagined(NamedTuple):
@@ -128,8 +126,7 @@ class DiffusionWorldModel(UpdateModule):
         if regression_baseline:
             self.regression = BatchedMLP(1, observation_size + action_size, (256, 256), row_size)
             self.regression_optimizer = Adam(self.regression.parameters(), lr=learning_rate, fused=True)
-        self.validation_errors = torch.nn.ModuleDict({key: MeanPerColumn(horizon) for key in ERRORS})
-        self.regression_errors = torch.nn.ModuleDict({key: MeanPerColumn(horizon) for key in ERRORS})
+        self.validation_errors, self.regression_errors = HorizonErrors(horizon), HorizonErrors(horizon)
 
     def fit_normalizers(self, transitions: Transitions, returns_to_go: Tensor) -> None:
         """Takes the normalisers' statistics from real transitions.
@@ -312,34 +309,25 @@ class DiffusionWorldModel(UpdateModule):
         observations, rewards, terminations = (torch.stack(part, dim=1) for part in zip(*steps))
         return Imagined(torch.cat([batch.observations[:, :1], observations], dim=1), rewards, terminations)
 
-    def _record(self, errors: torch.nn.ModuleDict, imagined: Imagined, batch: Segments) -> None:
+    def _record(self, errors: HorizonErrors, imagined: Imagined, batch: Segments) -> None:
         difference = (imagined.observations - batch.observations)[:, 1:] / self.observation_normalizer.std
         reward_error = (imagined.rewards - batch.rewards) / self.reward_normalizer.std
         wrong = (imagined.terminations > 0.5) != (batch.terminations > 0.5)
-        values = {
-            "observation": difference.square().mean(dim=-1),
-            "reward": reward_error.square(),
-            "termination": wrong.float(),
-        }
-        for key, metric in errors.items():
-            cast(MeanPerColumn, metric).update(values[key], batch.valid)
+        errors.update(difference.square(), reward_error.square(), wrong.float(), batch.valid)
 
     def on_validation_epoch_end(self) -> None:
         """Logs every error at every step, and the first step's ratio to the baseline."""
         self.log("step", float(self.trainer.global_step))  # the x-axis, in updates
-        first: dict[str, float] = {}
-        for source, errors in (("validation", self.validation_errors), ("regression", self.regression_errors)):
-            if source == "regression" and self.regression is None:
-                continue
-            for key, metric in errors.items():
-                values = cast(MeanPerColumn, metric).means()
-                cast(MeanPerColumn, metric).reset()
-                first[f"{source}_{key}"] = float(values[0])
-                self.log_dict({f"world_model/{source}_{key}_error/step_{k + 1}": v for k, v in enumerate(values)})
-        self.log("world_model/validation_error", first["validation_observation"], prog_bar=True)
+        sources = {"validation": self.validation_errors.compute_and_reset()}
         if self.regression is not None:
-            ratio = first["validation_observation"] / max(first["regression_observation"], 1e-12)
-            self.log("world_model/first_step_error_ratio", ratio)
+            sources["regression"] = self.regression_errors.compute_and_reset()
+        for source, errors in sources.items():
+            for key, values in errors.items():
+                self.log_dict({f"world_model/{source}_{key}_error/step_{k + 1}": v for k, v in enumerate(values)})
+        first = {source: float(errors["observation"][0]) for source, errors in sources.items()}
+        self.log("world_model/validation_error", first["validation"], prog_bar=True)
+        if self.regression is not None:
+            self.log("world_model/first_step_error_ratio", first["validation"] / max(first["regression"], 1e-12))
 
     def optimizers_in_order(self) -> list[Optimizer]:
         """The denoiser's optimiser and, with a baseline, the baseline's."""
