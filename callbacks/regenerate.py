@@ -11,7 +11,7 @@ from dawm.data.batches import derive_seed
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.synthesis import LiftedReturn, Synthesized, TargetReturn, synthesize
+from dawm.synthesis import LiftedReturn, Synthesized, TargetReturn, observation_bounds, synthesize
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["RegenerateRollouts"]
@@ -89,8 +89,7 @@ class RegenerateRollouts(L.Callback):
         device = world_model.device
         starts = torch.randint(len(real), (self.rollouts,), generator=torch.Generator().manual_seed(seed))
         targets = self.target_return(data.returns_to_go[starts], data.returns_to_go[episodes.sample_rows()])
-        low, high = episodes.observation_low, episodes.observation_high
-        slack = self.margin * (high - low)
+        low, high = observation_bounds(episodes.observation_low, episodes.observation_high, self.margin)
         return synthesize(
             world_model,
             inverse_dynamics,
@@ -99,7 +98,7 @@ class RegenerateRollouts(L.Callback):
             targets.to(device),
             guidance=self.guidance,
             generator=torch.Generator(device).manual_seed(seed),
-            bounds=((low - slack).to(device), (high + slack).to(device)),
+            bounds=(low.to(device), high.to(device)),
             max_disagreement=self.max_disagreement,
         )
 

@@ -74,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
         Console(stderr=True, soft_wrap=True).print(f"interrupted: {stop}", style="bold", markup=False, highlight=False)
         return 130
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: the same command goes on where it was", style="bold")
+        Console(stderr=True).print("interrupted", style="bold")
         return 130
 
 

@@ -104,7 +104,7 @@ def synthesize_dataset(
         "device": world_model.device.type,
     }
     parts = Parts(output, settings, overwrite)
-    low, high = observation_bounds(episodes.transitions.observations, margin)
+    low, high = observation_bounds(episodes.observation_low, episodes.observation_high, margin)
     bounds = low.to(world_model.device), high.to(world_model.device)
     try:
         with progress_bar(f"imagining for {output}", transitions, visible=True) as bar:

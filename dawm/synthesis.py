@@ -243,14 +243,14 @@ def roll_out(
     return Rollouts(imagined.observations, inferred_actions, imagined.rewards, terminations, kept.sum(dim=1), counts)
 
 
-def observation_bounds(observations: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+def observation_bounds(low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """Lowest and highest observation to accept, each shape (O,).
 
     Args:
-        observations: Real observations, shape (N, O).
+        low: Lowest real observation of each dimension, shape (O,).
+        high: Highest real observation of each dimension, shape (O,).
         margin: How far outside their range is still accepted, as a share of the range.
     """
-    low, high = observations.amin(dim=0), observations.amax(dim=0)
     slack = margin * (high - low)
     return low - slack, high + slack
 

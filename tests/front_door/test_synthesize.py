@@ -169,7 +169,7 @@ def test_mistakes_are_told_in_a_line(hopper, finished_run, tmp_path):
 
 
 def test_nothing_worth_keeping_is_an_error_and_not_an_endless_loop(hopper, finished_run, monkeypatch):
-    monkeypatch.setattr(export, "observation_bounds", lambda rows, margin: (rows.amax(0) + 1e6, rows.amax(0) + 2e6))
+    monkeypatch.setattr(export, "observation_bounds", lambda low, high, margin: (high + 1e6, high + 2e6))
     with pytest.raises(UserError, match=r"all imagined rows were dropped \(.*out_of_range"):
         synthesize(finished_run, "imagined/nothing-v0", 300)
     assert not list(dataset_folder().glob(".dawm-*"))
