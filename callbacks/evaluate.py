@@ -1,6 +1,6 @@
 """EvaluateInEnvironment: when to let the agent act in its environment."""
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from numpy.typing import NDArray
 
 from dawm.errors import UserError
-from dawm.evaluation import Evaluation, run_episodes, summarize
+from dawm.evaluation import Evaluation, Policy, policies, run_episodes, summarize
 
 __all__ = ["EvaluateInEnvironment"]
 
@@ -20,6 +20,7 @@ class EvaluateInEnvironment(L.Callback):
     Logs ``eval/return``, and where the data set has reference scores ``eval/normalized_score`` with the bounds of its
     95 % confidence interval, ``eval/normalized_score_low`` and ``eval/normalized_score_high``. Every rank runs its
     share of the episodes; the result does not depend on their number. The training's random numbers stay untouched.
+    Agents trained side by side (``seeds``) play all episodes each; logged is the mean over them.
 
     Example::
 
@@ -94,13 +95,15 @@ class EvaluateInEnvironment(L.Callback):
         pl_module.eval()
         try:
             with isolate_rng():
-                returns = run_episodes(
-                    pl_module.act,  # type: ignore[arg-type]
-                    self.env_id or data.env_spec,
-                    seeds,
-                    self.num_envs,
-                    pl_module.device,
+                agents = getattr(pl_module, "seeds", 1)
+                environment, device = self.env_id or data.env_spec, pl_module.device
+                returns = np.stack(
+                    [
+                        run_episodes(policy, environment, seeds, self.num_envs, device)
+                        for policy in policies(cast(Policy, pl_module.act), agents)
+                    ]
                 )
+                returns = returns if agents > 1 else returns[0]
         finally:
             pl_module.train(training)
         reference = data.reference
@@ -110,8 +113,9 @@ class EvaluateInEnvironment(L.Callback):
         """The returns of all ranks in the order of their seeds."""
         if trainer.world_size == 1:
             return returns
-        everyone = torch.zeros(self.episodes, dtype=torch.float64, device=trainer.strategy.root_device)
-        everyone[trainer.global_rank :: trainer.world_size] = torch.from_numpy(returns).to(everyone)
+        shape = (*returns.shape[:-1], self.episodes)
+        everyone = torch.zeros(shape, dtype=torch.float64, device=trainer.strategy.root_device)
+        everyone[..., trainer.global_rank :: trainer.world_size] = torch.from_numpy(returns).to(everyone)
         # each episode is non-zero on one rank only, so the sum puts them together
         return trainer.strategy.reduce(everyone, reduce_op="sum").cpu().numpy()
 

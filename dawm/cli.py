@@ -160,6 +160,9 @@ def make_fit_parser() -> Parser:
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of data split, networks, draws and noise")
     parser.add_argument("--horizon", type=int, default=8, help="steps imagined; configs refer to it as ${horizon}")
     parser.add_argument("--discount", type=float, default=0.99, help="configs refer to it as ${discount}")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="agents trained side by side, each with its own weights, draws and score"
+    )
     parser.add_argument("--final_episodes", type=int, default=20, help="episodes of the last evaluation")
     parser.add_class_arguments(TransitionDataModule, "data")
     parser.link_arguments("seed_everything", "data.seed")

@@ -1,5 +1,6 @@
 """What the commands do once their arguments are parsed."""
 
+import inspect
 import logging
 import warnings
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from dawm.checkpoints import ORIGIN, read_checkpoint
 from dawm.data.module import TransitionDataModule
 from dawm.data.scores import ReferenceScores
 from dawm.errors import UserError
-from dawm.evaluation import Policy, evaluate, make_environment
+from dawm.evaluation import Environment, Evaluation, Policy, evaluate, make_environment
 from dawm.experiment import Experiment
-from dawm.modules import build_module, load_module
+from dawm.modules import build_module, import_class, load_module
 from dawm.report import collect_results, read_results, show_evaluation, show_results, write_files
 
 __all__ = ["MODULES", "evaluate_run", "fit"]
@@ -47,6 +48,7 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
     settings: dict[str, Any] = plain.as_dict()
     output_dir = _writable(Path(config.output_dir))
     modules = {key: settings[key] for key in MODULES}
+    modules["model"] = _with_seeds(modules["model"], config.seeds, console)
     rest = config.clone()
     for key in (*MODULES, "config"):
         rest.pop(key, None)
@@ -92,10 +94,7 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
     if experiment.rank != 0:
         return
     console.print(f"scoring the agent over {config.final_episodes} episodes of {data.env_spec.id}")
-    normalize = None if data.reference is None else data.reference.normalize
-    evaluation = evaluate(
-        cast(Policy, agent.act), data.env_spec, config.final_episodes, EVALUATION_SEED, normalize=normalize
-    )
+    evaluation = _evaluate(agent, data.env_spec, config.final_episodes, EVALUATION_SEED, data.reference)
     results = collect_results(
         data.episodes, modules["model"]["class_path"], evaluation, experiment.results, config.seed_everything
     )
@@ -121,9 +120,26 @@ def evaluate_run(
         raise UserError("env_id: the data set of this run names no environment; set --env_id")
     environment = env_id or EnvSpec.from_json(origin["env_spec"])
     reference = None if origin["reference"] is None else ReferenceScores(**origin["reference"])
-    normalize = None if reference is None else reference.normalize
-    result = evaluate(cast(Policy, agent.act), environment, episodes, seed, normalize=normalize)
+    result = _evaluate(agent, environment, episodes, seed, reference)
     show_evaluation(console, result, reference)
+
+
+def _evaluate(
+    agent: L.LightningModule, environment: Environment, episodes: int, seed: int, reference: ReferenceScores | None
+) -> Evaluation:
+    normalize = None if reference is None else reference.normalize
+    seeds = getattr(agent, "seeds", 1)
+    return evaluate(cast(Policy, agent.act), environment, episodes, seed, normalize=normalize, seeds=seeds)
+
+
+def _with_seeds(model: dict[str, Any], seeds: int, console: Console) -> dict[str, Any]:
+    """The agent's description with the number of seeds, where its class can train several."""
+    if seeds == 1:
+        return model
+    if "seeds" not in inspect.signature(import_class(model["class_path"])).parameters:
+        console.print(f"{model['class_path']} takes no `seeds`: it trains one seed, not {seeds}", style="yellow")
+        return model
+    return {**model, "init_args": {**(model.get("init_args") or {}), "seeds": seeds}}
 
 
 def _regenerate(callbacks: Sequence[L.Callback]) -> list[RegenerateRollouts]:

@@ -1,6 +1,6 @@
 """Evaluation: what a policy earns in its environment, and how sure that figure is.
 
-Symbols: B observations acted on at once, E episodes, O observation size, A action size.
+Symbols: B observations acted on at once, E episodes, S seeds, O observation size, A action size.
 
 A return is the undiscounted sum of an episode's rewards. Each episode has a seed of its own, so the returns do not
 depend on how many environments run side by side or on how the episodes are shared out among processes.
@@ -25,6 +25,7 @@ __all__ = [
     "bootstrap_interval",
     "evaluate",
     "make_environment",
+    "policies",
     "run_episodes",
     "summarize",
 ]
@@ -42,7 +43,7 @@ class Evaluation:
     """Result of an evaluation; low and high bound the mean's 95 % confidence interval.
 
     Args:
-        returns: Undiscounted return of each episode, shape (E,).
+        returns: Undiscounted return of each episode, shape (E,); of S agents trained side by side (S, E).
         mean_return: Their mean.
         low: Lower bound of the mean return.
         high: Upper bound of the mean return.
@@ -68,6 +69,7 @@ def evaluate(
     num_envs: int = 10,
     normalize: Callable[[float], float] | None = None,
     device: torch.device | str = "cpu",
+    seeds: int = 1,
 ) -> Evaluation:
     """Runs episodes with the seeds ``seed, seed + 1, ...`` and summarises their returns.
 
@@ -79,15 +81,35 @@ def evaluate(
         num_envs: Environments side by side.
         normalize: Turns a return into a score, such as ``ReferenceScores.normalize``.
         device: Where the policy's observations go.
+        seeds: Agents trained side by side S, each of which plays all episodes; with more than one, ``act`` answers
+            with actions of shape (S, B, A).
     """
-    return summarize(run_episodes(act, environment, range(seed, seed + episodes), num_envs, device), normalize)
+    returns = [
+        run_episodes(policy, environment, range(seed, seed + episodes), num_envs, device)
+        for policy in policies(act, seeds)
+    ]
+    return summarize(np.stack(returns) if seeds > 1 else returns[0], normalize)
+
+
+def policies(act: Policy, seeds: int) -> list[Policy]:
+    """The policy of each of the agents trained side by side.
+
+    Args:
+        act: Observations, shape (B, O), to actions, shape (B, A), or of several agents (S, B, A).
+        seeds: Their number S.
+    """
+
+    def policy(member: int) -> Policy:
+        return lambda observations: act(observations)[member]
+
+    return [act] if seeds == 1 else [policy(member) for member in range(seeds)]
 
 
 def summarize(returns: NDArray[np.float64], normalize: Callable[[float], float] | None = None) -> Evaluation:
     """Mean of the returns with its confidence interval, as returns and as scores.
 
     Args:
-        returns: Undiscounted returns, shape (E,).
+        returns: Undiscounted returns, shape (E,) or (S, E).
         normalize: Turns a return into a score by an increasing line; None leaves the scores out.
     """
     mean, (low, high) = float(returns.mean()), bootstrap_interval(returns)
@@ -149,17 +171,26 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap of the mean (Efron 1979): the interval that resampled means fall into.
 
+    Of several seeds, the seeds are resampled first and then each one's episodes, because the seeds differ among
+    themselves (Agarwal et al. 2021, arXiv 2108.13264, resample runs). With few seeds such an interval is too narrow.
+
     Args:
-        values: Values, shape (E,).
+        values: Values, shape (E,), or of several seeds (S, E).
         confidence: Share of the resampled means inside, in (0, 1).
         resamples: Number of resampled means.
         seed: Seed of the resampling; a generator of its own leaves the global one alone.
     """
     values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"values must have one dimension and at least one entry, got shape {values.shape}")
-    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[rows].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    if values.ndim not in (1, 2) or values.size == 0:
+        raise ValueError(f"values must have one or two dimensions and at least one entry, got shape {values.shape}")
+    generator = np.random.default_rng(seed)
+    if values.ndim == 1:
+        means = values[generator.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
+    else:
+        seeds, episodes = values.shape
+        drawn = generator.integers(seeds, size=(resamples, seeds, 1))
+        means = values[drawn, generator.integers(episodes, size=(resamples, seeds, episodes))].mean(axis=(1, 2))
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

@@ -20,7 +20,7 @@ from torch.optim import Adam, Optimizer
 
 from dawm.data.transitions import Transitions
 from dawm.metrics import MeanPerColumn
-from dawm.networks import BatchedMLP
+from dawm.mlp import BatchedMLP
 from dawm.normalizer import Normalizer
 from dawm.updates import UpdateModule
 
@@ -65,7 +65,7 @@ class InverseDynamics(UpdateModule):
         self.save_hyperparameters()
         self.observation_normalizer = Normalizer(observation_size)
         self.difference_normalizer = Normalizer(observation_size)
-        self.network = BatchedMLP(members, 2 * observation_size, hidden, action_size)
+        self.network = BatchedMLP((members,), 2 * observation_size, hidden, action_size)
         self.optimizer = Adam(self.network.parameters(), lr=learning_rate, fused=True)
         self.best_network = deepcopy(self.network).requires_grad_(False)
         self.register_buffer("best_errors", torch.full((action_size,), torch.inf))

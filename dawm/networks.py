@@ -1,15 +1,13 @@
-"""Networks: batched multi-layer perceptrons, and the denoisers of the world model.
+"""Denoisers of the world model.
 
-Symbols: M members, B batch, H horizon, R size of a row, C size of the condition.
+Symbols: B batch, H horizon, R size of a row, C size of the condition.
 
-A `BatchedMLP` is M independent networks of equal shape whose weights lie in one tensor, so that twin critics, ensembles
-and whole independent seeds cost one matrix product per layer. A `Denoiser` is what the world model trains; any class
-that keeps its contract can be named in a config.
+A `Denoiser` is what the world model trains; any class that keeps its contract can be named in a config.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,85 +16,7 @@ from torch.nn import functional
 
 from dawm.errors import UserError
 
-__all__ = ["BatchedLinear", "BatchedMLP", "Denoiser", "ResidualMLP", "TemporalTransformer", "TemporalUNet"]
-
-
-class BatchedLinear(nn.Module):
-    """M linear layers side by side, each initialised on its own as `torch.nn.Linear` is.
-
-    Args:
-        members: M.
-        in_size: Size of the input.
-        out_size: Size of the output.
-    """
-
-    def __init__(self, members: int, in_size: int, out_size: int) -> None:
-        super().__init__()
-        bound = 1 / math.sqrt(in_size)
-        self.weight = nn.Parameter(torch.empty(members, in_size, out_size).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(members, 1, out_size).uniform_(-bound, bound))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs of every member, shape (M, B, out).
-
-        Args:
-            inputs: One input for all members, shape (B, in), or one for each, shape (M, B, in).
-        """
-        members, in_size, _ = self.weight.shape
-        if members == 1:  # a plain product is faster than a batch of one
-            return torch.addmm(self.bias[0], inputs.reshape(-1, in_size), self.weight[0]).unsqueeze(0)
-        if self.weight.shape[2] == 1:  # as critics have: a sum is several times faster than a product
-            return (inputs * self.weight.transpose(1, 2)).sum(dim=-1, keepdim=True) + self.bias
-        if inputs.dim() == 2:
-            inputs = inputs.expand(members, -1, -1)
-        return torch.baddbmm(self.bias, inputs, self.weight)
-
-
-class BatchedMLP(nn.Module):
-    """M multi-layer perceptrons side by side; no gradient passes between members.
-
-    Args:
-        members: M.
-        in_size: Size of the input.
-        hidden: Sizes of the hidden layers; empty for a linear map.
-        out_size: Size of the output.
-        activation: Class of the activation between layers.
-        layer_norm: Normalise each hidden layer before its activation.
-    """
-
-    def __init__(
-        self,
-        members: int,
-        in_size: int,
-        hidden: Sequence[int],
-        out_size: int,
-        activation: Callable[[], nn.Module] = nn.ReLU,
-        layer_norm: bool = False,
-    ) -> None:
-        super().__init__()
-        sizes = [in_size, *hidden, out_size]
-        self.layers = nn.ModuleList(BatchedLinear(members, a, b) for a, b in zip(sizes[:-1], sizes[1:]))
-        self.norms = nn.ModuleList(_BatchedLayerNorm(members, size) if layer_norm else nn.Identity() for size in hidden)
-        self.activation = activation()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs of every member, shape (M, B, out), for inputs of shape (B, in) or (M, B, in)."""
-        for layer, norm in zip(self.layers, self.norms):
-            inputs = self.activation(norm(layer(inputs)))
-        return self.layers[-1](inputs)
-
-
-class _BatchedLayerNorm(nn.Module):
-    """Layer norm whose scale and shift are each member's own."""
-
-    def __init__(self, members: int, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(members, 1, size))
-        self.bias = nn.Parameter(torch.zeros(members, 1, size))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Normalised inputs, shape (M, B, size)."""
-        return torch.addcmul(self.bias, functional.layer_norm(inputs, inputs.shape[-1:]), self.weight)
+__all__ = ["Denoiser", "ResidualMLP", "TemporalTransformer", "TemporalUNet"]
 
 
 class Denoiser(nn.Module, ABC):

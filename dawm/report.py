@@ -80,7 +80,7 @@ def show_results(console: Console, output_dir: Path, results: Mapping[str, Any])
         table.add_row(
             "agent's score",
             f"[bold]{score['mean']:.1f}[/]  (95 % interval {score['low']:.1f} to {score['high']:.1f}, "
-            f"{len(agent['returns'])} episodes, 1 seed)",
+            f"{_played(agent['returns'])})",
         )
         table.add_row(
             "scale",
@@ -118,16 +118,22 @@ def show_evaluation(console: Console, evaluation: Evaluation, reference: Referen
         evaluation: The result.
         reference: What a score of 0 and of 100 stand for.
     """
-    episodes = len(evaluation.returns)
+    played = _played(evaluation.returns.tolist())
     console.print(
-        f"return {evaluation.mean_return:.1f} (95 % interval {evaluation.low:.1f} to {evaluation.high:.1f}, "
-        f"{episodes} episodes)"
+        f"return {evaluation.mean_return:.1f} (95 % interval {evaluation.low:.1f} to {evaluation.high:.1f}, {played})"
     )
     if reference is not None:
         console.print(
             f"score {evaluation.score:.1f} (95 % interval {evaluation.score_low:.1f} to {evaluation.score_high:.1f}); "
             f"0 = {reference.minimum:.1f}, 100 = {reference.maximum:.1f} ({reference.source})"
         )
+
+
+def _played(returns: list) -> str:
+    """How many episodes and seeds a figure stands on."""
+    if not isinstance(returns[0], list):
+        return f"{len(returns)} episodes, 1 seed"
+    return f"{len(returns[0])} episodes each, {len(returns)} seeds"
 
 
 def read_results(run: Path) -> dict[str, Any]:

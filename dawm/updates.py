@@ -44,7 +44,7 @@ class UpdateModule(L.LightningModule):
             batch: One batch, fields of shape (B, ...).
 
         Returns:
-            Metrics as detached scalars, logged under ``<name>/<key>``.
+            Metrics without gradient, of any shape, whose mean is logged under ``<name>/<key>``.
         """
 
     def minimize(self, loss: Tensor, optimizer: Optimizer, max_norm: float | None = None) -> None:
@@ -54,13 +54,13 @@ class UpdateModule(L.LightningModule):
         leaves the critic's weights without a gradient.
 
         Args:
-            loss: The loss of this rank's batch, shape ().
+            loss: The loss of this rank's batch, shape (), or one for each of several independent networks, shape (...).
             optimizer: The optimiser to step.
             max_norm: Longer gradients are shortened to this norm; None leaves them.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # autograd.grad instead of backward: DDP's hooks sit on backward and expect one pass per training step
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss.sum(), parameters)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             flat = torch.cat([g.reshape(-1) for g in gradients])
             torch.distributed.all_reduce(flat)

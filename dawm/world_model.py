@@ -27,7 +27,8 @@ from dawm.data.transitions import Segments, Transitions
 from dawm.diffusion import EDM, Preconditioning, denoising_loss, guided
 from dawm.errors import UserError
 from dawm.metrics import HorizonErrors
-from dawm.networks import BatchedMLP, Denoiser, ResidualMLP
+from dawm.mlp import BatchedMLP
+from dawm.networks import Denoiser, ResidualMLP
 from dawm.normalizer import Normalizer
 from dawm.samplers import DPMSolverPP2M, Sampler
 from dawm.updates import UpdateModule
@@ -124,7 +125,7 @@ class DiffusionWorldModel(UpdateModule):
 
         self.regression: BatchedMLP | None = None
         if regression_baseline:
-            self.regression = BatchedMLP(1, observation_size + action_size, (256, 256), row_size)
+            self.regression = BatchedMLP((), observation_size + action_size, (256, 256), row_size)
             self.regression_optimizer = Adam(self.regression.parameters(), lr=learning_rate, fused=True)
         self.validation_errors, self.regression_errors = HorizonErrors(horizon), HorizonErrors(horizon)
 
@@ -224,7 +225,7 @@ class DiffusionWorldModel(UpdateModule):
     def _regress(self, observations: Tensor, actions: Tensor) -> Tensor:
         """The baseline's row for one step, shape (B, R)."""
         assert self.regression is not None
-        return self.regression(torch.cat([self.observation_normalizer(observations), actions], dim=-1))[0]
+        return self.regression(torch.cat([self.observation_normalizer(observations), actions], dim=-1))
 
     # Imagining
 

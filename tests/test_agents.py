@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import lightning as L
@@ -136,7 +137,7 @@ def test_td3_bc_actor_loss_is_the_paper_s():
     agent = TD3BC(1, 1, **SETTINGS, alpha=1.5)
     batch = agent.prepare(uniform(64))
     loss, _ = agent.actor_loss(batch)
-    actions = agent.actor(batch.observations)[0].tanh()
+    actions = agent.actor(batch.observations).tanh()
     first = agent.critics(torch.cat([batch.observations, actions], dim=1))[0, :, 0]
     expected = -1.5 / first.abs().mean() * first.mean() + (actions - batch.actions).square().mean()
     torch.testing.assert_close(loss, expected)
@@ -288,3 +289,35 @@ def test_half_precision_with_loss_scaling_is_refused():
     agent._trainer = SimpleNamespace(precision="16-mixed")
     with pytest.raises(UserError, match="trainer.precision"):
         agent.on_fit_start()
+
+
+# Several seeds side by side
+
+
+def member(agent, index, make):
+    """One of several seeds as an agent of its own: the same weights, optimiser state included."""
+    alone = make()
+    state = {k: v[index] if v.shape[:1] == (agent.seeds,) else v for k, v in agent.state_dict().items()}
+    alone.load_state_dict(state)
+    return alone
+
+
+@pytest.mark.parametrize("make", AGENTS)
+def test_a_seed_among_several_learns_as_one_alone(make):
+    make = partial(make, **({} if "IQL" in make().__class__.__name__ else {"policy_noise": 0.0}))
+    agent = make(seeds=3)
+    alone = [member(agent, index, make) for index in range(3)]
+    data = uniform()
+    data = replace(data, rewards=data.observations[:, 0].sign(), terminations=(data.actions[:, 0] > 0).float())
+    for _ in range(4):
+        rows = torch.randint(len(data), (3, 64))
+        agent.update(data[rows])
+        for index in range(3):
+            alone[index].update(data[rows[index]])
+    actions = agent.act(data.observations)
+    assert actions.shape == (3, len(data), 1)
+    assert not torch.allclose(actions[0], actions[1], atol=1e-3)
+    for index in range(3):
+        torch.testing.assert_close(actions[index], alone[index].act(data.observations), atol=1e-5, rtol=1e-4)
+        for key, value in member(agent, index, make).state_dict().items():
+            torch.testing.assert_close(value, alone[index].state_dict()[key], atol=1e-5, rtol=1e-4, msg=key)

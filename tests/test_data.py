@@ -336,3 +336,15 @@ def test_a_plain_module_trains_on_one_batch_per_step(dataset, make_trainer):
     assert plain.shapes == [(10, 2)] * 3
     with pytest.raises(UserError, match="updates_per_step"):
         make_trainer(3).fit(Plain(), datamodule=module(dataset, updates_per_step=2))
+
+
+def test_each_of_several_seeds_has_batches_of_its_own_and_the_first_those_of_a_single_run(dataset):
+    data = module(dataset, synthetic_fraction=0.5, updates_per_step=2)
+    data.refill(data.episodes.transitions[:50])
+    alone = [batch.rewards for batch in data.mixed_loader(4)]
+    several = list(data.mixed_loader(4, seeds=3))
+    assert several[0].observations.shape[:3] == (2, 3, data.batch_size)
+    for mine, batch in zip(alone, several):
+        assert torch.equal(batch.rewards[:, 0], mine)
+        assert not torch.equal(batch.rewards[:, 1], mine)
+        assert not torch.equal(batch.rewards[:, 1], batch.rewards[:, 2])

@@ -44,10 +44,10 @@ class Stepping(InverseDynamics):
         super().__init__(1, 1, members=1, hidden=())
         self.script = script
         with torch.no_grad():
-            self.network.layers[0].weight.zero_()
+            self.network.layers()[0][0].zero_()
 
     def update(self, batch):
-        self.network.layers[0].bias.data.fill_(self.script[self.update_index])
+        self.network.layers()[0][1].data.fill_(self.script[self.update_index])
         return {"loss": torch.zeros(())}
 
     def answer(self):
@@ -125,8 +125,8 @@ def test_validation_error_by_hand(make_trainer):
     """Of the mean over the members, held to [-1, 1]."""
     model = InverseDynamics(1, 2, members=2, hidden=())
     with torch.no_grad():
-        model.network.layers[0].weight.zero_()
-        model.network.layers[0].bias.copy_(torch.tensor([[[3.0, 0.0]], [[0.0, 0.4]]]))
+        model.network.layers()[0][0].zero_()
+        model.network.layers()[0][1].copy_(torch.tensor([[[3.0, 0.0]], [[0.0, 0.4]]]))
     actions = torch.tensor([[0.5, 0.0], [0.5, 0.2]])
     data = Transitions(torch.zeros(2, 1), actions, torch.zeros(2), torch.ones(2, 1), torch.zeros(2))
     metrics = make_trainer(1).validate(model, FixedBatches([data[:1], data[1:]]), verbose=False)[0]
@@ -147,8 +147,8 @@ def test_disagreement_of_equal_and_of_different_members():
 
 def test_disagreement_is_that_of_the_worst_dimension():
     model = InverseDynamics(1, 2, members=2, hidden=())
-    model.network.layers[0].weight.data.zero_()
-    model.network.layers[0].bias.data.copy_(torch.tensor([[[0.1, -0.5]], [[0.3, 0.5]]]))
+    model.network.layers()[0][0].data.zero_()
+    model.network.layers()[0][1].data.copy_(torch.tensor([[[0.1, -0.5]], [[0.3, 0.5]]]))
     inferred = model.infer(torch.zeros(4, 1), torch.zeros(4, 1))
     torch.testing.assert_close(inferred.actions, torch.tensor([[0.2, 0.0]]).expand(4, 2))
     torch.testing.assert_close(inferred.disagreement, torch.full((4,), 0.5))

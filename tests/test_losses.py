@@ -76,12 +76,11 @@ def test_cosine_decay_falls_from_one_to_zero():
     [
         lambda row, column: losses.td_target(row, row, column, 0.9),
         lambda row, column: losses.critic_loss(column[None], row),
-        lambda row, column: losses.expectile_loss(column, 0.7),
-        lambda row, column: losses.advantage_weights(column, 3.0, 100.0),
-        lambda row, column: losses.policy_improvement_weight(column, 2.5),
-        lambda row, column: losses.gaussian_log_likelihood(row, column, row),
+        lambda row, column: losses.smoothed_actions(row, column, 0.5),
+        lambda row, column: losses.behaviour_cloning_loss(row[:, None], column.expand(4, 2)),
+        lambda row, column: losses.gaussian_log_likelihood(column, column, row),
     ],
 )
 def test_a_column_is_refused_where_a_row_is_meant(call):
-    with pytest.raises(ValueError, match="dimension"):
+    with pytest.raises(ValueError, match="shapes differ"):
         call(torch.zeros(4), torch.zeros(4, 1))

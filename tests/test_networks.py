@@ -1,62 +1,82 @@
 """Batched networks against loops of plain ones, and the contract of the denoisers."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from dawm.errors import UserError
-from dawm.networks import BatchedLinear, BatchedMLP, ResidualMLP, TemporalTransformer, TemporalUNet
+from dawm.mlp import BatchedMLP
+from dawm.networks import ResidualMLP, TemporalTransformer, TemporalUNet
 
 
 def plain_copy(batched, member):
-    """The member of a BatchedMLP as plain layers."""
+    """The member of a BatchedMLP as plain layers, with the activation between them."""
     layers = []
-    for i, layer in enumerate(batched.layers):
-        _, in_size, out_size = layer.weight.shape
-        linear = nn.Linear(in_size, out_size)
-        linear.weight.data = layer.weight[member].detach().T.clone()
-        linear.bias.data = layer.bias[member, 0].detach().clone()
+    for weight, bias, *norm in batched.layers(batched.weights[member].detach()):
+        linear = nn.Linear(*weight.shape)
+        linear.weight.data, linear.bias.data = weight.T.clone(), bias[0].clone()
         layers.append(linear)
-        if i < len(batched.layers) - 1:
-            if not isinstance(batched.norms[i], nn.Identity):
-                norm = nn.LayerNorm(out_size)
-                norm.weight.data = batched.norms[i].weight[member, 0].detach().clone()
-                norm.bias.data = batched.norms[i].bias[member, 0].detach().clone()
-                layers.append(norm)
-            layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
+        if norm:
+            layers.append(nn.LayerNorm(len(norm[0][0])))
+            layers[-1].weight.data, layers[-1].bias.data = norm[0][0].clone(), norm[1][0].clone()
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers[:-1])
 
 
-@pytest.mark.parametrize("members", [1, 2, 3])
+@pytest.mark.parametrize("members", [(), (1,), (3,), (3, 2)])
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_batched_mlp_is_a_loop_of_plain_ones(members, layer_norm):
     torch.manual_seed(0)
     batched = BatchedMLP(members, 4, (8, 6), 3, layer_norm=layer_norm)
-    for norm in batched.norms if layer_norm else []:
-        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    shared, own = torch.randn(5, 4), torch.randn(members, 5, 4)
-    plain = [plain_copy(batched, m) for m in range(members)]
-    torch.testing.assert_close(batched(shared), torch.stack([mlp(shared) for mlp in plain]))
-    torch.testing.assert_close(batched(own), torch.stack([mlp(x) for mlp, x in zip(plain, own)]))
+    nn.init.normal_(batched.weights)
+    shared, own = torch.randn(5, 4), torch.randn(*members[:1], 5, 4)
+    outputs, outputs_own = batched(shared), batched(own)
+    assert outputs.shape == outputs_own.shape == (*members, 5, 3)
+    for member in itertools.product(*map(range, members)):
+        plain = plain_copy(batched, member)
+        torch.testing.assert_close(outputs[member], plain(shared))
+        torch.testing.assert_close(outputs_own[member], plain(own[member[:1]]))
+
+
+@pytest.mark.parametrize("hidden", [(), (7,), (6, 5)])
+@pytest.mark.parametrize(("constant_inputs", "constant_weights"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("members", [(), (2,)])
+def test_gradients_written_by_hand_are_those_of_autograd(hidden, constant_inputs, constant_weights, members):
+    torch.manual_seed(0)
+    network = BatchedMLP(members, 3, hidden, 2).double()
+    inputs = torch.randn(*members, 4, 3, dtype=torch.float64, requires_grad=not constant_inputs)
+    weights = network.weights.detach().clone().requires_grad_(not constant_weights)
+    wanted = [x for x in (inputs, weights) if x.requires_grad]
+    by_hand = torch.autograd.grad(network(inputs, weights).square().sum(), wanted)
+    general = network._general(inputs.reshape(-1, 4, 3), weights.reshape(-1, weights.shape[-1]))
+    torch.testing.assert_close(by_hand, torch.autograd.grad(general.square().sum(), wanted))
+
+
+def test_some_of_the_networks_answer_from_rows_of_the_weights():
+    torch.manual_seed(0)
+    critics, inputs = BatchedMLP((5, 2), 4, (8,), 1), torch.randn(5, 6, 4)
+    first = critics(inputs, critics.weights[..., 0, :].detach())
+    torch.testing.assert_close(first, critics(inputs)[:, 0])
 
 
 def test_members_do_not_share_gradients_or_weights():
     torch.manual_seed(0)
-    batched = BatchedMLP(2, 4, (8,), 3)
+    batched = BatchedMLP((2,), 4, (8,), 3)
     batched(torch.randn(5, 4))[0].sum().backward()
-    for parameter in batched.parameters():
-        assert not torch.equal(parameter[0], parameter[1])
-        assert parameter.grad[0].abs().sum() > 0
-        assert parameter.grad[1].abs().sum() == 0
+    assert not torch.equal(batched.weights[0], batched.weights[1])
+    assert batched.weights.grad[0].abs().sum() > 0
+    assert batched.weights.grad[1].abs().sum() == 0
 
 
 def test_initialisation_is_that_of_torch_linear():
     torch.manual_seed(0)
-    layer, reference = BatchedLinear(3, 400, 300), nn.Linear(400, 300)
-    for weight in (*layer.weight, reference.weight):  # uniform in +-1/sqrt(400)
+    ((weights, bias),), reference = BatchedMLP((3,), 400, (), 300).layers(), nn.Linear(400, 300)
+    for weight in (*weights, reference.weight):  # uniform in +-1/sqrt(400)
         assert weight.abs().max().item() == pytest.approx(0.05, rel=1e-3)
         assert weight.std().item() == pytest.approx(0.05 / 3**0.5, rel=1e-2)
-    assert layer.bias.abs().max().item() == pytest.approx(0.05, rel=0.02)
+    assert bias.abs().max().item() == pytest.approx(0.05, rel=0.02)
 
 
 DENOISERS = [ResidualMLP, TemporalUNet, TemporalTransformer]

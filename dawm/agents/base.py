@@ -1,21 +1,29 @@
 """OfflineAgent: what the experiment asks of an agent, and what every agent shares.
 
-Symbols: B batch, N rows, E episodes, O observation size, A action size.
+Symbols: S seeds, B batch, N rows, E episodes, O observation size, A action size, ... nothing, or the S seeds.
 
 To write an agent, subclass `OfflineAgent`: build networks and optimisers in the constructor, call
 ``self.save_hyperparameters()`` there, and write ``update``, ``act`` and ``optimizers_in_order``. A config then selects
 it by its class path.
+
+An agent may train several seeds at once, as members of the same networks: it takes ``seeds`` in its constructor, hands
+it on, builds its networks by `mlp`, and counts dimensions from the last. With one seed all is as if there were no
+seeds; with S of them every batch, action and loss has S in front.
 """
 
 import copy
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dawm.agents.losses import cosine_decay
 from dawm.data.transitions import Transitions
+from dawm.errors import UserError
+from dawm.mlp import BatchedMLP
 from dawm.normalizer import Normalizer
 from dawm.updates import UpdateModule
 
@@ -32,6 +40,7 @@ class OfflineAgent(UpdateModule):
     Args:
         observation_size: O.
         action_size: A.
+        seeds: Independent agents trained side by side S.
         normalize_observations: Standardise observations by the real data's mean and standard deviation.
         normalize_rewards: Scale rewards so that the returns of the data's episodes span 1000.
         reward_shift: Added to every reward after scaling (IQL on AntMaze: -1).
@@ -44,11 +53,16 @@ class OfflineAgent(UpdateModule):
         self,
         observation_size: int,
         action_size: int,
+        seeds: int = 1,
         normalize_observations: bool = True,
         normalize_rewards: bool = False,
         reward_shift: float = 0.0,
     ) -> None:
         super().__init__()
+        if seeds < 1:
+            raise UserError(f"seeds is {seeds}, but must be at least 1; set --seeds")
+        self.seeds = seeds
+        self.seed_shape = () if seeds == 1 else (seeds,)
         self.observation_size = observation_size
         self.action_size = action_size
         self.normalize_observations = normalize_observations
@@ -77,7 +91,7 @@ class OfflineAgent(UpdateModule):
         """The batch as the networks see it: normalised observations, scaled rewards.
 
         Args:
-            batch: Transitions in the data's units, fields of shape (B, ...).
+            batch: Transitions in the data's units, fields of shape (..., B, ...).
         """
         return replace(
             batch,
@@ -91,20 +105,35 @@ class OfflineAgent(UpdateModule):
         """One update of the critics, and of the actor where it is due.
 
         Args:
-            batch: Transitions in the data's units, fields of shape (B, ...).
+            batch: Transitions in the data's units, fields of shape (B, ...); of S seeds (S, B, ...).
 
         Returns:
-            Metrics as detached scalars, logged under ``agent/<key>``.
+            Metrics without gradient, of any shape, whose mean is logged under ``agent/<key>``.
         """
 
     @abstractmethod
     def act(self, observations: Tensor, deterministic: bool = True) -> Tensor:
-        """Actions of the policy, without gradient, in [-1, 1], shape (B, A).
+        """Actions of the policy, without gradient, in [-1, 1], shape (B, A); of S seeds (S, B, A).
 
         Args:
             observations: Observations in the data's units, shape (B, O).
             deterministic: The policy's mean, or a draw from it.
         """
+
+    def mlp(
+        self, in_size: int, hidden: Sequence[int], out_size: int, copies: int | None = None, **options: Any
+    ) -> BatchedMLP:
+        """A network for each seed: inputs of shape (..., B, in) to outputs of shape (..., B, out).
+
+        Args:
+            in_size: Size of the input.
+            hidden: Sizes of the hidden layers.
+            out_size: Size of the output.
+            copies: Networks for each seed, such as 2 critics; outputs then have the shape (..., copies, B, out).
+            options: Further settings of `BatchedMLP`.
+        """
+        members = self.seed_shape if copies is None else (*self.seed_shape, copies)
+        return BatchedMLP(members, in_size, hidden, out_size, **options)
 
     def decayed(self, learning_rate: float) -> float:
         """A learning rate that falls to 0 along a cosine over the run; constant where no trainer sets a length.

@@ -1,7 +1,7 @@
 """IQL, implicit Q-learning (Kostrikov et al. 2021, arXiv 2110.06169): never asks for the value of an unseen action.
 
-Symbols: B batch, O observation size, A action size; ``Q1, Q2`` the critics, ``V`` the value network, ``pi`` the actor,
-``Q'`` the smaller of the two target critics.
+Symbols: B batch, O observation size, A action size, ... nothing, or the seeds side by side; ``Q1, Q2`` the critics,
+``V`` the value network, ``pi`` the actor, ``Q'`` the smaller of the two target critics.
 
     value:    V(s)       -> the expectile of Q'(s, a) over the data's actions                 (equation 5)
     critics:  Q_m(s, a)  -> r + gamma (1 - terminated) V(s')                                  (equation 6)
@@ -25,7 +25,6 @@ from dawm.agents.losses import (
     td_target,
 )
 from dawm.data.transitions import Transitions
-from dawm.networks import BatchedMLP
 
 __all__ = ["IQL"]
 
@@ -49,6 +48,7 @@ class IQL(OfflineAgent):
         max_weight: Largest weight of a row in the actor's loss.
         deterministic_actor: Regress on the actions by squared error instead of by a Gaussian's likelihood.
         actor_dropout: Share of the actor's hidden units dropped in training, in [0, 1).
+        seeds: Independent agents trained side by side S, each with its own weights and batches.
         normalize_observations: Standardise observations by the real data's mean and standard deviation.
         normalize_rewards: Scale rewards so that the returns of the data's episodes span 1000.
         reward_shift: Added to every reward after scaling (AntMaze: -1).
@@ -68,11 +68,12 @@ class IQL(OfflineAgent):
         max_weight: float = 100.0,
         deterministic_actor: bool = False,
         actor_dropout: float = 0.0,
+        seeds: int = 1,
         normalize_observations: bool = True,
         normalize_rewards: bool = True,
         reward_shift: float = 0.0,
     ) -> None:
-        super().__init__(observation_size, action_size, normalize_observations, normalize_rewards, reward_shift)
+        super().__init__(observation_size, action_size, seeds, normalize_observations, normalize_rewards, reward_shift)
         self.save_hyperparameters()
         self.learning_rate = learning_rate
         self.decay_actor_learning_rate = decay_actor_learning_rate
@@ -82,11 +83,10 @@ class IQL(OfflineAgent):
         self.beta = beta
         self.max_weight = max_weight
         self.deterministic_actor = deterministic_actor
-        activation = nn.Sequential(nn.ReLU(), nn.Dropout(actor_dropout)) if actor_dropout > 0 else nn.ReLU()
-        self.actor = BatchedMLP(1, observation_size, hidden, action_size, activation=lambda: activation)
-        self.log_std = nn.Parameter(torch.zeros(action_size), requires_grad=not deterministic_actor)
-        self.value = BatchedMLP(1, observation_size, hidden, 1)
-        self.critics = BatchedMLP(2, observation_size + action_size, hidden, 1)
+        self.actor = self.mlp(observation_size, hidden, action_size, dropout=actor_dropout)
+        self.log_std = nn.Parameter(torch.zeros(*self.seed_shape, action_size), requires_grad=not deterministic_actor)
+        self.value = self.mlp(observation_size, hidden, 1)
+        self.critics = self.mlp(observation_size + action_size, hidden, 1, copies=2)
         self.target_critics = self.target_of(self.critics)
         actor_parameters = [*self.actor.parameters(), *([] if deterministic_actor else [self.log_std])]
         value_parameters = [*self.value.parameters(), *self.critics.parameters()]
@@ -100,7 +100,7 @@ class IQL(OfflineAgent):
         """The expectile regression of V on the target critics.
 
         Args:
-            advantages: ``Q'(s, a) - V(s)``, shape (B,).
+            advantages: ``Q'(s, a) - V(s)``, shape (..., B).
         """
         loss = expectile_loss(advantages, self.expectile)
         return loss, {"value_loss": loss.detach(), "advantage": advantages.detach().mean()}
@@ -109,12 +109,12 @@ class IQL(OfflineAgent):
         """Both critics' squared TD error against one target.
 
         Args:
-            batch: Prepared transitions, fields of shape (B, ...).
+            batch: Prepared transitions, fields of shape (..., B, ...).
         """
         with torch.no_grad():
-            next_values = self.value(batch.next_observations).view(-1)
+            next_values = self.value(batch.next_observations).squeeze(-1)
             target = td_target(batch.rewards, batch.terminations, next_values, self.discount)
-        values = self.critics(torch.cat([batch.observations, batch.actions], dim=1)).squeeze(-1)
+        values = self.critics(torch.cat([batch.observations, batch.actions], dim=-1)).squeeze(-1)
         loss = critic_loss(values, target)
         return loss, {"critic_loss": loss.detach(), "q": values.detach().mean()}
 
@@ -122,28 +122,28 @@ class IQL(OfflineAgent):
         """Cloning of the data's actions, the better ones weighing more.
 
         Args:
-            batch: Prepared transitions, fields of shape (B, ...).
-            advantages: ``Q'(s, a) - V(s)``, shape (B,).
+            batch: Prepared transitions, fields of shape (..., B, ...).
+            advantages: ``Q'(s, a) - V(s)``, shape (..., B).
         """
-        means = self.actor(batch.observations)[0].tanh()
+        means = self.actor(batch.observations).tanh()
         if self.deterministic_actor:
             errors = (means - batch.actions).square().sum(dim=-1)
         else:
             errors = -gaussian_log_likelihood(batch.actions, means, self.log_std.clamp(*LOG_STD_RANGE))
         weights = advantage_weights(advantages, self.beta, self.max_weight)
-        loss = (weights * errors).mean()
+        loss = (weights * errors).mean(dim=-1)
         return loss, {"actor_loss": loss.detach(), "actor_weight": weights.mean()}
 
     def total_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the three.
 
         Args:
-            batch: Prepared transitions, fields of shape (B, ...).
+            batch: Prepared transitions, fields of shape (..., B, ...).
         """
         with torch.no_grad():
-            target_values = self.target_critics(torch.cat([batch.observations, batch.actions], dim=1))
-            target_values = target_values.squeeze(-1).amin(dim=0)
-        advantages = target_values - self.value(batch.observations).view(-1)
+            target_values = self.target_critics(torch.cat([batch.observations, batch.actions], dim=-1))
+            target_values = target_values.squeeze(-1).amin(dim=-2)
+        advantages = target_values - self.value(batch.observations).squeeze(-1)
 
         value_loss, value_metrics = self.value_loss(advantages)
         critic_loss, critic_metrics = self.critic_loss(batch)
@@ -156,7 +156,7 @@ class IQL(OfflineAgent):
         """One update of value network, critics, actor and targets.
 
         Args:
-            batch: Transitions in the data's units, fields of shape (B, ...).
+            batch: Transitions in the data's units, fields of shape (..., B, ...).
         """
         if self.decay_actor_learning_rate:
             self.optimizer.param_groups[0]["lr"] = self.decayed(self.learning_rate)
@@ -180,14 +180,14 @@ class IQL(OfflineAgent):
 
     @torch.no_grad()
     def act(self, observations: Tensor, deterministic: bool = True) -> Tensor:
-        """The policy's actions, shape (B, A).
+        """The policy's actions, shape (..., B, A).
 
         Args:
             observations: Observations in the data's units, shape (B, O).
             deterministic: The mean, or a draw from the Gaussian, bounded to [-1, 1].
         """
-        actions = self.actor(self.observation_normalizer(observations))[0].tanh()
+        actions = self.actor(self.observation_normalizer(observations)).tanh()
         if not (deterministic or self.deterministic_actor):
-            std = self.log_std.clamp(*LOG_STD_RANGE).exp()
+            std = self.log_std.clamp(*LOG_STD_RANGE).exp().unsqueeze(-2)
             actions = (actions + std * torch.randn_like(actions)).clamp(-1, 1)
         return actions

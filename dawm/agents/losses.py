@@ -1,10 +1,11 @@
 """The arithmetic of the agents, as pure functions of tensors.
 
-Symbols: B batch, M critics, A action size; ``s, a, r, s'`` a transition, ``gamma`` the discount, ``Q(s, a)`` and
-``V(s)`` the value of an action and of an observation, ``pi`` the policy.
+Symbols: B batch, M critics, A action size, ... nothing, or the seeds trained side by side; ``s, a, r, s'`` a
+transition, ``gamma`` the discount, ``Q(s, a)`` and ``V(s)`` the value of an action and of an observation, ``pi`` the
+policy.
 
-Values are always of rank 1, shape (B,), or one row for each critic, shape (M, B). Every function refuses another rank:
-a column (B, 1) beside a row (B,) would silently become a matrix.
+Values have the shape (..., B), those of several critics (..., M, B); a loss has the shape (...), one for each seed.
+Every function refuses shapes that differ: a column (B, 1) beside a row (B,) would silently become a matrix.
 
 Sources: TD3 (arXiv 1802.09477), TD3+BC (arXiv 2106.06860), IQL (arXiv 2110.06169).
 """
@@ -31,15 +32,15 @@ def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, discou
     """One-step target ``r + gamma (1 - terminated) V(s')``; a truncated end bootstraps like any other step.
 
     Args:
-        rewards: ``r``, shape (B,).
-        terminations: 1 where the task ended at ``s'``, shape (B,).
-        next_values: Value of ``s'``, shape (B,).
+        rewards: ``r``, shape (..., B).
+        terminations: 1 where the task ended at ``s'``, shape (..., B).
+        next_values: Value of ``s'``, shape (..., B).
         discount: ``gamma``, in [0, 1].
 
     Returns:
-        Target, without gradient, shape (B,).
+        Target, without gradient, shape (..., B).
     """
-    _require_rank(1, rewards=rewards, terminations=terminations, next_values=next_values)
+    _require_equal_shapes(rewards=rewards, terminations=terminations, next_values=next_values)
     return (rewards + discount * (1 - terminations) * next_values).detach()
 
 
@@ -47,23 +48,22 @@ def critic_loss(values: Tensor, targets: Tensor) -> Tensor:
     """Mean squared error of each critic, summed over the critics.
 
     Args:
-        values: ``Q_m(s, a)``, shape (M, B).
-        targets: One target for all critics, shape (B,).
+        values: ``Q_m(s, a)``, shape (..., M, B).
+        targets: One target for all critics, shape (..., B).
     """
-    _require_rank(2, values=values)
-    _require_rank(1, targets=targets)
-    return (values - targets).square().mean(dim=1).sum()
+    _require_equal_shapes(values_of_one_critic=values[..., 0, :], targets=targets)
+    return (values - targets.unsqueeze(-2)).square().mean(dim=-1).sum(dim=-1)
 
 
 def smoothed_actions(actions: Tensor, noise: Tensor, noise_clip: float) -> Tensor:
     """Target policy smoothing of TD3 (section 5.3): clipped noise is added, and the sum stays in [-1, 1].
 
     Args:
-        actions: Actions of the target policy, shape (B, A).
-        noise: Noise of the same shape, shape (B, A).
+        actions: Actions of the target policy, shape (..., B, A).
+        noise: Noise of the same shape, shape (..., B, A).
         noise_clip: Largest absolute noise.
     """
-    _require_rank(2, actions=actions, noise=noise)
+    _require_equal_shapes(actions=actions, noise=noise)
     return (actions + noise.clamp(-noise_clip, noise_clip)).clamp(-1, 1)
 
 
@@ -71,49 +71,49 @@ def policy_improvement_weight(values: Tensor, alpha: float) -> Tensor:
     """Weight of the value term of TD3+BC (equation 5): ``lambda = alpha / mean |Q|``, a constant to the gradient.
 
     Args:
-        values: ``Q(s, pi(s))``, shape (B,).
+        values: ``Q(s, pi(s))``, shape (..., B).
         alpha: Strength of the value term against behaviour cloning.
+
+    Returns:
+        One weight for each seed, shape (...).
     """
-    _require_rank(1, values=values)
     # the bound only matters where every value is 0, as on the first update of a critic that starts at 0
-    return alpha / values.detach().abs().mean().clamp(min=1e-8)
+    return alpha / values.detach().abs().mean(dim=-1).clamp(min=1e-8)
 
 
 def behaviour_cloning_loss(policy_actions: Tensor, actions: Tensor) -> Tensor:
     """Mean squared distance from the data's actions, over rows and dimensions.
 
     Args:
-        policy_actions: ``pi(s)``, shape (B, A).
-        actions: Actions of the data, shape (B, A).
+        policy_actions: ``pi(s)``, shape (..., B, A).
+        actions: Actions of the data, shape (..., B, A).
     """
-    _require_rank(2, policy_actions=policy_actions, actions=actions)
-    return (policy_actions - actions).square().mean()
+    _require_equal_shapes(policy_actions=policy_actions, actions=actions)
+    return (policy_actions - actions).square().mean(dim=(-2, -1))
 
 
 def expectile_loss(errors: Tensor, expectile: float) -> Tensor:
     """Asymmetric squared error of IQL (equation 5): ``mean |expectile - 1(u < 0)| u^2``.
 
     Args:
-        errors: ``u = Q(s, a) - V(s)``, shape (B,).
+        errors: ``u = Q(s, a) - V(s)``, shape (..., B).
         expectile: In (0, 1); 0.5 is half the mean squared error, and near 1 V tends to the largest Q of the data.
     """
-    _require_rank(1, errors=errors)
     weights = torch.where(errors < 0, 1 - expectile, expectile)
-    return (weights * errors.square()).mean()
+    return (weights * errors.square()).mean(dim=-1)
 
 
 def advantage_weights(advantages: Tensor, beta: float, max_weight: float) -> Tensor:
     """Weights of advantage-weighted regression in IQL (equation 7): ``exp(beta (Q - V))``, bounded.
 
     Args:
-        advantages: ``Q(s, a) - V(s)``, shape (B,).
+        advantages: ``Q(s, a) - V(s)``, shape (..., B).
         beta: Inverse temperature; 0 clones the data.
         max_weight: Largest weight.
 
     Returns:
-        Weights, without gradient, shape (B,).
+        Weights, without gradient, shape (..., B).
     """
-    _require_rank(1, advantages=advantages)
     return (beta * advantages.detach()).exp().clamp(max=max_weight)
 
 
@@ -121,17 +121,18 @@ def gaussian_log_likelihood(actions: Tensor, means: Tensor, log_std: Tensor) -> 
     """Logarithm of the density of a Gaussian with independent dimensions.
 
     Args:
-        actions: Where to evaluate, shape (B, A).
-        means: Means, shape (B, A).
-        log_std: Logarithm of the standard deviations, the same for every row, shape (A,).
+        actions: Where to evaluate, shape (..., B, A).
+        means: Means, shape (..., B, A).
+        log_std: Logarithm of the standard deviations, the same for every row, shape (..., A).
 
     Returns:
-        Sum over the action's dimensions, shape (B,).
+        Sum over the action's dimensions, shape (..., B).
     """
-    _require_rank(2, actions=actions, means=means)
-    _require_rank(1, log_std=log_std)
+    _require_equal_shapes(actions=actions, means=means)
+    _require_equal_shapes(action=actions[..., 0, :], log_std=log_std)
+    log_std = log_std.unsqueeze(-2)
     squared = ((actions - means) * (-log_std).exp()).square()
-    return -0.5 * squared.sum(dim=-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * log_std.numel()
+    return (-0.5 * squared - log_std - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
 
 def cosine_decay(step: int, total: int) -> float:
@@ -144,7 +145,7 @@ def cosine_decay(step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
 
 
-def _require_rank(rank: int, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.ndim != rank:
-            raise ValueError(f"{name} must have {rank} dimension(s), got shape {tuple(tensor.shape)}")
+def _require_equal_shapes(**tensors: Tensor) -> None:
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"shapes differ: {shapes}")

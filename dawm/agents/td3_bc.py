@@ -1,6 +1,7 @@
 """TD3+BC (Fujimoto & Gu 2021, arXiv 2106.06860): TD3 whose actor also clones the data.
 
-Symbols: B batch, O observation size, A action size; ``Q1, Q2`` the critics, ``pi`` the actor, ``'`` a target network.
+Symbols: B batch, O observation size, A action size, ... nothing, or the seeds trained side by side; ``Q1, Q2`` the
+critics, ``pi`` the actor, ``'`` a target network.
 
     critics:  Q_m(s, a) -> r + gamma (1 - terminated) min_m Q'_m(s', pi'(s') + clipped noise)
     actor:    minimise  -lambda Q1(s, pi(s)) + (pi(s) - a)^2,   lambda = alpha / mean |Q1(s, pi(s))|
@@ -9,7 +10,6 @@ Symbols: B batch, O observation size, A action size; ``Q1, Q2`` the critics, ``p
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
 from dawm.agents.base import OfflineAgent
@@ -21,7 +21,6 @@ from dawm.agents.losses import (
     td_target,
 )
 from dawm.data.transitions import Transitions
-from dawm.networks import BatchedMLP
 
 __all__ = ["TD3BC"]
 
@@ -44,6 +43,7 @@ class TD3BC(OfflineAgent):
             lack (ReBRAC, arXiv 2305.09836); off as in the paper.
         decay_actor_learning_rate: Let the actor's learning rate fall to 0 along a cosine over the run's ``max_steps``,
             which settles the last policy; off as in the paper.
+        seeds: Independent agents trained side by side S, each with its own weights and batches.
         normalize_observations: Standardise observations by the real data's mean and standard deviation.
     """
 
@@ -61,9 +61,10 @@ class TD3BC(OfflineAgent):
         policy_every: int = 2,
         critic_layer_norm: bool = False,
         decay_actor_learning_rate: bool = False,
+        seeds: int = 1,
         normalize_observations: bool = True,
     ) -> None:
-        super().__init__(observation_size, action_size, normalize_observations)
+        super().__init__(observation_size, action_size, seeds, normalize_observations)
         self.save_hyperparameters()
         self.discount = discount
         self.tau = tau
@@ -73,8 +74,8 @@ class TD3BC(OfflineAgent):
         self.policy_every = policy_every
         self.learning_rate = learning_rate
         self.decay_actor_learning_rate = decay_actor_learning_rate
-        self.actor = BatchedMLP(1, observation_size, hidden, action_size)
-        self.critics = BatchedMLP(2, observation_size + action_size, hidden, 1, layer_norm=critic_layer_norm)
+        self.actor = self.mlp(observation_size, hidden, action_size)
+        self.critics = self.mlp(observation_size + action_size, hidden, 1, copies=2, layer_norm=critic_layer_norm)
         self.target_actor = self.target_of(self.actor)
         self.target_critics = self.target_of(self.critics)
         self.critic_optimizer = Adam(self.critics.parameters(), lr=learning_rate, fused=True)
@@ -86,18 +87,18 @@ class TD3BC(OfflineAgent):
         """Both critics' squared TD error against one target.
 
         Args:
-            batch: Prepared transitions, fields of shape (B, ...).
+            batch: Prepared transitions, fields of shape (..., B, ...).
         """
         # Target: the smaller of the two target critics at a noisy action of the target actor
         with torch.no_grad():
             noise = self.policy_noise * torch.randn_like(batch.actions)
-            next_actions = self.target_actor(batch.next_observations)[0].tanh()
+            next_actions = self.target_actor(batch.next_observations).tanh()
             next_actions = smoothed_actions(next_actions, noise, self.noise_clip)
-            next_values = self.target_critics(torch.cat([batch.next_observations, next_actions], dim=1))
-            target = td_target(batch.rewards, batch.terminations, next_values.squeeze(-1).amin(dim=0), self.discount)
+            next_values = self.target_critics(torch.cat([batch.next_observations, next_actions], dim=-1))
+            target = td_target(batch.rewards, batch.terminations, next_values.squeeze(-1).amin(dim=-2), self.discount)
 
         # Error
-        values = self.critics(torch.cat([batch.observations, batch.actions], dim=1)).squeeze(-1)
+        values = self.critics(torch.cat([batch.observations, batch.actions], dim=-1)).squeeze(-1)
         loss = critic_loss(values, target)
         return loss, {"critic_loss": loss.detach(), "q": values.detach().mean()}
 
@@ -105,13 +106,14 @@ class TD3BC(OfflineAgent):
         """The value of the actor's actions under the first critic, against their distance from the data's.
 
         Args:
-            batch: Prepared transitions, fields of shape (B, ...).
+            batch: Prepared transitions, fields of shape (..., B, ...).
         """
-        actions = self.actor(batch.observations)[0].tanh()
+        actions = self.actor(batch.observations).tanh()
 
-        # Value term
-        values = self._first_critic(torch.cat([batch.observations, actions], dim=1))
-        value_loss = -policy_improvement_weight(values, self.alpha) * values.mean()
+        # Value term: of the first critic alone, whose weights are constants here
+        weights = self.critics.weights[..., 0, :].detach()
+        values = self.critics(torch.cat([batch.observations, actions], dim=-1), weights).squeeze(-1)
+        value_loss = -policy_improvement_weight(values, self.alpha) * values.mean(dim=-1)
 
         # Behaviour cloning
         cloning_loss = behaviour_cloning_loss(actions, batch.actions)
@@ -119,22 +121,13 @@ class TD3BC(OfflineAgent):
         loss = value_loss + cloning_loss
         return loss, {"actor_loss": loss.detach(), "cloning_loss": cloning_loss.detach()}
 
-    def _first_critic(self, inputs: Tensor) -> Tensor:
-        """``Q1`` with its weights held constant, shape (B,); running both critics for it would cost twice as much.
-
-        Args:
-            inputs: Observations and actions side by side, shape (B, O + A).
-        """
-        first = {name: weights[:1].detach() for name, weights in self.critics.named_parameters()}
-        return functional_call(self.critics, first, (inputs,)).view(-1)
-
     # Update
 
     def update(self, batch: Transitions) -> dict[str, Tensor]:
         """One update of the critics, and every ``policy_every`` times one of the actor and the targets.
 
         Args:
-            batch: Transitions in the data's units, fields of shape (B, ...).
+            batch: Transitions in the data's units, fields of shape (..., B, ...).
         """
         batch = self.prepare(batch)
         loss, metrics = self.critic_loss(batch)
@@ -164,10 +157,10 @@ class TD3BC(OfflineAgent):
 
     @torch.no_grad()
     def act(self, observations: Tensor, deterministic: bool = True) -> Tensor:
-        """The actor's actions, shape (B, A).
+        """The actor's actions, shape (..., B, A).
 
         Args:
             observations: Observations in the data's units, shape (B, O).
             deterministic: Without effect: this policy has no noise of its own.
         """
-        return self.actor(self.observation_normalizer(observations))[0].tanh()
+        return self.actor(self.observation_normalizer(observations)).tanh()

@@ -232,9 +232,10 @@ class TransitionDataModule(L.LightningDataModule):
                 f"data.updates_per_step is {self.updates_per_step}, but a plain LightningModule trains on one batch "
                 "per step; set --data.updates_per_step 1, or derive the agent from dawm.agents.OfflineAgent"
             )
-        return self.mixed_loader(self.trainer.max_steps, self.trainer.global_rank, squeeze=not takes_many)
+        seeds = getattr(self.trainer.lightning_module, "seeds", 1)
+        return self.mixed_loader(self.trainer.max_steps, self.trainer.global_rank, not takes_many, seeds)
 
-    def mixed_loader(self, updates: int, rank: int = 0, squeeze: bool = False) -> BatchLoader:
+    def mixed_loader(self, updates: int, rank: int = 0, squeeze: bool = False, seeds: int = 1) -> BatchLoader:
         """Batches of ``round(batch_size * synthetic_fraction)`` imagined rows, the rest real.
 
         Until the first refill all rows are real.
@@ -243,25 +244,34 @@ class TransitionDataModule(L.LightningDataModule):
             updates: Updates to draw for.
             rank: The process that draws; each draws different rows.
             squeeze: Leave out the first dimension of one batch.
+            seeds: Agents trained side by side S, each with batches of its own: fields of shape (K, S, B, ...). The
+                first agent's batches are those of a run with one.
         """
-        real = RowStream(derive_seed(self.seed, rank, "real"))
-        synthetic = RowStream(derive_seed(self.seed, rank, "synthetic"))
+        streams = [self._mixed_streams(rank, seed) for seed in range(seeds)]
         synthetic_size = round(self.batch_size * self.synthetic_fraction)
 
         def draw(count: int) -> Transitions:
             # Each stream gives as many numbers per update whatever the mixture, so that resuming can skip them and
             # the real rows of a run do not depend on its imagined ones.
-            real_rows = real.draw(len(self._real_rows), count, self.batch_size)
-            synthetic_rows = synthetic.draw(max(self._synthetic_count, 1), count, max(synthetic_size, 1))
+            size = max(self._synthetic_count, 1), count, max(synthetic_size, 1)
+            real_rows = torch.stack([real.draw(len(self._real_rows), count, self.batch_size) for real, _ in streams], 1)
+            synthetic_rows = torch.stack([synthetic.draw(*size) for _, synthetic in streams], 1)
             imagined = synthetic_size if self._synthetic_count else 0
-            rows = self._take_real(real_rows[:, : self.batch_size - imagined])
+            rows = self._take_real(real_rows[..., : self.batch_size - imagined])
             if imagined:
-                rows = torch.cat([rows, take(self._synthetic_rows, synthetic_rows)], dim=1)
+                rows = torch.cat([rows, take(self._synthetic_rows, synthetic_rows)], dim=-2)
+            rows = rows.squeeze(1) if seeds == 1 else rows
             rows = rows.squeeze(0) if squeeze else rows
             return Transitions.unpack(rows, self.observation_size, self.action_size)
 
-        streams = [(real, self.batch_size), (synthetic, max(synthetic_size, 1))]
-        return BatchLoader(draw, streams, updates, self.updates_per_step)
+        sizes = self.batch_size, max(synthetic_size, 1)
+        counted = [(stream, size) for pair in streams for stream, size in zip(pair, sizes)]
+        return BatchLoader(draw, counted, updates, self.updates_per_step)
+
+    def _mixed_streams(self, rank: int, seed: int) -> tuple[RowStream, RowStream]:
+        """The streams of real and of imagined rows of one of the agents trained side by side."""
+        own = (seed,) if seed > 0 else ()
+        return tuple(RowStream(derive_seed(self.seed, rank, kind, *own)) for kind in ("real", "synthetic"))  # type: ignore[return-value]
 
     def refill(self, transitions: Transitions) -> None:
         """Replaces the imagined rows in place; the next batch draws from them.

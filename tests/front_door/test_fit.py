@@ -123,3 +123,13 @@ def test_given_checkpoint_is_used_instead_of_training(smoke, tmp_path):
     assert main(["fit", "--config", str(smoke), *options]) == 0
     assert not (tmp_path / "other" / "world_model").exists()
     assert results_of(tmp_path / "other")["stages"]["world_model"]["checkpoint"] == checkpoint
+
+
+def test_seeds_train_side_by_side_and_each_is_scored(smoke, tmp_path, capsys):
+    assert main(["fit", "--config", str(smoke), "--seeds", "3"]) == 0
+    returns = results_of(tmp_path / "run")["agent"]["returns"]
+    assert [len(episodes) for episodes in returns] == [2, 2, 2]
+    assert len({tuple(episodes) for episodes in returns}) == 3
+    assert "3 seeds" in capsys.readouterr().out
+    assert main(["evaluate", "--run", str(tmp_path / "run"), "--episodes", "2"]) == 0
+    assert "2 episodes each, 3 seeds" in capsys.readouterr().out

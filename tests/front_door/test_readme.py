@@ -56,12 +56,14 @@ def test_own_agent_trains_and_acts(my_agent, smoke, tmp_path):
     config = smoke.read_text().replace("class_path: TD3BC", "class_path: my_agent.FilteredCloning")
     config = re.sub(r"(FilteredCloning\n +init_args:\n) +hidden:\n +- 16\n +- 16\n", r"\1      discount: 0.9\n", config)
     (tmp_path / "own.yaml").write_text(config)
-    assert cli.main(["fit", "--config", str(tmp_path / "own.yaml")]) == 0
+    assert cli.main(["fit", "--config", str(tmp_path / "own.yaml"), "--seeds", "2"]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["agent"]["class"] == "my_agent.FilteredCloning"
     assert results["stages"]["agent"]["steps"] == 40
     agent = load_module(Path(results["stages"]["agent"]["checkpoint"]))
     assert agent.discount == 0.9
+    assert agent.seeds == 2
+    assert [len(returns) for returns in results["agent"]["returns"]] == [2, 2]
 
 
 PLAIN = """
