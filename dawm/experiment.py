@@ -21,7 +21,15 @@ from rich.console import Console
 
 from dawm import __version__
 from dawm.agents import OfflineAgent
-from dawm.checkpoints import ORIGIN, AtomicCheckpointIO, SaveCheckpoint, previous_of, read_checkpoint, write_whole
+from dawm.checkpoints import (
+    ORIGIN,
+    AtomicCheckpointIO,
+    SaveCheckpoint,
+    previous_of,
+    read_checkpoint,
+    remove_requeue_checkpoints,
+    write_whole,
+)
 from dawm.data.batches import derive_seed
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
@@ -188,6 +196,7 @@ class Experiment:
 
     def _resume_from(self, name: str, last: Path) -> Path | None:
         """The last checkpoint of an interrupted stage, or the one before where the last is damaged."""
+        remove_requeue_checkpoints(last.parent)
         for path in (last, previous_of(last)):
             if path.exists():
                 try:

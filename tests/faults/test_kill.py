@@ -19,6 +19,8 @@ import pytest
 import torch
 import yaml
 
+from dawm.cli import main
+
 STAGES = ("world_model", "inverse_dynamics", "agent")
 
 
@@ -127,3 +129,18 @@ def test_killed_at_random_moments_equals_never_stopped(busy, tmp_path, seed, rec
     record_property("hits", hits)
     print("kills hit:", hits)
     assert len(hits) == len(STAGES)
+
+
+def test_killed_right_after_stopping_early_does_not_train_on(smoke, tmp_path):
+    """The stage's last checkpoint is written, but nothing says yet that the stage is complete."""
+    config = yaml.safe_load(smoke.read_text())
+    config["inverse_dynamics"]["init_args"]["learning_rate"] = 0.0  # no validation is better than the first
+    config["stages"]["inverse_dynamics"] |= {"max_steps": 60, "patience": 1}
+    smoke.write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(smoke)]) == 0
+    before = results(tmp_path / "run")
+    assert before["stages"]["inverse_dynamics"]["steps"] == 20
+    for path in (tmp_path / "run").glob("*/*/complete.json"):
+        path.unlink()
+    assert main(["fit", "--config", str(smoke)]) == 0
+    assert differences(results(tmp_path / "run"), before) == []
