@@ -84,8 +84,15 @@ def write_whole(path: Path, text: str) -> None:
         text: What.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

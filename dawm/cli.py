@@ -28,7 +28,7 @@ from dawm.errors import UserError
 from dawm.experiment import Stages
 from dawm.export import synthesize_dataset
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.mistakes import explain, one_line
+from dawm.mistakes import explain, one_line, told_of_disk
 from dawm.modules import SIZES
 from dawm.world_model import DiffusionWorldModel
 
@@ -125,7 +125,8 @@ DATASETS = {
 
 def _run(config: Namespace, console: Console) -> int:
     if config.subcommand == "fit":
-        commands.fit(make_fit_parser(), config.fit, console)
+        with told_of_disk(config.fit.output_dir):
+            commands.fit(make_fit_parser(), config.fit, console)
         return 0
     if config.subcommand == "datasets":
         chosen = config.datasets.subcommand
