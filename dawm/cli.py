@@ -30,6 +30,7 @@ from dawm.export import synthesize_dataset
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.mistakes import explain, one_line, told_of_disk
 from dawm.modules import SIZES
+from dawm.processes import is_lost_connection
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["main", "make_fit_parser", "make_parser"]
@@ -73,6 +74,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         Console(stderr=True, soft_wrap=True).print(f"interrupted: {stop}", style="bold", markup=False, highlight=False)
         return 130
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        Console(stderr=True).print("stopped, because another process of this run ended; its own error stands above")
+        return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted", style="bold")
         return 130
