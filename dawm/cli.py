@@ -77,7 +77,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
-        Console(stderr=True).print("stopped, because another process of this run ended; its own error stands above")
+        Console(stderr=True).print(
+            "stopped, because another process of this run ended; its own error, if it had one, stands above"
+        )
         return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted", style="bold")
