@@ -12,6 +12,7 @@ from zipfile import BadZipFile, ZipFile
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -83,8 +84,15 @@ def write_whole(path: Path, text: str) -> None:
         text: What.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -115,10 +123,33 @@ class Interrupted(Exception):
     """Training was stopped from outside (Ctrl-C, SIGTERM), after a checkpoint was saved."""
 
 
+def requeue_signal(trainer: L.Trainer) -> int | None:
+    """The signal upon which Lightning asks SLURM to start this job again; None where it does not.
+
+    Args:
+        trainer: The trainer.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal
+    return None
+
+
+def remove_requeue_checkpoints(folder: Path) -> None:
+    """Removes what Lightning's handler of SLURM's requeue signal saved, beside ``last.ckpt`` with the same state.
+
+    Args:
+        folder: The trainer's ``default_root_dir``.
+    """
+    for path in folder.glob("hpc_ckpt_*.ckpt"):
+        path.unlink(missing_ok=True)
+
+
 class SaveCheckpoint(Checkpoint):
     """Saves ``last.ckpt`` every N updates and at the end, and the random states with it.
 
-    Ctrl-C and SIGTERM save too, once the updates under way are done, and then end the training with `Interrupted`.
+    Ctrl-C and SIGTERM save too, once the updates under way are done, and then end the training with `Interrupted`. So
+    does SLURM's requeue signal, for which Lightning's own handler then asks SLURM to start the job again.
 
     Args:
         path: Where to save.
@@ -132,36 +163,37 @@ class SaveCheckpoint(Checkpoint):
         self.origin = origin
         self.seconds = 0.0  # of training, over all starts of the run
         self._started = 0.0
+        self.finished = False  # a callback has ended the stage before its last update
         self._last_step = 0
         self._signals: list[int] = []
         self._handlers: dict[int, Any] = {}
+        self._requeue: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock, and takes the signals over."""
+        """Starts the clock, takes the signals over, and does not go on with what was stopped early."""
+        trainer.should_stop |= self.finished
         self._started = time.monotonic()
         self._last_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            self._requeue = requeue_signal(trainer)
+            for number in {signal.SIGINT, signal.SIGTERM, self._requeue or signal.SIGTERM}:
                 self._handlers[number] = signal.signal(number, lambda received, frame: self._signals.append(received))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Saves when the count of updates has passed a multiple of ``every_n_steps``."""
-        if trainer.global_step // self.every_n_steps > self._last_step // self.every_n_steps:
-            self._save(trainer)
+        """Saves when the count of updates has passed a multiple of ``every_n_steps``.
+
+        A resumed run does not make up for a validation that was still to come, so a checkpoint waits for it.
+        """
         interval = trainer.val_check_batch or 1
-        validation_due = trainer.enable_validation and (trainer.fit_loop.total_batch_idx + 1) % interval == 0
-        if not validation_due:  # a resumed run would leave out a validation that this one had still to do
-            self._stop_if_asked(trainer)
+        if not (trainer.enable_validation and (trainer.fit_loop.total_batch_idx + 1) % interval == 0):
+            self._save_or_stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves again what a validation right after a checkpoint changed, because a resumed run does not repeat it."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        if trainer.global_step == self._last_step:
-            self._save(trainer)
-        self._stop_if_asked(trainer)
+        """Saves what was due at the validation's update, with what the validation changed."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._save_or_stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the last state, if it is not saved yet."""
@@ -178,10 +210,17 @@ class SaveCheckpoint(Checkpoint):
             number, handler = self._handlers.popitem()
             signal.signal(number, handler)
 
-    def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        """Saves and stops where a signal has come to any rank; with one rank this costs nothing."""
+    def _save_or_stop(self, trainer: L.Trainer) -> None:
+        """Saves if a checkpoint is due; saves and stops where a signal has come to any rank."""
+        if trainer.global_step // self.every_n_steps > self._last_step // self.every_n_steps:
+            self._save(trainer)
         if trainer.strategy.reduce_boolean_decision(bool(self._signals), all=False):
             self._save(trainer)
+            if trainer.strategy.reduce_boolean_decision(self._requeue in self._signals, all=False):
+                # Lightning would do this in the middle of an update. Its own checkpoint is one too many: it would be
+                # loaded in place of a finished stage's weights.
+                self._handlers[self._requeue](self._requeue, None)  # type: ignore[index]
+                remove_requeue_checkpoints(self.path.parent)
             raise Interrupted(f"stopped after update {trainer.global_step}; the same command goes on from {self.path}")
 
     def _save(self, trainer: L.Trainer) -> None:
@@ -189,6 +228,7 @@ class SaveCheckpoint(Checkpoint):
         self.seconds += now - self._started
         self._started = now
         self._last_step = trainer.global_step
+        self.finished = trainer.should_stop
         trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -203,10 +243,10 @@ class SaveCheckpoint(Checkpoint):
         if len(states) == trainer.world_size:
             torch.set_rng_state(states[trainer.global_rank])
 
-    def state_dict(self) -> dict[str, float]:
-        """The seconds trained so far."""
-        return {"seconds": self.seconds}
+    def state_dict(self) -> dict[str, Any]:
+        """The seconds trained so far, and whether the stage has ended early."""
+        return {"seconds": self.seconds, "finished": self.finished}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting the seconds."""
-        self.seconds = state_dict["seconds"]
+        self.seconds, self.finished = state_dict["seconds"], state_dict.get("finished", False)

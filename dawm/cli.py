@@ -28,8 +28,9 @@ from dawm.errors import UserError
 from dawm.experiment import Stages
 from dawm.export import synthesize_dataset
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.mistakes import explain, one_line
+from dawm.mistakes import explain, one_line, told_of_disk
 from dawm.modules import SIZES
+from dawm.processes import is_lost_connection
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["main", "make_fit_parser", "make_parser"]
@@ -73,6 +74,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         Console(stderr=True, soft_wrap=True).print(f"interrupted: {stop}", style="bold", markup=False, highlight=False)
         return 130
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        Console(stderr=True).print(
+            "stopped, because another process of this run ended; its own error, if it had one, stands above"
+        )
+        return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted", style="bold")
         return 130
@@ -125,7 +133,8 @@ DATASETS = {
 
 def _run(config: Namespace, console: Console) -> int:
     if config.subcommand == "fit":
-        commands.fit(make_fit_parser(), config.fit, console)
+        with told_of_disk(config.fit.output_dir):
+            commands.fit(make_fit_parser(), config.fit, console)
         return 0
     if config.subcommand == "datasets":
         chosen = config.datasets.subcommand

@@ -151,6 +151,8 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # of another library's making: Lightning calls a deprecated part of torch
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    # validation metrics are the same on all ranks: torchmetrics has put them together
+    warnings.filterwarnings("ignore", ".*recommended to use `self.log.*sync_dist=True.*")
     # the data stand in memory: worker processes would only slow the drawing down
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
 

@@ -21,10 +21,19 @@ from rich.console import Console
 
 from dawm import __version__
 from dawm.agents import OfflineAgent
-from dawm.checkpoints import ORIGIN, AtomicCheckpointIO, SaveCheckpoint, previous_of, read_checkpoint, write_whole
+from dawm.checkpoints import (
+    ORIGIN,
+    AtomicCheckpointIO,
+    SaveCheckpoint,
+    previous_of,
+    read_checkpoint,
+    remove_requeue_checkpoints,
+    write_whole,
+)
 from dawm.data.batches import derive_seed
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
+from dawm.processes import end_with_first_rank
 from dawm.progress import StageProgress
 
 __all__ = ["Experiment", "Stage", "StageResult", "Stages"]
@@ -164,6 +173,7 @@ class Experiment:
         last = folder / "last.ckpt"
         save = SaveCheckpoint(last, stage.checkpoint_every_n_steps, self._origin(name))
         trainer = self._trainer(name, stage, module, folder, save)
+        end_with_first_rank(trainer)
         self.rank, rank, world_size = trainer.global_rank, trainer.global_rank, trainer.world_size
         self.data.to(trainer.strategy.root_device)  # batches are drawn where they are used
         loaders: dict[str, Any] = {"datamodule": self.data}
@@ -188,7 +198,9 @@ class Experiment:
 
     def _resume_from(self, name: str, last: Path) -> Path | None:
         """The last checkpoint of an interrupted stage, or the one before where the last is damaged."""
-        for path in (last, previous_of(last)):
+        remove_requeue_checkpoints(last.parent)
+        # last again: the first rank may have put the one before in its place while another rank was reading
+        for path in (last, previous_of(last), last):
             if path.exists():
                 try:
                     read_checkpoint(path)
@@ -196,7 +208,8 @@ class Experiment:
                     self.console.print(f"{name}: {error}", style="yellow", markup=False)
                 else:
                     self.console.print(f"{name}: going on from {path}")
-                    os.replace(path, last)  # instead of a damaged one
+                    if self.rank == 0:
+                        os.replace(path, last)  # instead of a damaged one; all ranks wait for each other before loading
                     return last
         return None
 

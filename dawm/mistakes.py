@@ -3,11 +3,18 @@
 jsonargparse explains a bad value by every type it tried, over many lines. What helps is the setting and the reason.
 """
 
+import errno
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["explain", "one_line"]
+from dawm.errors import UserError
+
+__all__ = ["explain", "one_line", "told_of_disk"]
 
 LONGEST = 300
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 KEY = re.compile(r'Parser key "([^"]+)"|Problem with given class_path \'[^\']*\'|key="([^"]+)"')
 REASONS = (
@@ -57,3 +64,30 @@ def explain(message: str) -> str:
             reason = found.expand(replacement)
             return one_line(f"--{setting}: {reason}" if setting else reason)
     return one_line(flat)
+
+
+@contextmanager
+def told_of_disk(output_dir: str) -> Iterator[None]:
+    """Tells in one line of a disk that is full or may not be written; whatever wrote to it: loggers, plots, results.
+
+    Args:
+        output_dir: Folder of the run.
+    """
+    original = threading.excepthook
+
+    def quiet(failed: threading.ExceptHookArgs) -> None:  # TensorBoard's thread keeps the error for the next write
+        if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in DISK):
+            original(failed)
+
+    threading.excepthook = quiet
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise UserError(
+            f"output_dir: cannot write {error.filename or f'in {output_dir}'} ({error.strerror}); free the disk or set "
+            "--output_dir, then give the same command again to go on"
+        ) from None
+    finally:
+        threading.excepthook = original

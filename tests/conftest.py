@@ -10,6 +10,8 @@ import torch
 
 from dawm.updates import UpdateModule
 
+pytest_plugins = ["small_experiment"]  # beside this file
+
 LENGTHS = (5, 3, 7, 4, 1, 6)
 TERMINATED = (True, False, True, False, False, True)
 

@@ -10,9 +10,12 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dawm.checkpoints import write_whole
 from dawm.data.minari_writer import EpisodeColumns
@@ -47,16 +50,15 @@ class Parts:
             if other:
                 self.remove()
         for path in self._paths:
-            with np.load(path) as part:
-                self.counts.update(json.loads(str(part["counts"])))
+            self.counts.update(json.loads(str(_read(path)["counts"])))
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __iter__(self) -> Iterator[EpisodeColumns]:
         for path in self._paths:
-            with np.load(path) as part:
-                yield EpisodeColumns(*(part[key] for key in EpisodeColumns._fields))
+            part = _read(path)
+            yield EpisodeColumns(*(part[key] for key in EpisodeColumns._fields))
 
     def append(self, columns: EpisodeColumns, counts: Counter[str]) -> None:
         """Writes one more chunk to the disk.
@@ -82,3 +84,13 @@ class Parts:
         """Removes the files."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._paths = []
+
+
+def _read(path: Path) -> dict[str, NDArray]:
+    """A chunk's arrays; nothing in it is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as part:
+            return {key: part[key] for key in ("counts", *EpisodeColumns._fields)}
+    except (BadZipFile, ValueError, KeyError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"output: {path} is damaged ({reason}); delete {path.parent} to start anew") from None

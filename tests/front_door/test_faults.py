@@ -79,14 +79,16 @@ def test_a_signal_saves_first_and_the_run_goes_on_as_if_nothing_had_been(smoke, 
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(smoke, tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(smoke, tmp_path, capsys, damage):
     assert main(["fit", "--config", str(smoke)]) == 0
     before = weights(tmp_path / "run", "agent")
     folder = Path(json.loads((tmp_path / "run" / "results.json").read_text())["stages"]["agent"]["checkpoint"]).parent
     (folder / "complete.json").unlink()
     content = bytearray((folder / "last.ckpt").read_bytes())
     content[len(content) // 2] ^= 1  # one flipped bit, which torch alone would not notice
-    (folder / "last.ckpt").write_bytes(content)
+    size = {"flipped": len(content), "cut": len(content) // 2, "empty": 0}[damage]
+    (folder / "last.ckpt").write_bytes(content[:size])
     capsys.readouterr()
     assert main(["fit", "--config", str(smoke)]) == 0
     printed = " ".join(capsys.readouterr().out.split())

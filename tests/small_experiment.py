@@ -1,4 +1,4 @@
-"""A small data set and the smallest experiment on it, for tests that go through the command line."""
+"""Fixtures: a small data set and the smallest experiment on it, for tests that go through the command line."""
 
 from pathlib import Path
 

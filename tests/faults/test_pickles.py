@@ -1,0 +1,119 @@
+"""Nothing that is read is unpickled: a file that would run code when loaded is refused, by every command."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dawm.cli import main
+from dawm.data import cache
+from dawm.data.episodes import load_episodes
+from dawm.data.names import dataset_folder
+from dawm.data.parts import Parts
+from dawm.errors import UserError
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture
+def owned(tmp_path) -> Path:
+    """Where the malicious pickle writes; that it would is seen first."""
+    path = tmp_path / "owned"
+    pickle.loads(pickle.dumps(Malicious(path))).close()
+    path.unlink()
+    return path
+
+
+@pytest.fixture
+def run(finished_run, tmp_path) -> Path:
+    """A finished run of its own."""
+    return Path(shutil.copytree(finished_run, tmp_path / "copy"))
+
+
+def poison(run: Path, stage: str, owned: Path) -> Path:
+    (path,) = (run / stage).glob("*/last.ckpt")
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"extra": Malicious(owned)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("stage", "command"),
+    [
+        ("agent", ["evaluate", "--episodes", "1"]),
+        ("world_model", ["synthesize", "--output", "imagined/poisoned/x-v0", "--transitions", "10"]),
+        ("inverse_dynamics", ["synthesize", "--output", "imagined/poisoned/x-v0", "--transitions", "10"]),
+    ],
+)
+def test_commands_refuse_a_checkpoint_that_runs_code(hopper, run, owned, capsys, stage, command):
+    path = poison(run, stage, owned)
+    assert main([*command, "--run", str(run)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert str(path) in line
+    assert "\n" not in line
+    assert not owned.exists()
+
+
+@pytest.mark.parametrize("stage", ["world_model", "inverse_dynamics", "agent"])
+def test_fit_refuses_it_where_it_reuses_goes_on_or_is_told(smoke, tmp_path, owned, capsys, stage):
+    command = ["fit", "--config", str(smoke)]
+    assert main(command) == 0
+    path = poison(tmp_path / "run", stage, owned)
+    capsys.readouterr()
+    assert main(command) == 2  # reused
+    assert str(path) in capsys.readouterr().err
+    assert main([*command, f"--stages.{stage}.ckpt_path", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+    path.with_name("complete.json").unlink()
+    assert main(command) == 0  # gone on with from the one before
+    assert "not a safe checkpoint" in " ".join(capsys.readouterr().out.split())
+    assert not owned.exists()
+
+
+def npz(path: Path, owned: Path) -> None:
+    array = np.empty(1, object)
+    array[0] = Malicious(owned)
+    with np.load(path) as whole:
+        fields = {key: array for key in whole}
+    np.savez(path, **fields)
+
+
+def test_the_cache_and_the_chunks_of_synthesize_hold_plain_arrays(dataset, tmp_path, monkeypatch, owned):
+    monkeypatch.setattr(cache, "CACHED_ROWS", 1)
+    fingerprint = load_episodes(dataset).fingerprint
+    (path,) = (tmp_path / "cache").glob("*/data/episodes.npz")
+    npz(path, owned)
+    assert load_episodes(dataset).fingerprint == fingerprint  # built anew
+    folder = dataset_folder() / Parts("imagined/x-v0", {}).folder.name
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps({}))
+    np.savez(folder / "000000.npz", counts=np.array("{}"))
+    npz(folder / "000000.npz", owned)
+    with pytest.raises(UserError, match="000000.npz is damaged"):
+        Parts("imagined/x-v0", {})
+    (folder / "000000.npz").write_bytes(pickle.dumps(Malicious(owned)))
+    with pytest.raises(UserError, match="000000.npz is damaged"):
+        Parts("imagined/x-v0", {})
+    assert not owned.exists()
+
+
+@pytest.mark.parametrize("name", ["evil.hdf5", "evil.h5"])
+def test_a_data_set_that_is_a_pickle_is_refused(smoke, tmp_path, owned, capsys, name):
+    (tmp_path / name).write_bytes(pickle.dumps(Malicious(owned)))
+    options = ["--data.dataset", str(tmp_path / name), "--data.env_id", "Hopper-v5"]
+    assert main(["fit", "--config", str(smoke), *options]) == 2
+    assert name in capsys.readouterr().err
+    assert main(["datasets", "check", str(tmp_path / name)]) in (1, 2)
+    assert not owned.exists()
