@@ -1,0 +1,56 @@
+"""What a CPU cannot show: mixed precision, NCCL and compiled networks on a CUDA device."""
+
+import pytest
+import torch
+
+from dawm.agents import TD3BC
+from dawm.cli import main
+from dawm.data.module import TransitionDataModule
+from dawm.world_model import DiffusionWorldModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.precision", "bf16-mixed"],
+        ["--trainer.strategy", "ddp"],  # one process, gradients and decisions through NCCL
+    ],
+)
+def test_all_stages(smoke, tmp_path, options):
+    assert main(["fit", "--config", str(smoke), "--trainer.accelerator", "gpu", *options]) == 0
+    for stage in ("world_model", "inverse_dynamics", "agent"):
+        (path,) = (tmp_path / "run" / stage).glob("*/last.ckpt")
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        for key, value in weights.items():
+            if value.is_floating_point() and key != "best_errors":
+                assert value.dtype == torch.float32, "mixed precision keeps the weights whole"
+                assert value.isfinite().all(), key
+
+
+@pytest.mark.parametrize("stage", ["world_model", "agent"])
+def test_compiled_networks_learn(dataset, make_trainer, stage):
+    data = TransitionDataModule(dataset, horizon=2, batch_size=8, segment_batch_size=8, updates_per_step=2,
+                                synthetic_fraction=0.0)  # fmt: skip
+    data.setup()
+    real, sizes = data.episodes.transitions[:], (data.observation_size, data.action_size)
+    trainer = make_trainer(10, accelerator="gpu", devices=1)
+    data.to(trainer.strategy.root_device)
+    if stage == "world_model":
+        module = DiffusionWorldModel(*sizes, horizon=2)
+        module.fit_normalizers(real, data.returns_to_go)
+        network, loaders = module.network, {"train_dataloaders": data.segment_loader(10)}
+    else:
+        module = TD3BC(*sizes, hidden=(32, 32))
+        module.fit_normalizers(real)
+        network, loaders = module.critics, {"datamodule": data}
+    before = [parameter.clone() for parameter in network.parameters()]
+    network.compile()
+    trainer.fit(module, **loaders)
+    after = [parameter.cpu() for parameter in network.parameters()]
+    assert all(value.isfinite().all() for value in after)
+    assert not any(torch.equal(*pair) for pair in zip(before, after))
