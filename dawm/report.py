@@ -165,7 +165,7 @@ def read_curve(stage_folder: Path, metric: str) -> tuple[list[int], list[float]]
     for path in sorted(stage_folder.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                if row.get(metric):
+                if row.get(metric) and row.get("step"):  # a killed run may leave half a row
                     curve[int(float(row["step"]))] = float(row[metric])
     steps = sorted(curve)
     return steps, [curve[step] for step in steps]
