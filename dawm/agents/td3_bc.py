@@ -35,7 +35,8 @@ class TD3BC(OfflineAgent):
         learning_rate: Adam's learning rate, of actor and critics.
         discount: Gamma, per environment step, in [0, 1].
         tau: Share of the way that the targets move per actor update, in (0, 1].
-        alpha: Strength of the value term against behaviour cloning.
+        alpha: Strength of the value term against behaviour cloning. Its weight ``lambda`` is taken over the rows of one
+            batch, under DDP each process's own.
         policy_noise: Standard deviation of the noise on the target's actions, actions being in [-1, 1].
         noise_clip: Largest absolute noise on the target's actions.
         policy_every: Critic updates per update of the actor and the targets.

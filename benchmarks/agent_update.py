@@ -1,0 +1,182 @@
+"""Updates per second of TD3+BC and IQL, drawing included: batch 256, two hidden layers of 256, one thread.
+
+    python -m benchmarks.agent_update                # some 5 minutes on one core
+    python -m benchmarks.agent_update --device cuda
+
+Contestants: a plain PyTorch loop as single-file research code writes it (`plain_agents`); the same networks and losses
+in naive Lightning (a DataLoader over single transitions, one update per training step, progress bar and log); d3rlpy
+where it is installed; DAWM's update called in a loop; DAWM in its Trainer with K updates per training step.
+
+"seeds" counts the updates of all agents trained side by side.
+"""
+
+import argparse
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.measure import interleave, report, rows
+from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
+from dawm.agents import IQL, TD3BC
+from dawm.data.batches import BatchLoader, RowStream, take
+from dawm.data.transitions import Transitions
+
+SHAPES = {"hopper": (11, 3), "halfcheetah": (17, 6)}
+BATCH, CHUNK = 256, 32
+
+
+def random_data(count: int, observation_size: int, action_size: int) -> Transitions:
+    """Random rows: they serve to measure speed alone."""
+    generator = torch.Generator().manual_seed(0)
+    observations, next_observations = torch.randn(2, count, observation_size, generator=generator)
+    actions = torch.rand(count, action_size, generator=generator) * 2 - 1
+    rewards = torch.randn(count, generator=generator)
+    return Transitions(observations, actions, rewards, next_observations, torch.zeros(count))
+
+
+class Naive(L.LightningModule):
+    """The plain agent as a first LightningModule: one update per step, everything logged."""
+
+    def __init__(self, agent: PlainTD3BC | PlainIQL) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.agent = agent
+        self.anchor = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.log_dict(self.agent.train(batch), prog_bar=True)
+        optimizer = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        optimizer.total.completed += 1
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+def loader(data: torch.Tensor, sizes: tuple[int, int], updates: int, seeds: int = 1) -> BatchLoader:
+    streams = [RowStream(seed) for seed in range(seeds)]
+
+    def draw(count: int) -> Transitions:
+        numbers = torch.stack([stream.draw(len(data), count, BATCH) for stream in streams], 1)
+        return Transitions.unpack(take(data, numbers if seeds > 1 else numbers[:, 0]), *sizes)
+
+    return BatchLoader(draw, [(stream, BATCH) for stream in streams], updates, CHUNK)
+
+
+def trainer(updates: int, device: str, folder: str) -> L.Trainer:
+    return L.Trainer(
+        max_steps=updates,
+        max_epochs=-1,
+        accelerator="cpu" if device == "cpu" else "gpu",
+        devices=1,
+        logger=L.pytorch.loggers.CSVLogger(folder),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=2,
+    )
+
+
+def contestants(name: str, sizes: tuple[int, int], updates: int, device: str, seeds: int, folder: str) -> dict:
+    data = random_data(1_000_000, *sizes)
+    packed, buffer = data.pack().to(device), PlainBuffer(data, device)
+    kind, plain_kind = {"TD3+BC": (TD3BC, PlainTD3BC), "IQL": (IQL, PlainIQL)}[name]
+    plain = plain_kind(*sizes, device)
+
+    def wait() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    def plain_loop() -> int:
+        for _ in range(updates):
+            plain.train(buffer.sample(BATCH))
+        return updates
+
+    def ours(count: int) -> Callable[[], int]:
+        agent = kind(*sizes, **({"seeds": count} if count > 1 else {})).to(device)
+
+        def work() -> int:
+            for batches in loader(packed, sizes, updates, count):
+                for index in range(len(batches)):
+                    agent.update(batches[index])
+            wait()
+            return updates * count
+
+        return work
+
+    fitted = kind(*sizes)
+
+    def in_trainer() -> int:
+        trainer(updates, device, folder).fit(fitted, loader(packed, sizes, updates))
+        return updates
+
+    fields = TensorDataset(*(field.cpu() for field in buffer.fields))
+
+    def naive() -> int:
+        data_loader = DataLoader(fields, BATCH, shuffle=True)
+        trainer(updates, device, folder).fit(Naive(plain_kind(*sizes, device)), data_loader)
+        return updates
+
+    found = {"plain PyTorch loop": plain_loop, "naive Lightning": naive, "DAWM, update in a loop": ours(1),
+             f"DAWM, Trainer, K={CHUNK}": in_trainer}  # fmt: skip
+    peer = _d3rlpy(name, data, device)
+    if peer is not None:
+        found["d3rlpy"] = lambda: peer(updates)
+    return found | ({f"DAWM, {seeds} seeds side by side": ours(seeds)} if seeds > 1 else {})
+
+
+def _d3rlpy(name: str, data: Transitions, device: str) -> Callable[[int], int] | None:
+    try:
+        import d3rlpy
+    except ImportError as error:
+        print(f"d3rlpy is left out ({error})")
+        return None
+    count = 100_000  # its buffer of Python objects is slow to build; its drawing does not depend on the size
+    terminals = np.zeros(count)
+    terminals[999::1000] = 1
+    dataset = d3rlpy.dataset.MDPDataset(
+        data.observations[:count].numpy(), data.actions[:count].numpy(), data.rewards[:count].numpy(), terminals
+    )
+    config = {"TD3+BC": d3rlpy.algos.TD3PlusBCConfig, "IQL": d3rlpy.algos.IQLConfig}[name](batch_size=BATCH)
+    algorithm = config.create(device=False if device == "cpu" else "cuda:0")
+    algorithm.build_with_dataset(dataset)
+
+    def work(updates: int) -> int:
+        for _ in range(updates):
+            algorithm.update(dataset.sample_transition_batch(BATCH))
+        return updates
+
+    return work
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=256, help="updates of one round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seeds", type=int, default=5, help="agents of the contestant with several")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    tables = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("TD3+BC", "IQL"):
+            for shape in options.shapes:
+                entries = contestants(name, SHAPES[shape], options.updates, options.device, options.seeds, folder)
+                results = interleave(entries, options.rounds)
+                references = [n for n in ("plain PyTorch loop", "naive Lightning", "d3rlpy") if n in entries]
+                header = ["contestant", "updates/s, median", "min to max", *(f"x {n}" for n in references)]
+                tables.append((f"{name}, {shape}", header, rows(results, references)))
+    command = f"python -m benchmarks.agent_update --updates {options.updates} --rounds {options.rounds}"
+    notes = "Contestants" + __doc__.split("Contestants", 1)[1].rstrip()
+    report("agent-update", f"{command} --device {options.device}", tables, notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Transitions drawn per second in batches of 256 from 1 M transitions of Hopper's shape, one thread; and its growth.
+
+    python -m benchmarks.batch_drawing               # some 2 minutes
+
+Contestants: DAWM's loader handing over K batches at once; a plain PyTorch buffer of one tensor per field; TorchRL's
+TensorDictReplayBuffer and d3rlpy's replay buffer where they are installed; PyTorch's DataLoader over single
+transitions. The second table has DAWM's loader on 10 k to 10 M transitions.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.agent_update import BATCH, random_data
+from benchmarks.measure import interleave, report, rows
+from benchmarks.plain_agents import PlainBuffer
+from dawm.data.batches import BatchLoader, RowStream, take
+from dawm.data.transitions import Transitions
+
+SIZES = (11, 3)
+
+
+def ours(packed: torch.Tensor, chunk: int, updates: int = 1024) -> Callable[[], int]:
+    stream = RowStream(0)
+
+    def draw(count: int) -> Transitions:
+        return Transitions.unpack(take(packed, stream.draw(len(packed), count, BATCH)), *SIZES)
+
+    def work() -> int:
+        for _ in BatchLoader(draw, [(stream, BATCH)], updates, chunk):
+            pass
+        return updates * BATCH
+
+    return work
+
+
+def endless(loader: DataLoader) -> Iterator:
+    while True:
+        yield from loader
+
+
+def several(draw: Callable[[], object], batches: int) -> Callable[[], int]:
+    def work() -> int:
+        for _ in range(batches):
+            draw()
+        return batches * BATCH
+
+    return work
+
+
+def contestants(data: Transitions) -> dict[str, Callable[[], int]]:
+    packed, buffer = data.pack(), PlainBuffer(data)
+    loader = endless(DataLoader(TensorDataset(*buffer.fields), BATCH, shuffle=True))
+    found = {
+        **{f"DAWM, K={chunk}": ours(packed, chunk) for chunk in (1, 8, 32)},
+        "plain PyTorch buffer": several(lambda: buffer.sample(BATCH), 64),
+        "DataLoader of single transitions": several(lambda: next(loader), 8),
+    }
+    try:
+        from tensordict import TensorDict
+        from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+        torchrl = TensorDictReplayBuffer(storage=LazyTensorStorage(len(data)), batch_size=BATCH)
+        torchrl.extend(TensorDict(dict(zip("abcde", buffer.fields)), [len(data)]))
+        found["TorchRL"] = several(torchrl.sample, 64)
+    except ImportError as error:
+        print(f"TorchRL is left out ({error})")
+    try:
+        import d3rlpy
+
+        count = 100_000  # a buffer of Python objects, slow to build; its drawing does not depend on the size
+        terminals = np.zeros(count)
+        terminals[999::1000] = 1
+        columns = data.observations[:count].numpy(), data.actions[:count].numpy(), data.rewards[:count].numpy()
+        dataset = d3rlpy.dataset.MDPDataset(*columns, terminals)
+        found["d3rlpy"] = several(lambda: dataset.sample_transition_batch(BATCH), 8)
+    except ImportError as error:
+        print(f"d3rlpy is left out ({error})")
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--growth", type=int, nargs="*", default=[10_000, 100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    entries = contestants(random_data(options.rows, *SIZES))
+    results = interleave(entries, options.rounds)
+    references = [name for name in entries if not name.startswith("DAWM")]
+    header = ["contestant", "transitions/s, median", "min to max", *(f"x {name}" for name in references)]
+    tables = [(f"Batches of {BATCH} from {options.rows:,} transitions", header, rows(results, references))]
+    if options.growth:
+        growth = {f"{count:,} transitions": ours(random_data(count, *SIZES).pack(), 32) for count in options.growth}
+        first = next(iter(growth))
+        header = ["DAWM, K=32, from", "transitions/s, median", "min to max", f"x {first}"]
+        tables.append(("Growth", header, rows(interleave(growth, options.rounds), [first])))
+    command = f"python -m benchmarks.batch_drawing --rows {options.rows} --rounds {options.rounds}"
+    report("batch-drawing", command, tables, "Contestants" + __doc__.split("Contestants", 1)[1].rstrip())
+
+
+if __name__ == "__main__":
+    main()
