@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.measure import interleave, report, rows
+from benchmarks.measure import interleave, ratio, report, rows
 from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
 from dawm.agents import IQL, TD3BC
 from dawm.data.batches import BatchLoader, RowStream, take
@@ -81,8 +81,8 @@ def trainer(updates: int, device: str, folder: str) -> L.Trainer:
     )
 
 
-def contestants(name: str, sizes: tuple[int, int], updates: int, device: str, seeds: int, folder: str) -> dict:
-    data = random_data(1_000_000, *sizes)
+def contestants(name: str, data: Transitions, updates: int, device: str, seeds: int, folder: str) -> dict:
+    sizes = data.observations.shape[1], data.actions.shape[1]
     packed, buffer = data.pack().to(device), PlainBuffer(data, device)
     kind, plain_kind = {"TD3+BC": (TD3BC, PlainTD3BC), "IQL": (IQL, PlainIQL)}[name]
     plain = plain_kind(*sizes, device)
@@ -135,7 +135,9 @@ def _d3rlpy(name: str, data: Transitions, device: str) -> Callable[[int], int] |
     except ImportError as error:
         print(f"d3rlpy is left out ({error})")
         return None
-    count = 100_000  # its buffer of Python objects is slow to build; its drawing does not depend on the size
+    count = min(
+        len(data), 100_000
+    )  # its buffer of Python objects is slow to build; its drawing does not depend on the size
     terminals = np.zeros(count)
     terminals[999::1000] = 1
     dataset = d3rlpy.dataset.MDPDataset(
@@ -153,9 +155,10 @@ def _d3rlpy(name: str, data: Transitions, device: str) -> Callable[[int], int] |
     return work
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=256, help="updates of one round")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="transitions to draw from")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seeds", type=int, default=5, help="agents of the contestant with several")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -164,18 +167,23 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning)
-    tables = []
+    tables, headlines = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name in ("TD3+BC", "IQL"):
             for shape in options.shapes:
-                entries = contestants(name, SHAPES[shape], options.updates, options.device, options.seeds, folder)
+                data = random_data(options.rows, *SHAPES[shape])
+                entries = contestants(name, data, options.updates, options.device, options.seeds, folder)
                 results = interleave(entries, options.rounds)
                 references = [n for n in ("plain PyTorch loop", "naive Lightning", "d3rlpy") if n in entries]
                 header = ["contestant", "updates/s, median", "min to max", *(f"x {n}" for n in references)]
                 tables.append((f"{name}, {shape}", header, rows(results, references)))
+                for reference in references:
+                    what = f"{name} update, {shape}: DAWM in its Trainer x {reference}"
+                    headlines.append((what, ratio(results, f"DAWM, Trainer, K={CHUNK}", reference)))
     command = f"python -m benchmarks.agent_update --updates {options.updates} --rounds {options.rounds}"
     notes = "Contestants" + __doc__.split("Contestants", 1)[1].rstrip()
     report("agent-update", f"{command} --device {options.device}", tables, notes)
+    return headlines
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.agent_update import BATCH, random_data
-from benchmarks.measure import interleave, report, rows
+from benchmarks.measure import interleave, ratio, report, rows
 from benchmarks.plain_agents import PlainBuffer
 from dawm.data.batches import BatchLoader, RowStream, take
 from dawm.data.transitions import Transitions
@@ -71,7 +71,9 @@ def contestants(data: Transitions) -> dict[str, Callable[[], int]]:
     try:
         import d3rlpy
 
-        count = 100_000  # a buffer of Python objects, slow to build; its drawing does not depend on the size
+        count = min(
+            len(data), 100_000
+        )  # a buffer of Python objects, slow to build; its drawing does not depend on the size
         terminals = np.zeros(count)
         terminals[999::1000] = 1
         columns = data.observations[:count].numpy(), data.actions[:count].numpy(), data.rewards[:count].numpy()
@@ -82,7 +84,7 @@ def contestants(data: Transitions) -> dict[str, Callable[[], int]]:
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--growth", type=int, nargs="*", default=[10_000, 100_000, 1_000_000, 10_000_000])
@@ -101,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         tables.append(("Growth", header, rows(interleave(growth, options.rounds), [first])))
     command = f"python -m benchmarks.batch_drawing --rows {options.rows} --rounds {options.rounds}"
     report("batch-drawing", command, tables, "Contestants" + __doc__.split("Contestants", 1)[1].rstrip())
+    return [(f"drawing, K=32: x {name}", ratio(results, "DAWM, K=32", name)) for name in references]
 
 
 if __name__ == "__main__":

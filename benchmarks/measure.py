@@ -49,6 +49,12 @@ def interleave(contestants: Mapping[str, Callable[[], int]], rounds: int) -> lis
     return [Rates(name, values) for name, values in rates.items()]
 
 
+def ratio(results: Sequence[Rates], name: str, reference: str) -> str:
+    """How many times as fast the one is as the other, by their medians."""
+    medians = {result.name: result.median for result in results}
+    return f"{medians[name] / medians[reference]:.2f}"
+
+
 def rows(results: Sequence[Rates], references: Sequence[str]) -> list[list[str]]:
     """Name, median, min..max and the ratio to each of the reference contestants."""
     medians = {result.name: result.median for result in results}

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import RESULTS, hardware_slug, interleave, report, rows
+from benchmarks.measure import RESULTS, hardware_slug, interleave, ratio, report, rows
 from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Segments
 from dawm.diffusion import EDM
@@ -132,7 +132,7 @@ def draw_plot(path: Path, curves: dict[str, list[tuple[int, tuple[float, ...]]]]
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=None, help="finished run whose world model the second part takes")
     parser.add_argument("--widths", nargs="+", default=["256x2", "1024x6"], help="networks of the first part")
@@ -141,14 +141,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    tables = []
+    tables, headlines = [], []
     for text in options.widths:
         width, depth = (int(part) for part in text.split("x"))
         peer = "one transition, EDM Heun 128"
         entries = {f"DAWM, horizon {h}": whole_horizon(h, width, depth, options.batch) for h in (4, 8, 16, 32)}
         entries[peer] = single_transition(width, depth, options.batch)
         header = ["contestant", "transitions/s, median", "min to max", f"x {peer}"]
-        tables.append((f"Residual MLP {text}", header, rows(interleave(entries, options.rounds), [peer])))
+        results = interleave(entries, options.rounds)
+        tables.append((f"Residual MLP {text}", header, rows(results, [peer])))
+        for horizon in (8, 32):
+            name = f"DAWM, horizon {horizon}"
+            headlines.append((f"imagined transitions, {text}, horizon {horizon}: x {peer}", ratio(results, name, peer)))
     if options.run is not None:
         model, real = held_out(options.run)
         half = len(real) // 2
@@ -173,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     command = f"python -m benchmarks.synthesis --widths {' '.join(options.widths)} --rounds {options.rounds}"
     command += " --run RUN" if options.run else ""
     report("synthesis", command, tables, "Contestants" + __doc__.split("Contestants", 1)[1].rstrip())
+    return headlines
 
 
 if __name__ == "__main__":
