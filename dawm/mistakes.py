@@ -6,12 +6,15 @@ jsonargparse explains a bad value by every type it tried, over many lines. What 
 import errno
 import re
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from dawm.errors import UserError
 
-__all__ = ["explain", "one_line", "told_of_disk"]
+__all__ = ["check_groups", "explain", "one_line", "told_of_disk", "told_of_settings"]
 
 LONGEST = 300
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -64,6 +67,41 @@ def explain(message: str) -> str:
             reason = found.expand(replacement)
             return one_line(f"--{setting}: {reason}" if setting else reason)
     return one_line(flat)
+
+
+def check_groups(settings: Mapping[str, Any], groups: tuple[str, ...]) -> None:
+    """Raises a UserError where a single value stands in the place of a group of settings.
+
+    Args:
+        settings: Plain settings.
+        groups: Keys of groups, such as ``stages.agent``; a group before those inside it.
+    """
+    for group in groups:
+        value: Any = settings
+        for key in group.split("."):
+            value = value.get(key)
+        if not isinstance(value, Mapping):
+            raise UserError(f"--{group}: expected settings of its own ({group}.NAME), got {value!r}")
+
+
+@contextmanager
+def told_of_settings(setting: str) -> Iterator[None]:
+    """Tells in one line that something cannot be made of its settings, for reasons that no check foresaw.
+
+    Args:
+        setting: The settings' group, such as ``world_model``.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = one_line(str(error).partition("\nException raised from")[0])[:150]
+        raise UserError(
+            f"--{setting}: these settings do not work ({type(error).__name__} in {Path(frame.filename).name}, "
+            f"line {frame.lineno}: {reason}); see --help for what they take"
+        ) from error
 
 
 @contextmanager
