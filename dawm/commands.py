@@ -18,8 +18,8 @@ from dawm.data.module import TransitionDataModule
 from dawm.data.scores import ReferenceScores
 from dawm.errors import UserError
 from dawm.evaluation import Environment, Evaluation, Policy, evaluate, make_environment
-from dawm.experiment import Build, Experiment
-from dawm.mistakes import check_groups, told_of_settings
+from dawm.experiment import Build, Experiment, Stages
+from dawm.mistakes import check_groups, check_no_gaps, told_of_settings
 from dawm.modules import build_module, import_class, load_module
 from dawm.report import collect_results, read_results, show_evaluation, show_results, write_files
 
@@ -33,6 +33,7 @@ DATA_SETTINGS = {
 }
 """What of the data module's settings a stage's result depends on, besides the data and the seed."""
 MODULES = ("world_model", "inverse_dynamics", "model")
+HIGHEST = 2**63 - 1  # of the numbers that torch can count to, seeds among them
 GROUPS = ("data", "trainer", "stages", "stages.world_model", "stages.inverse_dynamics", "stages.agent", *MODULES)
 
 
@@ -48,7 +49,7 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
     plain = config.clone()
     plain.pop("config", None)
     settings: dict[str, Any] = plain.as_dict()
-    check_groups(settings, GROUPS)
+    _check(settings)
     output_dir = _writable(Path(config.output_dir))
     modules = {key: settings[key] for key in MODULES}
     modules["model"] = _with_seeds(modules["model"], config.seeds, console)
@@ -134,6 +135,18 @@ def _evaluate(
     normalize = None if reference is None else reference.normalize
     seeds = getattr(agent, "seeds", 1)
     return evaluate(cast(Policy, agent.act), environment, episodes, seed, normalize=normalize, seeds=seeds)
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Raises a UserError for what would only fail later, some of it after hours of training."""
+    check_groups(settings, GROUPS)
+    check_no_gaps({key: settings[key] for key in MODULES})
+    check_no_gaps(settings["data"], TransitionDataModule, "data")
+    check_no_gaps(settings["stages"], Stages, "stages")
+    for key in ("seed_everything", "horizon", "seeds", "final_episodes"):
+        value, lowest = settings[key], -HIGHEST if key == "seed_everything" else 1
+        if value is None or not lowest <= value <= HIGHEST:
+            raise UserError(f"{key} is {value}, but must be a whole number of at least {lowest}; set --{key}"[:300])
 
 
 def _told(setting: str, build: Build) -> Build:
