@@ -69,6 +69,9 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
         raise UserError(
             f"data.horizon is {data.horizon} but world_model.horizon is {horizon}; set both to ${{horizon}}"
         )
+    # built once for nothing: a mistake in the agent shows now, not when the world model is trained
+    for name in MODULES if data.synthetic_fraction > 0 else MODULES[-1:]:
+        _told(name, build_module(modules[name]))(data.observation_size, data.action_size)
     experiment = Experiment(
         data=data,
         stages=parts.stages,
