@@ -28,7 +28,7 @@ from dawm.errors import UserError
 from dawm.experiment import Stages
 from dawm.export import synthesize_dataset
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.mistakes import explain, one_line, told_of_disk
+from dawm.mistakes import explain, one_line, told_of_disk, told_of_settings
 from dawm.modules import SIZES
 from dawm.processes import is_lost_connection
 from dawm.world_model import DiffusionWorldModel
@@ -64,7 +64,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     console = Console()
     try:
-        config = make_parser().parse_args(args)
+        parser = make_parser()
+        with told_of_settings("config"):
+            config = parser.parse_args(args)
         return _run(config, console)
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(

@@ -18,7 +18,8 @@ from dawm.data.module import TransitionDataModule
 from dawm.data.scores import ReferenceScores
 from dawm.errors import UserError
 from dawm.evaluation import Environment, Evaluation, Policy, evaluate, make_environment
-from dawm.experiment import Experiment
+from dawm.experiment import Build, Experiment, Stages
+from dawm.mistakes import check_groups, check_no_gaps, told_of_settings
 from dawm.modules import build_module, import_class, load_module
 from dawm.report import collect_results, read_results, show_evaluation, show_results, write_files
 
@@ -32,6 +33,8 @@ DATA_SETTINGS = {
 }
 """What of the data module's settings a stage's result depends on, besides the data and the seed."""
 MODULES = ("world_model", "inverse_dynamics", "model")
+HIGHEST = 2**63 - 1  # of the numbers that torch can count to, seeds among them
+GROUPS = ("data", "trainer", "stages", "stages.world_model", "stages.inverse_dynamics", "stages.agent", *MODULES)
 
 
 def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
@@ -46,13 +49,15 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
     plain = config.clone()
     plain.pop("config", None)
     settings: dict[str, Any] = plain.as_dict()
+    _check(settings)
     output_dir = _writable(Path(config.output_dir))
     modules = {key: settings[key] for key in MODULES}
     modules["model"] = _with_seeds(modules["model"], config.seeds, console)
     rest = config.clone()
     for key in (*MODULES, "config"):
         rest.pop(key, None)
-    parts = parser.instantiate(rest)
+    with told_of_settings("data, --stages"):
+        parts = parser.instantiate(rest)
 
     data: TransitionDataModule = parts.data
     data.setup()
@@ -64,6 +69,9 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
         raise UserError(
             f"data.horizon is {data.horizon} but world_model.horizon is {horizon}; set both to ${{horizon}}"
         )
+    # built once for nothing: a mistake in the agent shows now, not when the world model is trained
+    for name in MODULES if data.synthetic_fraction > 0 else MODULES[-1:]:
+        _told(name, build_module(modules[name]))(data.observation_size, data.action_size)
     experiment = Experiment(
         data=data,
         stages=parts.stages,
@@ -83,14 +91,14 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
     trained = {}
     if data.synthetic_fraction > 0:
         for name in ("world_model", "inverse_dynamics"):
-            trained[name] = experiment.run_stage(name, build_module(modules[name]))
+            trained[name] = experiment.run_stage(name, _told(name, build_module(modules[name])))
         for callback in _regenerate(parts.stages.agent.callbacks):
             callback.connect(trained["world_model"], trained["inverse_dynamics"])
     else:
         for callback in _regenerate(parts.stages.agent.callbacks):
             parts.stages.agent.callbacks.remove(callback)
         console.print("synthetic_fraction is 0: the agent learns from real data alone, nothing is imagined")
-    agent = experiment.run_stage("agent", build_module(modules["model"]))
+    agent = experiment.run_stage("agent", _told("model", build_module(modules["model"])))
     if experiment.rank != 0:
         return
     console.print(f"scoring the agent over {config.final_episodes} episodes of {data.env_spec.id}")
@@ -130,6 +138,28 @@ def _evaluate(
     normalize = None if reference is None else reference.normalize
     seeds = getattr(agent, "seeds", 1)
     return evaluate(cast(Policy, agent.act), environment, episodes, seed, normalize=normalize, seeds=seeds)
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Raises a UserError for what would only fail later, some of it after hours of training."""
+    check_groups(settings, GROUPS)
+    check_no_gaps({key: settings[key] for key in MODULES})
+    check_no_gaps(settings["data"], TransitionDataModule, "data")
+    check_no_gaps(settings["stages"], Stages, "stages")
+    for key in ("seed_everything", "horizon", "seeds", "final_episodes"):
+        value, lowest = settings[key], -HIGHEST if key == "seed_everything" else 1
+        if value is None or not lowest <= value <= HIGHEST:
+            raise UserError(f"{key} is {value}, but must be a whole number of at least {lowest}; set --{key}"[:300])
+
+
+def _told(setting: str, build: Build) -> Build:
+    """The same, telling in one line of settings that it cannot use."""
+
+    def build_or_tell(observation_size: int, action_size: int) -> L.LightningModule:
+        with told_of_settings(setting):
+            return build(observation_size, action_size)
+
+    return build_or_tell
 
 
 def _with_seeds(model: dict[str, Any], seeds: int, console: Console) -> dict[str, Any]:

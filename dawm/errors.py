@@ -1,6 +1,8 @@
 """The one exception that stands for a user's mistake."""
 
-__all__ = ["UserError"]
+from typing import Any
+
+__all__ = ["UserError", "require"]
 
 
 class UserError(Exception):
@@ -9,3 +11,16 @@ class UserError(Exception):
     The message is one line that names the setting and says how to mend it. The command line prints it without a
     traceback and ends with exit code 2.
     """
+
+
+def require(setting: str, value: Any, holds: bool, wanted: str) -> None:
+    """Raises a UserError where a setting is out of its range.
+
+    Args:
+        setting: Class and argument, such as ``TD3BC.tau``.
+        value: Its value.
+        holds: Whether it is in range.
+        wanted: The range in words.
+    """
+    if not holds:
+        raise UserError(f"{setting} is {value}, but must be {wanted}; change {setting.partition('.')[2]}")

@@ -38,6 +38,7 @@ from dawm.progress import StageProgress
 
 __all__ = ["Experiment", "Stage", "StageResult", "Stages"]
 
+EVERY = ("log_every_n_steps", "validate_every_n_steps", "checkpoint_every_n_steps")
 Build = Callable[[int, int], L.LightningModule]
 
 
@@ -77,6 +78,15 @@ class Stages:
     world_model: Stage = field(default_factory=Stage)
     inverse_dynamics: Stage = field(default_factory=Stage)
     agent: Stage = field(default_factory=Stage)
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        for name in ("world_model", "inverse_dynamics", "agent"):
+            for key in (*EVERY, "max_steps", "patience"):
+                value = getattr(getattr(self, name), key)
+                if not (value is None and key == "patience") and not 1 <= value < 2**63:
+                    setting = f"stages.{name}.{key}"
+                    raise UserError(f"{setting} is {value}, but must be at least 1; set --{setting}")
 
 
 @dataclass
@@ -239,8 +249,8 @@ class Experiment:
         )
         try:
             return L.Trainer(**settings)
-        except (MisconfigurationException, ValueError, RuntimeError) as error:
-            raise UserError(f"trainer: {error} Change --trainer.*") from None
+        except (MisconfigurationException, ValueError, RuntimeError, TypeError, OverflowError, MemoryError) as error:
+            raise UserError(f"trainer: {str(error) or type(error).__name__} Change --trainer.*") from None
 
     def _fit_normalizers(self, name: str, module: L.LightningModule) -> None:
         data, episodes, real = self.data, self.data.episodes, self.data.episodes.transitions

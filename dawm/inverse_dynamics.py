@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from dawm.data.transitions import Transitions
+from dawm.errors import require
 from dawm.metrics import MeanPerColumn
 from dawm.mlp import BatchedMLP
 from dawm.normalizer import Normalizer
@@ -61,6 +62,8 @@ class InverseDynamics(UpdateModule):
         hidden: tuple[int, ...] = (256, 256),
         learning_rate: float = 1e-3,
     ) -> None:
+        require("InverseDynamics.members", members, members >= 1, "at least 1")
+        require("InverseDynamics.hidden", hidden, min(hidden, default=1) >= 1, "numbers of at least 1")
         super().__init__()
         self.save_hyperparameters()
         self.observation_normalizer = Normalizer(observation_size)

@@ -4,14 +4,20 @@ jsonargparse explains a bad value by every type it tried, over many lines. What 
 """
 
 import errno
+import inspect
 import re
+import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
 
 from dawm.errors import UserError
 
-__all__ = ["explain", "one_line", "told_of_disk"]
+__all__ = ["check_groups", "check_no_gaps", "explain", "one_line", "told_of_disk", "told_of_settings"]
 
 LONGEST = 300
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -64,6 +70,67 @@ def explain(message: str) -> str:
             reason = found.expand(replacement)
             return one_line(f"--{setting}: {reason}" if setting else reason)
     return one_line(flat)
+
+
+def check_groups(settings: Mapping[str, Any], groups: tuple[str, ...]) -> None:
+    """Raises a UserError where a single value stands in the place of a group of settings.
+
+    Args:
+        settings: Plain settings.
+        groups: Keys of groups, such as ``stages.agent``; a group before those inside it.
+    """
+    for group in groups:
+        value: Any = settings
+        for key in group.split("."):
+            value = value.get(key)
+        if not isinstance(value, Mapping):
+            raise UserError(f"--{group}: expected settings of its own ({group}.NAME), got {value!r}")
+
+
+def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, setting: str = "") -> None:
+    """Raises a UserError where a setting is empty (``key:`` in YAML) that must be a number, a truth value or a text.
+
+    Args:
+        settings: Plain settings; those of a class, ``{"class_path": ..., "init_args": {...}}``, at any depth.
+        function: What takes them as its arguments, where that is known.
+        setting: Where they stand, such as ``model.init_args``.
+    """
+    if isinstance(settings, list):
+        for index, value in enumerate(settings):
+            check_no_gaps(value, None, f"{setting}[{index}]")
+    if not isinstance(settings, Mapping):
+        return
+    types = {} if function is None else {k: p.annotation for k, p in inspect.signature(function).parameters.items()}
+    for key, value in settings.items():
+        inside, name = None, f"{setting}.{key}" if setting else str(key)
+        if value is None and types.get(key) in (int, float, bool, str):
+            raise UserError(f"--{name}: is empty, expected {types[key].__name__}; give a value or leave the line out")
+        if key == "init_args" and isinstance(settings.get("class_path"), str):
+            module, _, class_name = settings["class_path"].rpartition(".")
+            inside = getattr(sys.modules.get(module), class_name, None)
+        elif isinstance(value, Mapping) and is_dataclass(types.get(key)):
+            inside = types[key]
+        check_no_gaps(value, inside, name)
+
+
+@contextmanager
+def told_of_settings(setting: str) -> Iterator[None]:
+    """Tells in one line that something cannot be made of its settings, for reasons that no check foresaw.
+
+    Args:
+        setting: The settings' group, such as ``world_model``.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = one_line(str(error).partition("\nException raised from")[0])[:150]
+        raise UserError(
+            f"--{setting}: these settings do not work ({type(error).__name__} in {Path(frame.filename).name}, "
+            f"line {frame.lineno}: {reason}); see --help for what they take"
+        ) from error
 
 
 @contextmanager

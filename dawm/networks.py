@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dawm.errors import UserError
+from dawm.errors import UserError, require
 
 __all__ = ["Denoiser", "ResidualMLP", "TemporalTransformer", "TemporalUNet"]
+DEEPEST = 1000  # more layers would only run out of memory
 
 
 class Denoiser(nn.Module, ABC):
@@ -93,6 +94,8 @@ class ResidualMLP(Denoiser):
     """
 
     def __init__(self, horizon: int, row_size: int, condition_size: int, width: int = 256, depth: int = 2) -> None:
+        require("ResidualMLP.width", width, width >= 1, "at least 1")
+        require("ResidualMLP.depth", depth, 1 <= depth <= DEEPEST, f"from 1 to {DEEPEST}")
         super().__init__(horizon, row_size, condition_size)
         self.embedding = _Embedding(condition_size, width)
         self.first = nn.Linear(horizon * row_size + width, width)
@@ -149,6 +152,8 @@ class TemporalUNet(Denoiser):
         multipliers: Sequence[int] = (1, 2, 4),
         kernel_size: int = 5,
     ) -> None:
+        require("TemporalUNet.width", width, width >= 1, "at least 1")
+        require("TemporalUNet.multipliers", multipliers, min(multipliers, default=0) >= 1, "numbers of at least 1")
         super().__init__(horizon, row_size, condition_size)
         if kernel_size % 2 == 0:
             raise UserError(f"kernel_size {kernel_size} of TemporalUNet: choose an odd number")
@@ -198,6 +203,9 @@ class TemporalTransformer(Denoiser):
     def __init__(
         self, horizon: int, row_size: int, condition_size: int, width: int = 128, depth: int = 2, heads: int = 4
     ) -> None:
+        require("TemporalTransformer.width", width, width >= 1, "at least 1")
+        require("TemporalTransformer.depth", depth, 1 <= depth <= DEEPEST, f"from 1 to {DEEPEST}")
+        require("TemporalTransformer.heads", heads, heads >= 1, "at least 1")
         super().__init__(horizon, row_size, condition_size)
         if width % heads:
             raise UserError(f"heads {heads} of TemporalTransformer: choose a divisor of width {width}")

@@ -95,8 +95,8 @@ class UpdateModule(L.LightningModule):
         if not torch.stack(list(metrics.values())).isfinite().all():
             wrong = ", ".join(key for key, value in metrics.items() if not value.isfinite())
             raise UserError(
-                f"{wrong} became NaN or infinite between updates {first} and {first + count}; the last checkpoint was "
-                "kept: lower the learning_rate, or look at the data with `datasets check`"
+                f"stages.{self.name}: {wrong} became NaN or infinite between updates {first} and {first + count}; the "
+                "last checkpoint was kept: lower the learning_rate, or look at the data with `datasets check`"
             )
         # "step" sets the loggers' x-axis; Lightning would otherwise count training steps, not updates
         self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=self.trainer.world_size > 1)

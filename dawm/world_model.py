@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dawm.data.transitions import Segments, Transitions
 from dawm.diffusion import EDM, Preconditioning, denoising_loss, guided
-from dawm.errors import UserError
+from dawm.errors import UserError, require
 from dawm.metrics import HorizonErrors
 from dawm.mlp import BatchedMLP
 from dawm.networks import Denoiser, ResidualMLP
@@ -93,6 +93,9 @@ class DiffusionWorldModel(UpdateModule):
         ema_decay: float = 0.9967,
         regression_baseline: bool = True,
     ) -> None:
+        require("DiffusionWorldModel.horizon", horizon, horizon >= 1, "at least 1")
+        require("DiffusionWorldModel.return_dropout", return_dropout, 0 <= return_dropout <= 1, "from 0 to 1")
+        require("DiffusionWorldModel.ema_decay", ema_decay, 0 <= ema_decay <= 1, "from 0 to 1")
         super().__init__()
         self.save_hyperparameters()
         self.horizon = horizon

@@ -25,6 +25,7 @@ from dawm.agents.losses import (
     td_target,
 )
 from dawm.data.transitions import Transitions
+from dawm.errors import require
 
 __all__ = ["IQL"]
 
@@ -73,6 +74,11 @@ class IQL(OfflineAgent):
         normalize_rewards: bool = True,
         reward_shift: float = 0.0,
     ) -> None:
+        require("IQL.hidden", hidden, min(hidden, default=1) >= 1, "numbers of at least 1")
+        require("IQL.discount", discount, 0 <= discount <= 1, "a number from 0 to 1")
+        require("IQL.tau", tau, 0 < tau <= 1, "above 0 and at most 1")
+        require("IQL.expectile", expectile, 0 < expectile < 1, "between 0 and 1")
+        require("IQL.actor_dropout", actor_dropout, 0 <= actor_dropout < 1, "at least 0 and below 1")
         super().__init__(observation_size, action_size, seeds, normalize_observations, normalize_rewards, reward_shift)
         self.save_hyperparameters()
         self.learning_rate = learning_rate

@@ -21,6 +21,7 @@ from dawm.agents.losses import (
     td_target,
 )
 from dawm.data.transitions import Transitions
+from dawm.errors import require
 
 __all__ = ["TD3BC"]
 
@@ -65,6 +66,10 @@ class TD3BC(OfflineAgent):
         seeds: int = 1,
         normalize_observations: bool = True,
     ) -> None:
+        require("TD3BC.hidden", hidden, min(hidden, default=1) >= 1, "numbers of at least 1")
+        require("TD3BC.discount", discount, 0 <= discount <= 1, "a number from 0 to 1")
+        require("TD3BC.tau", tau, 0 < tau <= 1, "above 0 and at most 1")
+        require("TD3BC.policy_every", policy_every, policy_every >= 1, "at least 1")
         super().__init__(observation_size, action_size, seeds, normalize_observations)
         self.save_hyperparameters()
         self.discount = discount

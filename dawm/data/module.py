@@ -216,7 +216,13 @@ class TransitionDataModule(L.LightningDataModule):
     def _pairs(self, episode_ids: Tensor) -> Ranges:
         """Rows whose next observation was recorded: without it nothing can be learnt of the action."""
         lengths = self.episodes.lengths - (~self.episodes.end_observed).long()
-        return Ranges(self.episodes.starts[episode_ids], lengths[episode_ids])
+        rows = Ranges(self.episodes.starts[episode_ids], lengths[episode_ids])
+        if len(rows) == 0:
+            raise UserError(
+                f"data.dataset: the episodes of {self.dataset!r} chosen for training or validation have no row with a "
+                "recorded next observation, so no action can be learnt from them; record the next observations"
+            )
+        return rows
 
     # Stage 3: real and imagined transitions for the agent
 
