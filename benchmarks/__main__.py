@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import agent_update, batch_drawing, evaluation, synthesis, world_model_step
+from benchmarks import agent_update, batch_drawing, end_to_end, evaluation, growth, synthesis, world_model_step
 from benchmarks.measure import show
 
 QUICK = {
@@ -20,6 +20,7 @@ QUICK = {
     batch_drawing: ["--rows", "2000", "--rounds", "1", "--growth", "1000"],
     world_model_step: ["--horizons", "8", "--batches", "8", "--rounds", "1"],
     synthesis: ["--widths", "16x1", "--batch", "4", "--rounds", "1"],
+    growth: ["--numbers", "100", "200", "--horizons", "2", "4", "--starts", "8", "--rounds", "1"],
     evaluation: ["--environments", "Hopper-v5", "--episodes", "2", "--num_envs", "2", "--rounds", "1"],
 }
 
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         if script is synthesis and options.run is not None:
             arguments = [*arguments, "--run", str(options.run)]
         headlines += script.main(arguments)
+    if not options.quick:  # a whole fit
+        headlines += end_to_end.main([])
     show(Console(), "Ratios", ["what", "ratio"], headlines)
 
 

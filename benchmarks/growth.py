@@ -1,0 +1,68 @@
+"""What one imagined transition costs as their number and the horizon grow; one thread, Hopper's shape.
+
+    python -m benchmarks.growth                      # some 3 minutes
+
+World model and inverse dynamics have their default sizes and are untrained, which does not change what they compute.
+Both tables go through `dawm.synthesis.synthesize`; a horizon of H counts as H transitions, whatever is dropped.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.measure import interleave, report, rows
+from dawm.inverse_dynamics import InverseDynamics
+from dawm.synthesis import synthesize
+from dawm.world_model import DiffusionWorldModel
+
+OBSERVATIONS, ACTIONS, HORIZON = 11, 3, 8
+
+
+def imagined(count: int, horizon: int) -> Callable[[], int]:
+    """Imagines ``count`` transitions, rounded up to whole rollouts."""
+    torch.manual_seed(0)
+    model = DiffusionWorldModel(OBSERVATIONS, ACTIONS, horizon).eval()
+    inverse = InverseDynamics(OBSERVATIONS, ACTIONS).eval()
+    starts = -(-count // horizon)
+    observations, actions, returns = torch.randn(starts, OBSERVATIONS), torch.rand(starts, ACTIONS), torch.randn(starts)
+
+    def work() -> int:
+        synthesize(model, inverse, observations, actions, returns, generator=torch.Generator().manual_seed(0))
+        return starts * horizon
+
+    return work
+
+
+def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--numbers", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--horizons", type=int, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--starts", type=int, default=4096, help="rollouts of each horizon")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    tables, headlines = [], []
+    for title, entries in (
+        (f"By number, horizon {HORIZON}", {f"{n:,} transitions": imagined(n, HORIZON) for n in options.numbers}),
+        (
+            f"By horizon, {options.starts:,} rollouts each",
+            {f"horizon {h}": imagined(options.starts * h, h) for h in options.horizons},
+        ),
+    ):
+        first, *_, last = [*entries, *entries]
+        results = interleave(entries, options.rounds)
+        body = rows(results, [first])
+        for row, result in zip(body, results):
+            row.append(f"{1e6 / result.median:.2f}")
+        header = ["synthesize", "transitions/s, median", "min to max", f"x {first}", "us a transition"]
+        tables.append((title, header, body))
+        headlines.append((f"transitions/s, {last} x {first}", next(row[3] for row in body if row[0] == last)))
+    sizes = f"--numbers {' '.join(map(str, options.numbers))} --horizons {' '.join(map(str, options.horizons))}"
+    command = f"python -m benchmarks.growth {sizes} --starts {options.starts} --rounds {options.rounds}"
+    report("growth", command, tables, " ".join(__doc__.split("\n\n")[2].split()))
+    return headlines
+
+
+if __name__ == "__main__":
+    main()
