@@ -2,36 +2,58 @@
 
     python -m benchmarks.batch_drawing               # some 2 minutes
 
-Contestants: DAWM's loader handing over K batches at once; a plain PyTorch buffer of one tensor per field; TorchRL's
+Contestants: DAWM's loader, `TransitionDataModule.mixed_loader`, handing over K batches at once, from real rows alone or
+half of them from 80,000 imagined ones; a plain PyTorch buffer of one tensor per field; TorchRL's
 TensorDictReplayBuffer and d3rlpy's replay buffer where they are installed; PyTorch's DataLoader over single
 transitions. The second table has DAWM's loader on 10 k to 10 M transitions.
 """
 
 import argparse
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from unittest import mock
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.agent_update import BATCH, random_data
+from benchmarks.data_scale import Synthetic
 from benchmarks.measure import interleave, ratio, report, rows
 from benchmarks.plain_agents import PlainBuffer
-from dawm.data.batches import BatchLoader, RowStream, take
+from dawm.data import episodes
+from dawm.data.module import TransitionDataModule
+from dawm.data.spaces import unbounded
 from dawm.data.transitions import Transitions
 
 SIZES = (11, 3)
 
 
-def ours(packed: torch.Tensor, chunk: int, updates: int = 1024) -> Callable[[], int]:
-    stream = RowStream(0)
+class HopperLike(Synthetic):
+    """Random rows of Hopper's shape in episodes of 1000 steps."""
 
-    def draw(count: int) -> Transitions:
-        return Transitions.unpack(take(packed, stream.draw(len(packed), count, BATCH)), *SIZES)
+    observation_space, action_space = unbounded(SIZES[0]), gym.spaces.Box(-1.0, 1.0, (SIZES[1],), np.float32)
+
+
+def ours(count: int, chunk: int, fraction: float = 0.0, updates: int = 1024) -> Callable[[], int]:
+    settings = {"batch_size": BATCH, "synthetic_fraction": fraction, "updates_per_step": chunk, "horizon": 1}
+    with (
+        tempfile.TemporaryDirectory(prefix="dawm-drawing-") as folder,
+        mock.patch.dict(os.environ, DAWM_CACHE=folder),
+        mock.patch.object(episodes, "_open", return_value=HopperLike(count)),
+    ):
+        data = TransitionDataModule("random", memory_limit=1e9, **settings)
+        data.setup()
+    if fraction:
+        data.refill(random_data(80_000, *SIZES))
+
+    batches = iter(data.mixed_loader(10**12))  # one stream for all rounds: other rows every time
 
     def work() -> int:
-        for _ in BatchLoader(draw, [(stream, BATCH)], updates, chunk):
-            pass
+        for _ in range(updates // chunk):
+            next(batches)
         return updates * BATCH
 
     return work
@@ -52,10 +74,11 @@ def several(draw: Callable[[], object], batches: int) -> Callable[[], int]:
 
 
 def contestants(data: Transitions) -> dict[str, Callable[[], int]]:
-    packed, buffer = data.pack(), PlainBuffer(data)
+    buffer = PlainBuffer(data)
     loader = endless(DataLoader(TensorDataset(*buffer.fields), BATCH, shuffle=True))
     found = {
-        **{f"DAWM, K={chunk}": ours(packed, chunk) for chunk in (1, 8, 32)},
+        **{f"DAWM, K={chunk}": ours(len(data), chunk) for chunk in (1, 8, 32)},
+        "DAWM, K=32, half imagined": ours(len(data), 32, 0.5),
         "plain PyTorch buffer": several(lambda: buffer.sample(BATCH), 64),
         "DataLoader of single transitions": several(lambda: next(loader), 8),
     }
@@ -97,7 +120,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     header = ["contestant", "transitions/s, median", "min to max", *(f"x {name}" for name in references)]
     tables = [(f"Batches of {BATCH} from {options.rows:,} transitions", header, rows(results, references))]
     if options.growth:
-        growth = {f"{count:,} transitions": ours(random_data(count, *SIZES).pack(), 32) for count in options.growth}
+        growth = {f"{count:,} transitions": ours(count, 32) for count in options.growth}
         first = next(iter(growth))
         header = ["DAWM, K=32, from", "transitions/s, median", "min to max", f"x {first}"]
         tables.append(("Growth", header, rows(interleave(growth, options.rounds), [first])))
