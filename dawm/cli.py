@@ -31,6 +31,7 @@ from dawm.inverse_dynamics import InverseDynamics
 from dawm.mistakes import explain, one_line, told_of_disk, told_of_settings
 from dawm.modules import SIZES
 from dawm.processes import is_lost_connection
+from dawm.processor import use_fast_products
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["main", "make_fit_parser", "make_parser"]
@@ -63,6 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
         Exit code: 0; 1 if defects were found in a data set; 2 after a user's mistake; 130 after Ctrl-C.
     """
     console = Console()
+    use_fast_products()
     try:
         parser = make_parser()
         with told_of_settings("config"):

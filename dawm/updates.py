@@ -60,7 +60,7 @@ class UpdateModule(L.LightningModule):
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # autograd.grad instead of backward: DDP's hooks sit on backward and expect one pass per training step
-        gradients = torch.autograd.grad(loss.sum(), parameters)
+        gradients = torch.autograd.grad(loss if loss.dim() == 0 else loss.sum(), parameters)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             flat = torch.cat([g.reshape(-1) for g in gradients])
             torch.distributed.all_reduce(flat)

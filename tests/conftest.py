@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from dawm.processor import use_fast_products
 from dawm.updates import UpdateModule
 
 pytest_plugins = ["small_experiment"]  # beside this file
+
+use_fast_products()  # as the command line does: which tests ran before must not change how the others round
 
 LENGTHS = (5, 3, 7, 4, 1, 6)
 TERMINATED = (True, False, True, False, False, True)

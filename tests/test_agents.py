@@ -60,7 +60,7 @@ def test_reward_depends_on_observation(make):
     data = uniform()
     data = replace(data, rewards=data.observations[:, 0].sign())
     data = data[data.observations[:, 0].abs() > 0.2]
-    error = values(train(make(), data), data) - data.rewards
+    error = values(train(make(), data, updates=800), data) - data.rewards  # a step is harder than a constant
     assert error.abs().max() < 0.1
 
 

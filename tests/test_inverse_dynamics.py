@@ -126,7 +126,7 @@ def test_validation_error_by_hand(make_trainer):
     model = InverseDynamics(1, 2, members=2, hidden=())
     with torch.no_grad():
         model.network.layers()[0][0].zero_()
-        model.network.layers()[0][1].copy_(torch.tensor([[[3.0, 0.0]], [[0.0, 0.4]]]))
+        model.network.layers()[0][1].copy_(torch.tensor([[3.0, 0.0], [0.0, 0.4]]).unsqueeze(-1))
     actions = torch.tensor([[0.5, 0.0], [0.5, 0.2]])
     data = Transitions(torch.zeros(2, 1), actions, torch.zeros(2), torch.ones(2, 1), torch.zeros(2))
     metrics = make_trainer(1).validate(model, FixedBatches([data[:1], data[1:]]), verbose=False)[0]
@@ -148,7 +148,7 @@ def test_disagreement_of_equal_and_of_different_members():
 def test_disagreement_is_that_of_the_worst_dimension():
     model = InverseDynamics(1, 2, members=2, hidden=())
     model.network.layers()[0][0].data.zero_()
-    model.network.layers()[0][1].data.copy_(torch.tensor([[[0.1, -0.5]], [[0.3, 0.5]]]))
+    model.network.layers()[0][1].data.copy_(torch.tensor([[0.1, -0.5], [0.3, 0.5]]).unsqueeze(-1))
     inferred = model.infer(torch.zeros(4, 1), torch.zeros(4, 1))
     torch.testing.assert_close(inferred.actions, torch.tensor([[0.2, 0.0]]).expand(4, 2))
     torch.testing.assert_close(inferred.disagreement, torch.full((4,), 0.5))

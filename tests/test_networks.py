@@ -1,11 +1,13 @@
 """Batched networks against loops of plain ones, and the contract of the denoisers."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from torch import nn
 
+from dawm import mlp
 from dawm.errors import UserError
 from dawm.mlp import BatchedMLP
 from dawm.networks import ResidualMLP, TemporalTransformer, TemporalUNet
@@ -15,12 +17,12 @@ def plain_copy(batched, member):
     """The member of a BatchedMLP as plain layers, with the activation between them."""
     layers = []
     for weight, bias, *norm in batched.layers(batched.weights[member].detach()):
-        linear = nn.Linear(*weight.shape)
-        linear.weight.data, linear.bias.data = weight.T.clone(), bias[0].clone()
+        linear = nn.Linear(*weight.T.shape)
+        linear.weight.data, linear.bias.data = weight.clone(), bias[:, 0].clone()
         layers.append(linear)
         if norm:
-            layers.append(nn.LayerNorm(len(norm[0][0])))
-            layers[-1].weight.data, layers[-1].bias.data = norm[0][0].clone(), norm[1][0].clone()
+            layers.append(nn.LayerNorm(len(norm[0])))
+            layers[-1].weight.data, layers[-1].bias.data = norm[0][:, 0].clone(), norm[1][:, 0].clone()
         layers.append(nn.ReLU())
     return nn.Sequential(*layers[:-1])
 
@@ -41,24 +43,56 @@ def test_batched_mlp_is_a_loop_of_plain_ones(members, layer_norm):
 
 
 @pytest.mark.parametrize("hidden", [(), (7,), (6, 5)])
-@pytest.mark.parametrize(("constant_inputs", "constant_weights"), [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("members", [(), (2,)])
-def test_gradients_written_by_hand_are_those_of_autograd(hidden, constant_inputs, constant_weights, members):
+@pytest.mark.parametrize("constant_inputs", [False, True])
+@pytest.mark.parametrize("constant_weights", [False, True])
+@pytest.mark.parametrize("members", [(2,), (3, 2)])
+@pytest.mark.parametrize("at_once", [False, True])  # as on a GPU
+def test_gradients_written_by_hand_are_those_of_autograd(
+    hidden, constant_inputs, constant_weights, members, at_once, monkeypatch
+):
+    if at_once:
+        monkeypatch.setattr(mlp, "_parts", lambda networks: (networks,))
     torch.manual_seed(0)
     network = BatchedMLP(members, 3, hidden, 2).double()
-    inputs = torch.randn(*members, 4, 3, dtype=torch.float64, requires_grad=not constant_inputs)
-    weights = network.weights.detach().clone().requires_grad_(not constant_weights)
-    wanted = [x for x in (inputs, weights) if x.requires_grad]
-    by_hand = torch.autograd.grad(network(inputs, weights).square().sum(), wanted)
-    general = network._general(inputs.reshape(-1, 4, 3), weights.reshape(-1, weights.shape[-1]))
-    torch.testing.assert_close(by_hand, torch.autograd.grad(general.square().sum(), wanted))
+    inputs = torch.randn(*members[:-1], 4, 3, dtype=torch.float64, requires_grad=not constant_inputs)
+    wanted = [x for x, constant in ((inputs, constant_inputs), (network.weights, constant_weights)) if not constant]
+    if not wanted:
+        return
+
+    def gradients():
+        outputs = network.frozen(inputs, copy=1) if constant_weights else network(inputs)
+        return torch.autograd.grad(outputs.square().sum(), wanted)
+
+    by_hand = gradients()
+    network.dropout = 1e-12  # drops nothing here, but takes the general way
+    torch.testing.assert_close(by_hand, gradients())
 
 
-def test_some_of_the_networks_answer_from_rows_of_the_weights():
+def test_one_of_the_copies_answers_with_constant_weights():
     torch.manual_seed(0)
     critics, inputs = BatchedMLP((5, 2), 4, (8,), 1), torch.randn(5, 6, 4)
-    first = critics(inputs, critics.weights[..., 0, :].detach())
-    torch.testing.assert_close(first, critics(inputs)[:, 0])
+    torch.testing.assert_close(critics.frozen(inputs, copy=0), critics(inputs)[:, 0])
+    assert not critics.frozen(inputs, copy=0).requires_grad
+
+
+@pytest.mark.parametrize("change", ["optimiser", "load", "data", "copy"])
+def test_a_network_answers_by_the_weights_it_has_now(change):
+    torch.manual_seed(0)
+    network, other, inputs = BatchedMLP((2,), 4, (8,), 1), BatchedMLP((2,), 4, (8,), 1), torch.randn(6, 4)
+    before = network(inputs), network.frozen(inputs, copy=0)
+    if change == "optimiser":
+        network.weights.grad = network.weights.detach() - other.weights.detach()
+        torch.optim.SGD(network.parameters(), lr=1.0).step()
+    elif change == "load":
+        network.load_state_dict(other.state_dict())
+    elif change == "data":
+        network.weights.data = other.weights.data.clone()
+    else:
+        network = copy.deepcopy(network)
+        network.load_state_dict(other.state_dict())
+    torch.testing.assert_close(network(inputs), other(inputs))
+    torch.testing.assert_close(network.frozen(inputs, copy=0), other(inputs)[0])
+    assert not torch.allclose(network(inputs), before[0])
 
 
 def test_members_do_not_share_gradients_or_weights():

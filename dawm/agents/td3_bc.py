@@ -117,8 +117,7 @@ class TD3BC(OfflineAgent):
         actions = self.actor(batch.observations).tanh()
 
         # Value term: of the first critic alone, whose weights are constants here
-        weights = self.critics.weights[..., 0, :].detach()
-        values = self.critics(torch.cat([batch.observations, actions], dim=-1), weights).squeeze(-1)
+        values = self.critics.frozen(torch.cat([batch.observations, actions], dim=-1), copy=0).squeeze(-1)
         value_loss = -policy_improvement_weight(values, self.alpha) * values.mean(dim=-1)
 
         # Behaviour cloning

@@ -1,0 +1,39 @@
+"""The processor: which of PyTorch's two libraries makes the matrix products on it.
+
+PyTorch's builds for x86 come with Intel's MKL, which multiplies float32 on a CPU by default, and with oneDNN. On a
+processor of another maker MKL leaves AVX-512 unused and takes twice the time or more.
+"""
+
+import torch
+
+__all__ = ["use_fast_products"]
+
+LARGEST_ERROR = 1e-5  # relative; single precision errs by some 1e-6 on this product, bfloat16 by more than 1e-3
+
+
+def use_fast_products() -> bool:
+    """Has oneDNN multiply float32 matrices where MKL would leave AVX-512 unused; for the whole process.
+
+    The choice depends on the processor alone, never on a measurement of time, so that a run that is resumed rounds as
+    before. PyTorch's setting only permits oneDNN to round to bfloat16; a processor on which it does so keeps MKL. A
+    precision that was set before stays.
+
+    Returns:
+        Whether oneDNN multiplies now.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not ("AMD" in str(processor.get("cpu_name")) and processor.get("avx512_f")):
+        return False
+    if matmul.fp32_precision == "none":
+        matmul.fp32_precision = "bf16"
+        if not _single_precision():
+            matmul.fp32_precision = "none"
+    return matmul.fp32_precision == "bf16"
+
+
+def _single_precision() -> bool:
+    """Whether a product of the size that agents make is as exact as single precision is."""
+    a, b = torch.linspace(-1, 1, 256 * 256).reshape(256, 256), torch.linspace(-1, 2, 256 * 256).cos().reshape(256, 256)
+    exact = a.double() @ b.double()
+    return bool((a @ b - exact).abs().max() <= LARGEST_ERROR * exact.abs().max())
