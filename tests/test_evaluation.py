@@ -11,10 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dawm.agents import TD3BC
 from dawm.callbacks import EvaluateInEnvironment
 from dawm.data.scores import ReferenceScores
-from dawm.data.transitions import Transitions
 from dawm.errors import UserError
 from dawm.evaluation import bootstrap_interval, evaluate, run_episodes, summarize
 
@@ -108,26 +106,6 @@ def test_environments_are_closed_after_an_error():
 def test_unusable_environment_is_a_user_error(environment):
     with pytest.raises(UserError, match="data.env_id"):
         run_episodes(still, environment, [0])
-
-
-def test_hopper_equals_gymnasium_s_own_loop():
-    pytest.importorskip("mujoco")
-    agent = TD3BC(11, 3)
-    agent.fit_normalizers(Transitions(torch.randn(99, 11), *[torch.zeros(99)] * 4))
-    seeds = range(1000, 1005)
-    expected = []
-    env = gym.make("Hopper-v5")
-    for seed in seeds:
-        (observation, _), total, over = env.reset(seed=seed), 0.0, False
-        while not over:
-            action = agent.act(torch.as_tensor(observation, dtype=torch.float32).expand(16, -1))[0].numpy()
-            observation, reward, terminated, truncated, _ = env.step(action)
-            total, over = total + reward, terminated or truncated
-        expected.append(total)
-    env.close()
-    assert len(set(expected)) == 5
-    for num_envs in (1, 3, 5):
-        assert run_episodes(agent.act, "Hopper-v5", seeds, num_envs).tolist() == expected
 
 
 def test_bootstrap_interval():
