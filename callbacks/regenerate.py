@@ -8,10 +8,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dawm.data.batches import derive_seed
+from dawm.data.episodes import Episodes
 from dawm.data.module import TransitionDataModule
-from dawm.errors import UserError
+from dawm.errors import UserError, require
+from dawm.guards import Bounds, RealRows, observation_bounds
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.synthesis import LiftedReturn, Synthesized, TargetReturn, observation_bounds, synthesize
+from dawm.synthesis import LiftedReturn, Synthesized, TargetReturn, synthesize
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["RegenerateRollouts"]
@@ -24,6 +26,13 @@ class RegenerateRollouts(L.Callback):
     ``rollouts`` of them. What is drawn depends on the seed, the rank and the update alone, so a resumed run imagines
     again exactly what the interrupted one trained on.
 
+    Imagined rows that cannot be trusted are dropped (`dawm.synthesis.Synthesized` names the reasons). Every refill logs
+    how many rows met which fate, and what the rows kept are like: ``synthetic/rejected_share``,
+    ``synthetic/mean_reward``, ``synthetic/reward_drift``, ``synthetic/termination_rate`` and
+    ``synthetic/termination_drift``; under several ranks, those of the first. Beyond the limits below there is a
+    warning, each once a run and not once a refill: the models stay as they are, so the next refill is no different. If
+    nothing is left, the run ends with an error.
+
     Example::
 
         callback = RegenerateRollouts(every_n_steps=1000, rollouts=5000)
@@ -35,9 +44,16 @@ class RegenerateRollouts(L.Callback):
         rollouts: Rollouts imagined per refill and rank; each gives up to ``horizon`` transitions.
         target_return: Which return-to-go the rollouts aim at; None aims at each start's own.
         guidance: Weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
-        margin: Imagined observations may lie outside the data's range by this share of the range; more is dropped.
+        margin: Imagined observations and rewards may lie outside the data's range by this share of the range; more is
+            dropped.
         max_disagreement: Drop rows whose inferred actions disagree by more (standard deviation over the ensemble,
             actions in [-1, 1]); None keeps all.
+        max_rejected: Warn if more than this share of the imagined rows is dropped, in [0, 1]. Rows behind an imagined
+            termination do not count: there is nothing there to imagine.
+        max_reward_drift: Warn if the mean imagined reward is further from the data's than so many standard deviations
+            of the data's rewards. Some distance is wanted where ``target_return`` aims away from the data.
+        max_termination_drift: Warn if the imagined terminations per row differ from the data's by more than this. 0.02
+            is one more rollout of 8 steps in 7 that ends early.
         seed: Seed of starts and noise.
     """
 
@@ -49,20 +65,33 @@ class RegenerateRollouts(L.Callback):
         guidance: float = 1.0,
         margin: float = 0.1,
         max_disagreement: float | None = None,
+        max_rejected: float = 0.5,
+        max_reward_drift: float = 1.0,
+        max_termination_drift: float = 0.02,
         seed: int = 0,
     ) -> None:
-        for key, value in {"every_n_steps": every_n_steps, "rollouts": rollouts}.items():
-            if value < 1:
-                raise UserError(f"RegenerateRollouts: {key} is {value}, but must be at least 1; set {key}")
+        require("RegenerateRollouts.every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1")
+        require("RegenerateRollouts.rollouts", rollouts, rollouts >= 1, "at least 1")
+        require("RegenerateRollouts.margin", margin, margin >= 0, "at least 0")
+        require("RegenerateRollouts.max_rejected", max_rejected, 0 <= max_rejected <= 1, "from 0 to 1")
+        require("RegenerateRollouts.max_reward_drift", max_reward_drift, max_reward_drift >= 0, "at least 0")
+        require(
+            "RegenerateRollouts.max_termination_drift", max_termination_drift, max_termination_drift >= 0, "at least 0"
+        )
         self.every_n_steps = every_n_steps
         self.rollouts = rollouts
         self.target_return = LiftedReturn() if target_return is None else target_return
         self.guidance = guidance
         self.margin = margin
         self.max_disagreement = max_disagreement
+        self.max_rejected = max_rejected
+        self.max_reward_drift = max_reward_drift
+        self.max_termination_drift = max_termination_drift
         self.seed = seed
         self._models: tuple[DiffusionWorldModel, InverseDynamics] | None = None
         self._last_refill = -1
+        self._real: tuple[Episodes, RealRows] | None = None
+        self._warned: set[str] = set()
 
     def connect(self, world_model: DiffusionWorldModel, inverse_dynamics: InverseDynamics) -> None:
         """Names the trained models to imagine with.
@@ -89,7 +118,8 @@ class RegenerateRollouts(L.Callback):
         device = world_model.device
         starts = torch.randint(len(real), (self.rollouts,), generator=torch.Generator().manual_seed(seed))
         targets = self.target_return(data.returns_to_go[starts], data.returns_to_go[episodes.sample_rows()])
-        low, high = observation_bounds(episodes.observation_low, episodes.observation_high, self.margin)
+        observed = observation_bounds(episodes.observation_low, episodes.observation_high, self.margin)
+        bounds = Bounds(observed, self._real_rows(episodes).reward_bounds(self.margin))
         return synthesize(
             world_model,
             inverse_dynamics,
@@ -98,7 +128,7 @@ class RegenerateRollouts(L.Callback):
             targets.to(device),
             guidance=self.guidance,
             generator=torch.Generator(device).manual_seed(seed),
-            bounds=(low.to(device), high.to(device)),
+            bounds=bounds.to(device),
             max_disagreement=self.max_disagreement,
         )
 
@@ -119,19 +149,67 @@ class RegenerateRollouts(L.Callback):
                 f"all {sum(counts.values())} imagined rows were dropped ({_listed(counts)}); train the world model "
                 "longer with --stages.world_model.max_steps, or raise RegenerateRollouts' margin"
             )
-        if counts["kept"] < 0.5 * (sum(counts.values()) - counts["after_end"]):
-            rank_zero_warn(f"more than half of the imagined rows were dropped: {_listed(counts)}")
         data.refill(transitions)
         self._last_refill = step
-        metrics = {f"synthetic/{fate}": float(count) for fate, count in counts.items()}
-        metrics["synthetic/mean_reward"] = float(transitions.rewards.mean())
-        metrics["synthetic/termination_rate"] = float(transitions.terminations.mean())
+        real = self._real_rows(data.episodes)
+        measured = {
+            "rejected_share": 1 - counts["kept"] / (counts.total() - counts["after_end"]),
+            "mean_reward": transitions.rewards.mean().item(),
+            "reward_drift": real.reward_drift(transitions.rewards),
+            "termination_rate": transitions.terminations.mean().item(),
+            "termination_drift": real.termination_drift(transitions.terminations),
+        }
+        self._warn(measured, counts, real)
+        metrics = {f"synthetic/{key}": float(value) for key, value in {**counts, **measured}.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
+
+    def _warn(self, measured: dict[str, float], counts: Counter[str], real: RealRows) -> None:
+        """Warns of each limit that is passed for the first time in this run.
+
+        Args:
+            measured: What the imagined rows are like.
+            counts: Rows by fate.
+            real: What the real rows are like.
+        """
+        share = measured["rejected_share"]
+        reward, termination = abs(measured["reward_drift"]), abs(measured["termination_drift"])
+        findings = {
+            "max_rejected": (share, f"{share:.1%} of the imagined rows were dropped ({_listed(counts)})"),
+            "max_reward_drift": (
+                reward,
+                f"the mean imagined reward {measured['mean_reward']:.4g} is {reward:.3g} standard deviations "
+                f"of the data's rewards away from their mean {real.mean_reward:.4g}",
+            ),
+            "max_termination_drift": (
+                termination,
+                f"{measured['termination_rate']:.3g} of the imagined rows end in a termination, and "
+                f"{real.termination_rate:.3g} of the data's",
+            ),
+        }
+        for setting, (value, finding) in findings.items():
+            limit = getattr(self, setting)
+            if value > limit and setting not in self._warned:
+                self._warned.add(setting)
+                rank_zero_warn(
+                    f"RegenerateRollouts: {finding}, which is beyond {setting} {limit:g}; train the world model longer "
+                    f"with --stages.world_model.max_steps, or raise {setting} if this is wanted"
+                )
+
+    def _real_rows(self, episodes: Episodes) -> RealRows:
+        """What the real rows are like; they are looked through once.
+
+        Args:
+            episodes: The real data.
+        """
+        if self._real is None or self._real[0] is not episodes:
+            self._real = episodes, RealRows.of(episodes)
+        return self._real[1]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Checks that refills fall on the ends of training steps; forgets an earlier run."""
         self._last_refill = -1  # Lightning restores a checkpoint's value after this
+        self._warned.clear()
         data: TransitionDataModule = trainer.datamodule  # type: ignore[attr-defined]
         if self.every_n_steps % data.updates_per_step:
             raise UserError(

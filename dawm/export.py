@@ -32,10 +32,11 @@ from dawm.data.names import dataset_folder
 from dawm.data.parts import Parts
 from dawm.data.staging import check_output, datasets_path, progress_bar, staged
 from dawm.errors import UserError
+from dawm.guards import Bounds, RealRows, observation_bounds
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.modules import load_module
 from dawm.report import read_results
-from dawm.synthesis import CHUNK, LiftedReturn, Rollouts, TargetReturn, observation_bounds, roll_out
+from dawm.synthesis import CHUNK, LiftedReturn, Rollouts, TargetReturn, roll_out
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["synthesize_dataset"]
@@ -70,7 +71,8 @@ def synthesize_dataset(
         target_return: Which return-to-go the rollouts aim at; None aims at each start's own.
         guidance: Weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
         seed: Seed of starts and noise; the same seed gives the same data.
-        margin: Imagined observations may lie outside the data's range by this share of the range; more is dropped.
+        margin: Imagined observations and rewards may lie outside the data's range by this share of the range; more is
+            dropped.
         max_disagreement: Drop rows whose inferred actions disagree by more (standard deviation over the ensemble,
             actions in [-1, 1]); None keeps all.
         num_steps: Steps of the sampler; None keeps those of the run.
@@ -104,8 +106,8 @@ def synthesize_dataset(
         "device": world_model.device.type,
     }
     parts = Parts(output, settings, overwrite)
-    low, high = observation_bounds(episodes.observation_low, episodes.observation_high, margin)
-    bounds = low.to(world_model.device), high.to(world_model.device)
+    observed = observation_bounds(episodes.observation_low, episodes.observation_high, margin)
+    bounds = Bounds(observed, RealRows.of(episodes).reward_bounds(margin)).to(world_model.device)
     try:
         with progress_bar(f"imagining for {output}", transitions, visible=True) as bar:
             bar.update(bar.task_ids[0], completed=parts.counts["kept"])
@@ -204,7 +206,7 @@ def _imagine(
     missing: int,
     target_return: TargetReturn,
     guidance: float,
-    bounds: tuple[torch.Tensor, torch.Tensor],
+    bounds: Bounds,
     max_disagreement: float | None,
 ) -> Rollouts:
     """Rollouts for one chunk, on the CPU; fewer if few transitions are missing."""

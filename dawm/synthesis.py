@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
+from dawm.guards import Bounds
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.world_model import DiffusionWorldModel
 
@@ -26,7 +27,6 @@ __all__ = [
     "Rollouts",
     "Synthesized",
     "TargetReturn",
-    "observation_bounds",
     "roll_out",
     "synthesize",
 ]
@@ -150,7 +150,7 @@ def synthesize(
     returns_to_go: Tensor,
     guidance: float = 1.0,
     generator: torch.Generator | None = None,
-    bounds: tuple[Tensor, Tensor] | None = None,
+    bounds: Bounds | None = None,
     max_disagreement: float | None = None,
 ) -> Synthesized:
     """Imagines one future from each start and completes it with actions.
@@ -165,7 +165,7 @@ def synthesize(
         returns_to_go: The return-to-go to aim at, shape (B,).
         guidance: Weight of classifier-free guidance.
         generator: Source of the noise; same generator state, same transitions.
-        bounds: Lowest and highest observation to accept, each shape (O,); None accepts all.
+        bounds: Range that imagined observations and rewards have to stay in; None accepts all.
         max_disagreement: Largest disagreement of the inverse dynamics to accept; None accepts all.
     """
     parts: list[Transitions] = []
@@ -197,7 +197,7 @@ def roll_out(
     returns_to_go: Tensor,
     guidance: float = 1.0,
     generator: torch.Generator | None = None,
-    bounds: tuple[Tensor, Tensor] | None = None,
+    bounds: Bounds | None = None,
     max_disagreement: float | None = None,
 ) -> Rollouts:
     """Like `synthesize`, but the steps stay together, and all starts are imagined at once.
@@ -210,7 +210,7 @@ def roll_out(
         returns_to_go: The return-to-go to aim at, shape (B,).
         guidance: Weight of classifier-free guidance.
         generator: Source of the noise.
-        bounds: Lowest and highest observation to accept, each shape (O,); None accepts all.
+        bounds: Range that imagined observations and rewards have to stay in; None accepts all.
         max_disagreement: Largest disagreement of the inverse dynamics to accept; None accepts all.
     """
     imagined = world_model.imagine(observations, actions, returns_to_go, guidance=guidance, generator=generator)
@@ -223,7 +223,7 @@ def roll_out(
     finite = after.isfinite().all(-1) & imagined.rewards.isfinite() & imagined.terminations.isfinite()
     in_range, certain = torch.ones_like(finite), torch.ones_like(finite)
     if bounds is not None:
-        in_range = ((after >= bounds[0]) & (after <= bounds[1])).all(-1)
+        in_range = bounds.contain(after, imagined.rewards)
     if max_disagreement is not None:
         certain[:, 1:] = (inferred.disagreement <= max_disagreement).unflatten(0, before.shape[:2])[:, 1:]
 
@@ -241,18 +241,6 @@ def roll_out(
     counts["kept"] = int(kept.sum())
     # no reason spares a row behind one that it drops, so what is kept is the beginning of each rollout
     return Rollouts(imagined.observations, inferred_actions, imagined.rewards, terminations, kept.sum(dim=1), counts)
-
-
-def observation_bounds(low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Lowest and highest observation to accept, each shape (O,).
-
-    Args:
-        low: Lowest real observation of each dimension, shape (O,).
-        high: Highest real observation of each dimension, shape (O,).
-        margin: How far outside their range is still accepted, as a share of the range.
-    """
-    slack = margin * (high - low)
-    return low - slack, high + slack
 
 
 def _all_so_far(good: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def smoke(hopper, tmp_path) -> Path:
                 "checkpoint_every_n_steps": 20,
                 "callbacks": [
                     {"class_path": "RegenerateRollouts",
-                     "init_args": {"every_n_steps": 10, "rollouts": 50, "margin": 10}},
+                     "init_args": {"every_n_steps": 10, "rollouts": 50, "margin": 10,
+                                   "max_termination_drift": 1}},
                     {"class_path": "EvaluateInEnvironment", "init_args": {"every_n_steps": 20, "episodes": 2}},
                 ],
             },

@@ -1,3 +1,6 @@
+import re
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -10,6 +13,8 @@ from dawm.synthesis import ConstantReturn
 from dawm.world_model import Imagined
 
 HORIZON = 2
+UNWATCHED = {"margin": 10.0, "max_reward_drift": 10.0, "max_termination_drift": 1.0}
+NAN = float("nan")
 
 
 class Imagining(torch.nn.Module):
@@ -28,6 +33,23 @@ class Imagining(torch.nn.Module):
         path[:, 1:] += self.jump
         rewards = -1 - torch.rand(len(path), HORIZON, generator=generator)
         return Imagined(path, rewards, torch.full_like(rewards, self.termination))
+
+
+class Replaying(torch.nn.Module):
+    """Imagines the rows behind the start as they were recorded, but for what is done to three of four rollouts."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, data, spoil):
+        super().__init__()
+        self.real, self.spoil = data.episodes.transitions, spoil
+
+    def imagine(self, observations, actions, returns_to_go, guidance=1.0, generator=None):
+        rows = (observations[:, :1].long() + torch.arange(HORIZON)) % len(self.real)
+        path = torch.cat([observations.unsqueeze(1), self.real.next_observations[rows]], dim=1)
+        imagined = Imagined(path, self.real.rewards[rows], self.real.terminations[rows])
+        self.spoil(*(part[: len(part) * 3 // 4] for part in imagined))
+        return imagined
 
 
 class Inferring(torch.nn.Module):
@@ -51,9 +73,24 @@ def data(dataset):
 
 
 def regenerate(every_n_steps=4, rollouts=20, jump=0.0, termination=0.0, **kwargs):
-    callback = RegenerateRollouts(every_n_steps, rollouts, **kwargs)
+    callback = RegenerateRollouts(every_n_steps, rollouts, **UNWATCHED | kwargs)
     callback.connect(Imagining(jump, termination), Inferring())
     return callback
+
+
+def replay(data, spoil, **kwargs):
+    """A callback whose world model replays the data, as its guards are by default."""
+    callback = RegenerateRollouts(4, 2000, **kwargs)
+    callback.connect(Replaying(data, spoil), Inferring())
+    return callback
+
+
+def told(trainer, recorder, data):
+    """What the guards warn of in a run."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(recorder, datamodule=data)
+    return [text for text in (str(warning.message) for warning in caught) if "RegenerateRollouts" in text]
 
 
 def refills(callback, monkeypatch):
@@ -102,23 +139,25 @@ def test_a_callback_used_again_starts_anew(data, make_trainer, recorder, monkeyp
 
 
 def test_a_resumed_run_trains_on_the_same_batches(dataset, make_trainer, recorder, monkeypatch, tmp_path):
-    """It imagines again what was in use when the checkpoint was written, and goes on from there."""
+    """It imagines again what was in use when the checkpoint was written, and goes on from there; so do the logs."""
 
     def start(max_steps, ckpt_path=None):
         data = TransitionDataModule(dataset, horizon=HORIZON, batch_size=6, updates_per_step=2, synthetic_fraction=0.5)
         callback = regenerate()
         steps = refills(callback, monkeypatch)
-        trainer = make_trainer(max_steps, callbacks=[callback])
+        trainer = make_trainer(max_steps, callbacks=[callback], logger=Memory())
         recorder.batches = []
         trainer.fit(recorder, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         return trainer, steps, torch.stack([batch.pack() for batch in recorder.batches])
 
-    _, _, whole = start(14)
+    trainer, _, whole = start(14)
+    logged = trainer.logger.rows
     trainer, _, _ = start(6)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    _, steps, rest = start(14, tmp_path / "half.ckpt")
+    trainer, steps, rest = start(14, tmp_path / "half.ckpt")
     assert steps == [4, 8, 12]
     assert torch.equal(rest, whole[6:])
+    assert trainer.logger.rows == logged[1:]
 
 
 # What
@@ -156,8 +195,129 @@ def test_the_target_return_policy_is_asked(data):
 def test_margin_is_a_share_of_the_datas_range(write_dataset, margin, kept):
     """Observations are (row, episode), from (100, 0) to (125, 5): a step of 25 down leaves the data's range."""
     data = TransitionDataModule(write_dataset(first=100), horizon=HORIZON)
-    callback = regenerate(rollouts=500, jump=torch.tensor([-25.0, 0.0]), margin=margin)
-    assert set(callback.synthesize(data, 0, 0).transitions.next_observations[:, 0].tolist()) == kept
+
+    def step_down(observations, rewards, terminations):
+        observations[:, 1:, 0] = observations[:, :1, 0] - 25
+
+    callback = replay(data, step_down, margin=margin)
+    spoilt = callback.synthesize(data, 0, 0).transitions.next_observations[:, 0]
+    assert set(spoilt[spoilt < 101].tolist()) == kept
+
+
+# Guards. Rewards are 0.25 to 25.25 with a mean of 12.75 and a standard deviation of 7.5; 3 of 26 rows terminate.
+
+
+def nothing(observations, rewards, terminations):
+    pass
+
+
+def not_finite(observations, rewards, terminations):
+    rewards[:, 0] = NAN
+
+
+def observations_far_out(observations, rewards, terminations):
+    observations[:, 1] = 1e6
+
+
+def rewards_far_out(observations, rewards, terminations):
+    rewards[:, 0] = -1e6
+
+
+def shifted(observations, rewards, terminations):
+    rewards[:] = rewards.clamp(min=24)
+
+
+def lowered(observations, rewards, terminations):
+    rewards[:] = rewards.clamp(max=1)
+
+
+def never_ending(observations, rewards, terminations):
+    terminations[:] = 0
+
+
+def ending_at_once(observations, rewards, terminations):
+    terminations[:] = 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (nothing, None),
+        (not_finite, r"7[45]\.\d% of the imagined rows were dropped .*non_finite .*beyond max_rejected 0.5"),
+        (
+            observations_far_out,
+            r"7[45]\.\d% of the imagined rows were dropped .*out_of_range .*beyond max_rejected 0.5",
+        ),
+        (rewards_far_out, r"7[45]\.\d% of the imagined rows were dropped .*out_of_range .*beyond max_rejected 0.5"),
+        (shifted, "mean imagined reward 21.* is 1.1.* standard .* mean 12.75, .*beyond max_reward_drift 1;"),
+        (lowered, r"mean imagined reward 4\.0.* is 1.1.* standard .* mean 12.75, .*beyond max_reward_drift 1;"),
+        (never_ending, "0.03.* end in a termination, and 0.115 of the data's, .*beyond max_termination_drift 0.02;"),
+        (ending_at_once, "0.6.* end in a termination, and 0.115 of the data's, .*beyond max_termination_drift 0.02;"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_each_guard_warns_of_its_own_fault_and_of_nothing_else(data, make_trainer, recorder, spoil, expected):
+    found = told(make_trainer(2, callbacks=[replay(data, spoil)]), recorder, data)
+    assert len(found) == (expected is not None), found
+    if expected is not None:
+        assert re.search(expected, found[0]), found
+
+
+@pytest.mark.parametrize(
+    ("spoil", "limit"),
+    [(not_finite, {"max_rejected": 0.9}), (shifted, {"max_reward_drift": 1.5}),
+     (never_ending, {"max_termination_drift": 0.1})],
+)  # fmt: skip
+def test_a_raised_limit_is_silent(data, make_trainer, recorder, spoil, limit):
+    assert told(make_trainer(2, callbacks=[replay(data, spoil, **limit)]), recorder, data) == []
+
+
+def test_a_warning_comes_once_a_run_and_not_once_a_refill(data, make_trainer, recorder):
+    callback = replay(data, not_finite)
+    for _ in range(2):
+        assert len(told(make_trainer(12, callbacks=[callback]), recorder, data)) == 1
+
+
+def test_rows_behind_an_imagined_end_are_not_rejected(data, make_trainer, recorder):
+    """Half of the rows, none of which can be had."""
+    callback = regenerate(termination=1.0, max_rejected=0.0)
+    assert told(make_trainer(2, callbacks=[callback]), recorder, data) == []
+
+
+def test_what_the_guards_measure_is_logged(data, make_trainer, recorder):
+    """20 rollouts of 2 rows: 5 are whole, 10 lose both rows to a reward, and 5 their second one to an imagined end."""
+
+    class Known(Imagining):
+        def imagine(self, *args, **kwargs):
+            observations, rewards, terminations = super().imagine(*args, **kwargs)
+            rewards[:] = torch.tensor([20.25, 27.5])  # above the data by less than a tenth of the range
+            rewards[5:15, 0] = 28.0
+            terminations[15:, 0] = 1
+            return Imagined(observations, rewards, terminations)
+
+    logger, callback = Memory(), RegenerateRollouts(4, 20, max_reward_drift=2, max_termination_drift=1)
+    callback.connect(Known(), Inferring())
+    assert told(make_trainer(2, callbacks=[callback], logger=logger), recorder, data) == [
+        "RegenerateRollouts: 57.1% of the imagined rows were dropped (after_end 5, out_of_range 20, kept 15), which is "
+        "beyond max_rejected 0.5; train the world model longer with --stages.world_model.max_steps, or raise "
+        "max_rejected if this is wanted"
+    ]
+    mean = (10 * 20.25 + 5 * 27.5) / 15
+    assert {key.removeprefix("synthetic/"): value for key, value in logger.rows[0][1].items()} == pytest.approx(
+        {
+            "kept": 15,
+            "after_end": 5,
+            "non_finite": 0,
+            "out_of_range": 20,
+            "uncertain": 0,
+            "rejected_share": 20 / 35,
+            "mean_reward": mean,
+            "reward_drift": (mean - 12.75) / 7.5,
+            "termination_rate": 5 / 15,
+            "termination_drift": 5 / 15 - 3 / 26,
+        },
+        abs=1e-6,
+    )
 
 
 # Messages and logs
@@ -183,18 +343,16 @@ def test_when_nothing_is_left_the_message_says_why(data, make_trainer, recorder)
         make_trainer(8, callbacks=[regenerate(jump=1e6)]).fit(recorder, datamodule=data)
 
 
-def test_a_large_loss_of_rows_is_told(data, make_trainer, recorder):
-    callback = regenerate(rollouts=200, jump=torch.tensor([-22.0, 0.0]))
-    with pytest.warns(UserWarning, match="more than half .* out_of_range"):
-        make_trainer(2, callbacks=[callback]).fit(recorder, datamodule=data)
-
-
 def test_without_models_it_says_what_is_missing(data, make_trainer, recorder):
     with pytest.raises(UserError, match="connect"):
         make_trainer(2, callbacks=[RegenerateRollouts(4)]).fit(recorder, datamodule=data)
 
 
-@pytest.mark.parametrize("setting", [{"every_n_steps": 0}, {"rollouts": 0}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"every_n_steps": 0}, {"rollouts": 0}, {"margin": -0.1}, {"max_rejected": 1.1}, {"max_rejected": -0.1},
+     {"max_rejected": NAN}, {"max_reward_drift": -1.0}, {"max_termination_drift": -0.1}],
+)  # fmt: skip
 def test_mistakes_name_the_setting(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         RegenerateRollouts(**setting)

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from dawm import synthesis
+from dawm import guards, synthesis
+from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
+from dawm.guards import Bounds, RealRows, observation_bounds
 from dawm.inverse_dynamics import InferredActions
 from dawm.synthesis import ConstantReturn, LiftedReturn, QuantileReturn, synthesize
 from dawm.world_model import Imagined
@@ -46,6 +48,11 @@ def run(world_model, count=2, **kwargs):
     """Rollouts from 0, 10, 20, ..., whose real actions are -0.5, -0.6, ..."""
     starts = torch.arange(count).float().unsqueeze(1)
     return synthesize(world_model, Inverse(), 10 * starts, -0.5 - starts / 10, torch.arange(count).float(), **kwargs)
+
+
+def bounds(low, high, lowest=-1e9, highest=1e9):
+    """Bounds of the one observation and of the reward."""
+    return Bounds((torch.tensor([low]), torch.tensor([high])), (torch.tensor(lowest), torch.tensor(highest)))
 
 
 def rows(synthesized):
@@ -92,12 +99,39 @@ def test_rows_that_are_not_finite_take_the_later_ones_along(part, place, value, 
 @pytest.mark.parametrize("outlier", [-99.0, 99.0])
 def test_rows_out_of_range_take_the_later_ones_along(outlier):
     """Bounds are inclusive, and hold for the imagined observations, not for the real start."""
-    bounds = torch.tensor([0.0]), torch.tensor([14.0])
-    synthesized = run(Counting(observations={(0, 2, 0): outlier}), bounds=bounds)
+    synthesized = run(Counting(observations={(0, 2, 0): outlier}), bounds=bounds(0.0, 14.0))
     assert rows(synthesized) == [0, 10, 11, 12, 13]
     assert synthesized.counts["out_of_range"] == 3
-    start_outside = run(Counting(horizon=1), bounds=(torch.tensor([1.0]), torch.tensor([20.0])))
+    start_outside = run(Counting(horizon=1), bounds=bounds(1.0, 20.0))
     assert rows(start_outside) == [0, 10]
+
+
+@pytest.mark.parametrize("outlier", [-99.0, 99.0])
+def test_rewards_out_of_range_drop_their_row_and_the_later_ones(outlier):
+    """Bounds are inclusive: rewards are 0 to 3 and 10 to 13."""
+    synthesized = run(Counting(rewards={(0, 2): outlier}), bounds=bounds(-1e9, 1e9, 0.0, 13.0))
+    assert rows(synthesized) == [0, 1, 10, 11, 12, 13]
+    assert synthesized.counts["out_of_range"] == 2
+
+
+def test_bounds_leave_a_share_of_the_range_on_both_sides():
+    """The second dimension is always 5, give or take a float's last bit: it has no range, and gets a unit's."""
+    low, high = torch.tensor([-1.0, 5.0]), torch.tensor([3.0, 5.0000005])
+    low, high = observation_bounds(low, high, margin=0.5)
+    torch.testing.assert_close(low, torch.tensor([-3.0, 4.5]))
+    torch.testing.assert_close(high, torch.tensor([5.0, 5.5]))
+
+
+def test_what_the_real_rows_are_like_by_hand(write_dataset, monkeypatch):
+    """Rewards are 100.25, 101.25, 102.25 and 103.25; one of the two episodes ends with a termination."""
+    monkeypatch.setattr(guards, "BLOCK", 3)
+    data = TransitionDataModule(write_dataset((3, 1), (True, False), first=100), horizon=1)
+    real = RealRows.of(data.episodes)
+    assert real[:2] == (100.25, 103.25)
+    assert real[2:] == pytest.approx((101.75, 1.25**0.5, 1 / 4))
+    assert [float(bound) for bound in real.reward_bounds(0.1)] == pytest.approx([99.95, 103.55])
+    assert real.reward_drift(torch.tensor([102.0, 106.0])) == pytest.approx(2.25 / 1.25**0.5)
+    assert real.termination_drift(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])) == pytest.approx(0.2 - 0.25)
 
 
 def test_uncertain_rows_take_the_later_ones_along():
@@ -118,7 +152,7 @@ def test_every_row_is_counted_once_under_the_first_reason():
             terminations={(0, 1): 1.0},
         ),
         count=3,
-        bounds=(torch.tensor([0.0]), torch.tensor([100.0])),
+        bounds=bounds(0.0, 100.0),
         max_disagreement=22.0,
     )
     assert rows(synthesized) == [0, 1, 10, 20, 21]
