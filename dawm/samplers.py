@@ -108,12 +108,16 @@ class DDIM(Sampler):
 class DPMSolverPP2M(Sampler):
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order at N evaluations.
 
+    Six steps are as good as 128: on held-out segments of three data sets (two of Hopper, one of HalfCheetah) the sliced
+    Wasserstein distance was 0.026, 0.019 and 0.040 against 0.029, 0.020 and 0.039, and the spread 0.99, 1.00 and 1.01
+    of the real one's against 0.97, 0.99 and 0.98; with four steps it was 0.96 to 0.98 (`benchmarks/synthesis.py`).
+
     Args:
         num_steps: N.
         clip: Bound on the estimates of ``x0``; None for no bound.
     """
 
-    def __init__(self, num_steps: int = 10, clip: float | None = None) -> None:
+    def __init__(self, num_steps: int = 6, clip: float | None = None) -> None:
         super().__init__(num_steps, clip)
 
     def _walk(
@@ -136,19 +140,30 @@ class Heun(Sampler):
     Args:
         num_steps: N.
         churn: S_churn, the noise added and removed again over the whole run; 0 is deterministic.
+        churn_min: S_tmin, the lowest level at which noise is added.
+        churn_max: S_tmax, the highest level at which noise is added.
         clip: Bound on the estimates of ``x0``; None for no bound.
     """
 
-    def __init__(self, num_steps: int = 10, churn: float = 0.0, clip: float | None = None) -> None:
+    def __init__(
+        self,
+        num_steps: int = 10,
+        churn: float = 0.0,
+        churn_min: float = 0.0,
+        churn_max: float = math.inf,
+        clip: float | None = None,
+    ) -> None:
         super().__init__(num_steps, clip)
         self.churn = churn
+        self.churn_min = churn_min
+        self.churn_max = churn_max
 
     def _walk(
         self, x: Tensor, levels: list[float], estimate: AtLevel, known: AtLevel, generator: torch.Generator | None
     ) -> Tensor:
         growth = 1 + min(self.churn / self.num_steps, math.sqrt(2) - 1)
         for sigma, lower in pairwise(levels):
-            if growth > 1:
+            if growth > 1 and self.churn_min <= sigma <= self.churn_max:
                 x = x + sigma * math.sqrt(growth**2 - 1) * _normal_like(x, generator)
                 sigma *= growth
             slope = (x - estimate(x, sigma)) / sigma

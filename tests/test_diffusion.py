@@ -156,6 +156,7 @@ def test_deterministic_samplers_converge_at_their_order():
         (Heun(20), 39, 0.03),
         (DDIM(100, eta=1.0), 100, 0.05),
         (Heun(50, churn=10.0), 99, 0.03),
+        (Heun(50, churn=10.0, churn_min=0.1, churn_max=5.0), 99, 0.03),
     ],
 )
 def test_samplers_reach_mean_and_std(sampler, evaluations, tolerance):
@@ -163,6 +164,12 @@ def test_samplers_reach_mean_and_std(sampler, evaluations, tolerance):
     assert counted == evaluations
     assert mean == pytest.approx(MEAN, abs=0.01)
     assert std == pytest.approx(STD, rel=tolerance)
+
+
+@pytest.mark.parametrize(("low", "high", "equal"), [(0.0, 1e-3, True), (1e3, 2e3, True), (0.1, 1.0, False)])
+def test_churn_adds_noise_within_its_levels_alone(low, high, equal):
+    plain, churned = (spread(sampler, 10.0) for sampler in (Heun(10), Heun(10, 10.0, churn_min=low, churn_max=high)))
+    assert (plain == churned) is equal
 
 
 @pytest.mark.parametrize("sampler", [DDIM(1), DPMSolverPP2M(1), Heun(1), DDIM(1, eta=1.0)])

@@ -66,7 +66,7 @@ def test_command_line_writes_a_minari_data_set(hopper, finished_run, capsys):
         assert told[stage] == hashlib.sha256(Path(stages[stage]["checkpoint"]).read_bytes()).hexdigest()
     assert told["counts"]["kept"] == 1000
     assert told["target_return"] == {"class_path": "dawm.synthesis.LiftedReturn", "lift": 0.5}
-    assert told["sampler"]["num_steps"] == 10
+    assert told["sampler"]["num_steps"] == 6
     assert (
         told.items() >= {"run": str(finished_run), "dataset": hopper, "seed": 0, "guidance": 1.0, "horizon": 3}.items()
     )
