@@ -37,7 +37,8 @@ class HopperLike(Synthetic):
     observation_space, action_space = unbounded(SIZES[0]), gym.spaces.Box(-1.0, 1.0, (SIZES[1],), np.float32)
 
 
-def ours(count: int, chunk: int, fraction: float = 0.0, updates: int = 1024) -> Callable[[], int]:
+def batches(count: int, chunk: int, fraction: float = 0.0) -> Iterator[Transitions]:
+    """K batches at once from ``count`` real rows through the data module's loader, other rows every time."""
     settings = {"batch_size": BATCH, "synthetic_fraction": fraction, "updates_per_step": chunk, "horizon": 1}
     with (
         tempfile.TemporaryDirectory(prefix="dawm-drawing-") as folder,
@@ -48,12 +49,15 @@ def ours(count: int, chunk: int, fraction: float = 0.0, updates: int = 1024) -> 
         data.setup()
     if fraction:
         data.refill(random_data(80_000, *SIZES))
+    return iter(data.mixed_loader(10**12))
 
-    batches = iter(data.mixed_loader(10**12))  # one stream for all rounds: other rows every time
+
+def ours(count: int, chunk: int, fraction: float = 0.0, updates: int = 1024) -> Callable[[], int]:
+    drawn = batches(count, chunk, fraction)
 
     def work() -> int:
         for _ in range(updates // chunk):
-            next(batches)
+            next(drawn)
         return updates * BATCH
 
     return work

@@ -1,9 +1,10 @@
-"""What one imagined transition costs as their number and the horizon grow; one thread, Hopper's shape.
+"""What an update costs as the data grow, and an imagined transition as their number and the horizon grow.
 
-    python -m benchmarks.growth                      # some 3 minutes
+    python -m benchmarks.growth                      # some 5 minutes, one thread, Hopper's shape
 
-World model and inverse dynamics have their default sizes and are untrained, which does not change what they compute.
-Both tables go through `dawm.synthesis.synthesize`; a horizon of H counts as H transitions, whatever is dropped.
+Updates are TD3+BC's, drawing included, 32 batches at once through the data module. World model and inverse dynamics
+have their default sizes and are untrained, which does not change what they compute; both their tables go through
+`dawm.synthesis.synthesize`; a horizon of H counts as H transitions, whatever is dropped.
 """
 
 import argparse
@@ -11,8 +12,11 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.batch_drawing import batches
 from benchmarks.measure import interleave, report, rows
+from dawm.agents import TD3BC
 from dawm.inverse_dynamics import InverseDynamics
+from dawm.processor import use_fast_products
 from dawm.synthesis import synthesize
 from dawm.world_model import DiffusionWorldModel
 
@@ -34,19 +38,45 @@ def imagined(count: int, horizon: int) -> Callable[[], int]:
     return work
 
 
+def updates(count: int, number: int = 256) -> Callable[[], int]:
+    """TD3+BC updates on batches from ``count`` transitions."""
+    torch.manual_seed(0)
+    agent, drawn = TD3BC(OBSERVATIONS, ACTIONS), batches(count, 32)
+
+    def work() -> int:
+        for _ in range(number // 32):
+            for batch in next(drawn):
+                agent.update(batch)
+        return number
+
+    return work
+
+
 def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000])
     parser.add_argument("--numbers", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--horizons", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--starts", type=int, default=4096, help="rollouts of each horizon")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
+    use_fast_products()
     tables, headlines = [], []
-    for title, entries in (
-        (f"By number, horizon {HORIZON}", {f"{n:,} transitions": imagined(n, HORIZON) for n in options.numbers}),
+    for title, what, entries in (
         (
-            f"By horizon, {options.starts:,} rollouts each",
+            "Updates, by number of real transitions",
+            "updates",
+            {f"{n:,} real transitions": updates(n) for n in options.rows},
+        ),
+        (
+            f"Imagined transitions by number, horizon {HORIZON}",
+            "transitions",
+            {f"{n:,} transitions": imagined(n, HORIZON) for n in options.numbers},
+        ),
+        (
+            f"Imagined transitions by horizon, {options.starts:,} rollouts each",
+            "transitions",
             {f"horizon {h}": imagined(options.starts * h, h) for h in options.horizons},
         ),
     ):
@@ -54,11 +84,12 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
         results = interleave(entries, options.rounds)
         body = rows(results, [first])
         for row, result in zip(body, results):
-            row.append(f"{1e6 / result.median:.2f}")
-        header = ["synthesize", "transitions/s, median", "min to max", f"x {first}", "us a transition"]
+            row.append(f"{1e6 / result.median:,.2f}")
+        header = ["with", f"{what}/s, median", "min to max", f"x {first}", "us each"]
         tables.append((title, header, body))
-        headlines.append((f"transitions/s, {last} x {first}", next(row[3] for row in body if row[0] == last)))
-    sizes = f"--numbers {' '.join(map(str, options.numbers))} --horizons {' '.join(map(str, options.horizons))}"
+        headlines.append((f"{what}/s, {last} x {first}", next(row[3] for row in body if row[0] == last)))
+    sizes = f"--rows {' '.join(map(str, options.rows))} --numbers {' '.join(map(str, options.numbers))}"
+    sizes += f" --horizons {' '.join(map(str, options.horizons))}"
     command = f"python -m benchmarks.growth {sizes} --starts {options.starts} --rounds {options.rounds}"
     report("growth", command, tables, " ".join(__doc__.split("\n\n")[2].split()))
     return headlines

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["BatchLoader", "FixedBatches", "Ranges", "RowStream", "derive_seed", "take"]
 
@@ -157,4 +158,9 @@ def take(table: Tensor, rows: Tensor) -> Tensor:
         Rows, shape (..., D).
     """
     rows = rows.to(table.device, non_blocking=True)
-    return table.index_select(0, rows.reshape(-1)).view(*rows.shape, table.shape[1])
+    if table.device.type == "cpu":
+        # sums over bags of one row each: unlike index_select it fetches rows into the cache ahead of their turn
+        taken = functional.embedding_bag(rows.reshape(-1, 1), table, mode="sum")
+    else:
+        taken = table.index_select(0, rows.reshape(-1))
+    return taken.view(*rows.shape, table.shape[1])

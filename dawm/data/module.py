@@ -260,13 +260,12 @@ class TransitionDataModule(L.LightningDataModule):
             # Each stream gives as many numbers per update whatever the mixture, so that resuming can skip them and
             # the real rows of a run do not depend on its imagined ones.
             size = max(self._synthetic_count, 1), count, max(synthetic_size, 1)
-            real_rows = torch.stack([real.draw(len(self._real_rows), count, self.batch_size) for real, _ in streams], 1)
-            synthetic_rows = torch.stack([synthetic.draw(*size) for _, synthetic in streams], 1)
+            real_rows = [real.draw(len(self._real_rows), count, self.batch_size) for real, _ in streams]
+            synthetic_rows = [synthetic.draw(*size) for _, synthetic in streams]
             imagined = synthetic_size if self._synthetic_count else 0
-            rows = self._take_real(real_rows[..., : self.batch_size - imagined])
+            rows = self._take_real(_side_by_side(real_rows)[..., : self.batch_size - imagined])
             if imagined:
-                rows = torch.cat([rows, take(self._synthetic_rows, synthetic_rows)], dim=-2)
-            rows = rows.squeeze(1) if seeds == 1 else rows
+                rows = torch.cat([rows, take(self._synthetic_rows, _side_by_side(synthetic_rows))], dim=-2)
             rows = rows.squeeze(0) if squeeze else rows
             return Transitions.unpack(rows, self.observation_size, self.action_size)
 
@@ -314,3 +313,8 @@ class TransitionDataModule(L.LightningDataModule):
 def _check(key: str, value: float, holds: bool, wanted: str) -> None:
     if not holds:
         raise UserError(f"data.{key} is {value}, but must be {wanted}; set --data.{key}")
+
+
+def _side_by_side(rows: list[Tensor]) -> Tensor:
+    """Row numbers of several seeds, shape (K, S, B); of one alone (K, B)."""
+    return rows[0] if len(rows) == 1 else torch.stack(rows, dim=1)
