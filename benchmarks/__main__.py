@@ -16,12 +16,12 @@ from benchmarks import agent_update, batch_drawing, end_to_end, evaluation, grow
 from benchmarks.measure import show
 
 QUICK = {
-    agent_update: ["--updates", "2", "--rows", "2000", "--rounds", "1", "--shapes", "hopper", "--seeds", "2"],
-    batch_drawing: ["--rows", "2000", "--rounds", "1", "--growth", "1000"],
-    world_model_step: ["--horizons", "8", "--batches", "8", "--rounds", "1"],
-    synthesis: ["--widths", "16x1", "--batch", "4", "--rounds", "1"],
-    growth: ["--numbers", "100", "200", "--horizons", "2", "4", "--starts", "8", "--rounds", "1"],
-    evaluation: ["--environments", "Hopper-v5", "--episodes", "2", "--num_envs", "2", "--rounds", "1"],
+    agent_update: "--updates 2 --rows 2000 --rounds 1 --shapes hopper --seeds 2",
+    batch_drawing: "--rows 2000 --rounds 1 --growth 1000",
+    world_model_step: "--horizons 8 --batches 8 --rounds 1",
+    synthesis: "--widths 16x1 --batch 4 --rounds 1",
+    growth: "--rows 1000 2000 --numbers 100 200 --horizons 2 4 --starts 8 --rounds 1",
+    evaluation: "--environments Hopper-v5 --episodes 2 --num_envs 2 --rounds 1",
 }
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     headlines = []
     for script, quick in QUICK.items():
-        arguments = quick if options.quick else []
+        arguments = quick.split() if options.quick else []
         if script is synthesis and options.run is not None:
             arguments = [*arguments, "--run", str(options.run)]
         headlines += script.main(arguments)

@@ -5,7 +5,9 @@
 
 Contestants: a plain PyTorch loop as single-file research code writes it (`plain_agents`); the same networks and losses
 in naive Lightning (a DataLoader over single transitions, one update per training step, progress bar and log); d3rlpy
-where it is installed; DAWM's update called in a loop; DAWM in its Trainer with K updates per training step.
+where it is installed; DAWM's update called in a loop; DAWM in its Trainer with K updates per training step. DAWM's
+matrix products are made as its commands make them: by oneDNN on AMD processors with AVX-512, where PyTorch's default
+leaves AVX-512 unused; the plain loop is measured with that setting too.
 
 "seeds" counts the updates of all agents trained side by side.
 """
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.measure import interleave, ratio, report, rows
+from benchmarks.measure import interleave, ratio, report, rows, with_fast_products
 from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
 from dawm.agents import IQL, TD3BC
 from dawm.data.batches import BatchLoader, RowStream, take
@@ -110,9 +112,13 @@ def contestants(name: str, data: Transitions, updates: int, device: str, seeds: 
 
     fitted = kind(*sizes)
 
-    def in_trainer() -> int:
-        trainer(updates, device, folder).fit(fitted, loader(packed, sizes, updates))
-        return updates
+    def in_trainer(agent: TD3BC | IQL) -> Callable[[], int]:
+        def work() -> int:
+            trainer(updates, device, folder).fit(agent, loader(packed, sizes, updates))
+            wait()
+            return updates
+
+        return work
 
     fields = TensorDataset(*(field.cpu() for field in buffer.fields))
 
@@ -121,12 +127,23 @@ def contestants(name: str, data: Transitions, updates: int, device: str, seeds: 
         trainer(updates, device, folder).fit(Naive(plain_kind(*sizes, device)), data_loader)
         return updates
 
-    found = {"plain PyTorch loop": plain_loop, "naive Lightning": naive, "DAWM, update in a loop": ours(1),
-             f"DAWM, Trainer, K={CHUNK}": in_trainer}  # fmt: skip
+    found = {
+        "plain PyTorch loop": plain_loop,
+        "plain PyTorch loop, DAWM's products": with_fast_products(plain_loop),
+        "naive Lightning": naive,
+        "DAWM, update in a loop": with_fast_products(ours(1)),
+        f"DAWM, Trainer, K={CHUNK}": with_fast_products(in_trainer(fitted)),
+    }
+    if device != "cpu":
+        graphed = kind(*sizes)
+        graphed.cuda_graphs = True
+        found[f"DAWM, Trainer, K={CHUNK}, CUDA graph"] = in_trainer(graphed)
     peer = _d3rlpy(name, data, device)
     if peer is not None:
         found["d3rlpy"] = lambda: peer(updates)
-    return found | ({f"DAWM, {seeds} seeds side by side": ours(seeds)} if seeds > 1 else {})
+    if seeds > 1:
+        found[f"DAWM, {seeds} seeds side by side"] = with_fast_products(ours(seeds))
+    return found
 
 
 def _d3rlpy(name: str, data: Transitions, device: str) -> Callable[[int], int] | None:

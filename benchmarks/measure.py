@@ -17,6 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dawm.processor import use_fast_products
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "numpy", "gymnasium", "torchrl", "d3rlpy")
 
@@ -47,6 +49,21 @@ def interleave(contestants: Mapping[str, Callable[[], int]], rounds: int) -> lis
             units = contestants[name]()
             rates[name].append(units / (time.perf_counter() - start))
     return [Rates(name, values) for name, values in rates.items()]
+
+
+def with_fast_products(work: Callable[[], int]) -> Callable[[], int]:
+    """The same work with matrix products as DAWM's commands make them; other contestants keep PyTorch's default."""
+
+    def done() -> int:
+        matmul = torch.backends.mkldnn.matmul
+        before = matmul.fp32_precision
+        use_fast_products()
+        try:
+            return work()
+        finally:
+            matmul.fp32_precision = before
+
+    return done
 
 
 def ratio(results: Sequence[Rates], name: str, reference: str) -> str:

@@ -25,13 +25,13 @@ from dawm.checkpoints import Interrupted
 from dawm.data import check, manage
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
-from dawm.experiment import Stages
 from dawm.export import synthesize_dataset
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.mistakes import explain, one_line, told_of_disk, told_of_settings
 from dawm.modules import SIZES
 from dawm.processes import is_lost_connection
 from dawm.processor import use_fast_products
+from dawm.stages import Stages
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["main", "make_fit_parser", "make_parser"]
@@ -175,6 +175,9 @@ def make_fit_parser() -> Parser:
     parser.add_argument("--discount", type=float, default=0.99, help="configs refer to it as ${discount}")
     parser.add_argument(
         "--seeds", type=int, default=1, help="agents trained side by side, each with its own weights, draws and score"
+    )
+    parser.add_argument(
+        "--cuda_graphs", type=bool, default=False, help="run the updates of a training step as one CUDA graph"
     )
     parser.add_argument("--final_episodes", type=int, default=20, help="episodes of the last evaluation")
     parser.add_class_arguments(TransitionDataModule, "data")

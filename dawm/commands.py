@@ -18,10 +18,11 @@ from dawm.data.module import TransitionDataModule
 from dawm.data.scores import ReferenceScores
 from dawm.errors import UserError
 from dawm.evaluation import Environment, Evaluation, Policy, evaluate, make_environment
-from dawm.experiment import Build, Experiment, Stages
+from dawm.experiment import Build, Experiment
 from dawm.mistakes import check_groups, check_no_gaps, told_of_settings
 from dawm.modules import build_module, import_class, load_module
 from dawm.report import collect_results, read_results, show_evaluation, show_results, write_files
+from dawm.stages import Stages
 
 __all__ = ["MODULES", "evaluate_run", "fit"]
 
@@ -87,6 +88,7 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
         output_dir=output_dir,
         seed=config.seed_everything,
         console=console,
+        cuda_graphs=config.cuda_graphs,
     )
     trained = {}
     if data.synthetic_fraction > 0:

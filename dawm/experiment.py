@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,58 +35,12 @@ from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
 from dawm.processes import end_with_first_rank
 from dawm.progress import StageProgress
+from dawm.stages import Stage, Stages
+from dawm.updates import UpdateModule
 
-__all__ = ["Experiment", "Stage", "StageResult", "Stages"]
+__all__ = ["Experiment", "StageResult"]
 
-EVERY = ("log_every_n_steps", "validate_every_n_steps", "checkpoint_every_n_steps")
 Build = Callable[[int, int], L.LightningModule]
-
-
-@dataclass
-class Stage:
-    """What differs between the stages; everything is counted in updates.
-
-    Args:
-        max_steps: Gradient updates of the stage's main network.
-        log_every_n_steps: Updates between two rows in the logs.
-        validate_every_n_steps: Updates between two validations on held-out data (world model, inverse dynamics).
-        patience: Validations without improvement before the stage stops early; None never stops early.
-        checkpoint_every_n_steps: Updates between two checkpoints.
-        ckpt_path: Use this checkpoint instead of training the stage.
-        callbacks: Lightning callbacks of this stage.
-    """
-
-    max_steps: int = 10_000
-    log_every_n_steps: int = 100
-    validate_every_n_steps: int = 1000
-    patience: int | None = None
-    checkpoint_every_n_steps: int = 2000
-    ckpt_path: str | None = None
-    callbacks: list[L.Callback] = field(default_factory=list)
-
-
-@dataclass
-class Stages:
-    """The three stages.
-
-    Args:
-        world_model: Stage 1.
-        inverse_dynamics: Stage 2.
-        agent: Stage 3.
-    """
-
-    world_model: Stage = field(default_factory=Stage)
-    inverse_dynamics: Stage = field(default_factory=Stage)
-    agent: Stage = field(default_factory=Stage)
-
-    def __post_init__(self) -> None:
-        """Checks the numbers."""
-        for name in ("world_model", "inverse_dynamics", "agent"):
-            for key in (*EVERY, "max_steps", "patience"):
-                value = getattr(getattr(self, name), key)
-                if not (value is None and key == "patience") and not 1 <= value < 2**63:
-                    setting = f"stages.{name}.{key}"
-                    raise UserError(f"{setting} is {value}, but must be at least 1; set --{setting}")
 
 
 @dataclass
@@ -119,6 +73,7 @@ class Experiment:
         output_dir: Folder of the run.
         seed: Seed of everything.
         console: Where to draw progress.
+        cuda_graphs: Run the updates of each training step as one CUDA graph, where that can be.
     """
 
     def __init__(
@@ -130,6 +85,7 @@ class Experiment:
         output_dir: Path,
         seed: int,
         console: Console,
+        cuda_graphs: bool = False,
     ) -> None:
         self.data = data
         self.stages = stages
@@ -138,6 +94,7 @@ class Experiment:
         self.output_dir = output_dir
         self.seed = seed
         self.console = console
+        self.cuda_graphs = cuda_graphs
         self.results: dict[str, StageResult] = {}
         self.rank = 0
         self._keys: list[str] = []
@@ -156,6 +113,8 @@ class Experiment:
         # a seed for each stage, so that a reused stage leaves the next one as it would have been
         L.seed_everything(derive_seed(self.seed, name) % 2**32, verbose=False)
         module = build(self.data.observation_size, self.data.action_size)
+        if isinstance(module, UpdateModule):
+            module.cuda_graphs = self.cuda_graphs
         if stage.ckpt_path is not None:
             checkpoint = self._load(module, Path(stage.ckpt_path), f"stages.{name}.ckpt_path")
             self._keys.append(hashlib.sha256(Path(stage.ckpt_path).read_bytes()).hexdigest())

@@ -52,6 +52,7 @@ class InverseDynamics(UpdateModule):
     """
 
     name = "inverse_dynamics"
+    update_period = 1
     best_errors: Tensor
 
     def __init__(

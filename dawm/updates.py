@@ -8,16 +8,19 @@ logging, progress bar) is paid once for K updates. Results do not depend on K.
 
 from abc import abstractmethod
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dawm.errors import UserError
+from dawm.graphs import UpdateGraph, plain_group, reason_against
 
 __all__ = ["UpdateModule"]
 
@@ -30,11 +33,15 @@ class UpdateModule(L.LightningModule):
     """
 
     name: str
+    update_period: int | None = None
+    """Updates after which `update` does the same again, as far as Python can see; None where nobody has said so."""
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False  # several optimisers, several updates per training step
         self.update_index = 0  # number of the update under way, from 0; set by training_step
+        self.cuda_graphs = False  # run the updates of a training step as one CUDA graph, where that can be
+        self.update_graph: UpdateGraph | None = None
 
     @abstractmethod
     def update(self, batch: Any) -> dict[str, Tensor]:
@@ -46,6 +53,14 @@ class UpdateModule(L.LightningModule):
         Returns:
             Metrics without gradient, of any shape, whose mean is logged under ``<name>/<key>``.
         """
+
+    def learning_rates(self, index: int) -> list[float] | None:
+        """Learning rate of each parameter group of `optimizers_in_order` at an update; None leaves them as they are.
+
+        Args:
+            index: Number of the update, from 0.
+        """
+        return None
 
     def minimize(self, loss: Tensor, optimizer: Optimizer, max_norm: float | None = None) -> None:
         """Takes one gradient step of one optimiser on a loss, with gradients averaged over the ranks.
@@ -84,14 +99,11 @@ class UpdateModule(L.LightningModule):
         count = getattr(batches, fields(batches)[0].name).shape[0]
         if self.trainer.max_steps > 0:
             count = min(count, self.trainer.max_steps - self.trainer.global_step)
-        values: dict[str, list[Tensor]] = defaultdict(list)  # some metrics come with every update, others with some
         first = self.trainer.global_step
-        for k in range(count):
-            self.update_index = first + k
-            for key, value in self.update(batches[k]).items():
-                values[key].append(value)
+        rates = [self.learning_rates(first + k) for k in range(count)]
+        run = self.run_updates if self.update_graph is None else self.update_graph.run_updates
+        metrics = {f"{self.name}/{key}": value for key, value in run(batches, first, rates).items()}
         self._count_updates(count)
-        metrics = {f"{self.name}/{key}": torch.stack(parts).mean() for key, parts in values.items()}
         if not torch.stack(list(metrics.values())).isfinite().all():
             wrong = ", ".join(key for key, value in metrics.items() if not value.isfinite())
             raise UserError(
@@ -101,6 +113,31 @@ class UpdateModule(L.LightningModule):
         # "step" sets the loggers' x-axis; Lightning would otherwise count training steps, not updates
         self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=self.trainer.world_size > 1)
 
+    def run_updates(self, batches: Any, first: int, rates: Sequence[Any]) -> dict[str, Tensor]:
+        """Some updates, one after the other.
+
+        Args:
+            batches: A dataclass of tensors, fields of shape (K, B, ...).
+            first: Number of the first update.
+            rates: Learning rates of the parameter groups at each update, or None for it; as many as updates to run.
+
+        Returns:
+            Metrics of `update`, each the mean over the updates that gave it, shape ().
+        """
+        values: dict[str, list[Tensor]] = defaultdict(list)  # some metrics come with every update, others with some
+        for k, group_rates in enumerate(rates):
+            self.update_index = first + k
+            if group_rates is not None:
+                for group, rate in zip(self.parameter_groups(), group_rates):
+                    set_learning_rate(group, rate)
+            for key, value in self.update(batches[k]).items():
+                values[key].append(value)
+        return {key: torch.stack(parts).mean() for key, parts in values.items()}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimisers, in order."""
+        return [group for optimizer in self.optimizers_in_order() for group in optimizer.param_groups]
+
     def on_fit_start(self) -> None:
         """Refuses precisions that need what these updates lack: gradient scaling, or data in another type."""
         if self.trainer.precision not in ("32-true", "bf16-mixed"):
@@ -108,6 +145,25 @@ class UpdateModule(L.LightningModule):
                 f"trainer.precision: {self.trainer.precision} needs gradient scaling or converted data, which the "
                 "updates lack; set --trainer.precision to 32-true or bf16-mixed"
             )
+        if self.cuda_graphs:
+            trainer = self.trainer
+            reason = reason_against(self, trainer.strategy.root_device, trainer.world_size, trainer.precision)
+            if reason is None:
+                self.update_graph = UpdateGraph(self)
+            else:
+                rank_zero_warn(f"cuda_graphs: {reason}; the updates of {self.name} run one by one")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves no trace of a CUDA graph in the checkpoint, which may be resumed without one."""
+        for state in checkpoint["optimizer_states"]:
+            for group in state["param_groups"]:
+                plain_group(group)
+
+    def on_train_end(self) -> None:
+        """Ends the CUDA graph."""
+        if self.update_graph is not None:
+            self.update_graph.close()
+            self.update_graph = None
 
     def configure_optimizers(self) -> list[Optimizer]:
         """The optimisers, for Lightning's checkpoints."""
@@ -129,3 +185,18 @@ class UpdateModule(L.LightningModule):
         progress.total.completed += count
         progress.current.ready += count
         progress.current.completed += count
+
+
+def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    """Sets the learning rate of a parameter group, in place where it is a tensor that a CUDA graph reads.
+
+    Args:
+        group: The group.
+        rate: Its learning rate.
+    """
+    if not isinstance(group["lr"], Tensor):
+        group["lr"] = rate
+    elif isinstance(rate, Tensor):
+        group["lr"].copy_(rate)
+    else:
+        group["lr"].fill_(rate)

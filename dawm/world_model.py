@@ -204,8 +204,6 @@ class DiffusionWorldModel(UpdateModule):
         loss, metrics = denoising_loss(
             self.preconditioning, self.network, rows, condition, weights=self.step_weights, observe=observe
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * self._schedule()
         self.minimize(loss, self.optimizer, self.max_gradient_norm)
         self.ema.update_parameters(self.network)
         metrics["loss"] = loss.detach()
@@ -213,17 +211,16 @@ class DiffusionWorldModel(UpdateModule):
             target = rows[:, 1] if self.inpaint_start else rows[:, 0]
             prediction = self._regress(batch.observations[:, 0], batch.actions[:, 0])
             regression_loss = (prediction - target).square().mean()
-            for group in self.regression_optimizer.param_groups:
-                group["lr"] = self.learning_rate * self._schedule()
             self.minimize(regression_loss, self.regression_optimizer, self.max_gradient_norm)
             metrics["regression_loss"] = regression_loss.detach()
         return metrics
 
-    def _schedule(self) -> float:
-        """Factor on the learning rate: a linear rise, then a cosine to 0 at the stage's last update."""
-        rise = min(1.0, (self.update_index + 1) / max(self.warmup_steps, 1))
+    def learning_rates(self, index: int) -> list[float]:
+        """A linear rise, then a cosine to 0 at the stage's last update; the same for the baseline."""
+        rise = min(1.0, (index + 1) / max(self.warmup_steps, 1))
         total = self.trainer.max_steps
-        return rise * (0.5 * (1 + math.cos(math.pi * self.update_index / total)) if total > 0 else 1.0)
+        rate = self.learning_rate * rise * (0.5 * (1 + math.cos(math.pi * index / total)) if total > 0 else 1.0)
+        return [rate] * len(self.parameter_groups())
 
     def _regress(self, observations: Tensor, actions: Tensor) -> Tensor:
         """The baseline's row for one step, shape (B, R)."""

@@ -184,19 +184,21 @@ def test_targets_have_no_gradient_and_move_by_tau(make):
             torch.testing.assert_close(moved, start + 0.1 * (source - start))
 
 
-def test_iql_actor_learning_rate_follows_a_cosine_over_the_run():
+def test_actor_learning_rate_follows_a_cosine_over_the_run():
+    rate = SETTINGS["learning_rate"]
     agent = IQL(1, 1, **SETTINGS)
-    assert agent.decayed(SETTINGS["learning_rate"]) == SETTINGS["learning_rate"]
+    assert agent.learning_rates(0) == agent.learning_rates(50) == [rate, rate]  # no trainer sets a length
     agent._trainer = SimpleNamespace(max_steps=100)
-    agent.update_index = 50
-    assert agent.decayed(SETTINGS["learning_rate"]) == pytest.approx(SETTINGS["learning_rate"] / 2)
-    agent.update(uniform(64))
-    rates = [group["lr"] for group in agent.optimizer.param_groups]
-    assert rates == pytest.approx([SETTINGS["learning_rate"] / 2, SETTINGS["learning_rate"]])
+    assert agent.learning_rates(50) == pytest.approx([rate / 2, rate])
+    agent.run_updates(uniform(64)[None], 50, [agent.learning_rates(50)])
+    assert [group["lr"] for group in agent.optimizer.param_groups] == pytest.approx([rate / 2, rate])
+    td3_bc = TD3BC(1, 1, **SETTINGS, decay_actor_learning_rate=True)
+    td3_bc._trainer = SimpleNamespace(max_steps=100)
+    assert td3_bc.learning_rates(50) == pytest.approx([rate, rate / 2])
+    assert TD3BC(1, 1, **SETTINGS).learning_rates(50) is None
     constant = IQL(1, 1, **SETTINGS, decay_actor_learning_rate=False)
-    constant._trainer, constant.update_index = SimpleNamespace(max_steps=100), 50
-    constant.update(uniform(64))
-    assert [group["lr"] for group in constant.optimizer.param_groups] == [SETTINGS["learning_rate"]] * 2
+    constant.run_updates(uniform(64)[None], 50, [constant.learning_rates(50)])
+    assert [group["lr"] for group in constant.optimizer.param_groups] == [rate] * 2
 
 
 def test_iql_draws_from_its_gaussian_and_drops_units_in_training_only():
@@ -253,8 +255,8 @@ def test_results_do_not_depend_on_batches_per_step(make, tmp_path):
     plain = make()
     plain._trainer = SimpleNamespace(max_steps=10)
     torch.manual_seed(1)
-    for rows in data.pack().view(12, 16, 5)[:10]:
-        plain.update(Transitions.unpack(rows, 1, 1))
+    for index, rows in enumerate(data.pack().view(12, 1, 16, 5)[:10]):
+        plain.run_updates(Transitions.unpack(rows, 1, 1), index, [plain.learning_rates(index)])
     assert equal_weights(agents[0], agents[1])
     assert equal_weights(agents[0], plain)
 
@@ -278,8 +280,8 @@ def test_checkpoint_holds_everything(make, tmp_path):
     chunks = rest.pack().view(-1, 1, 16, 5)
     agent._trainer = SimpleNamespace(max_steps=8)
     torch.manual_seed(1)
-    for rows in chunks[:5]:
-        agent.update(Transitions.unpack(rows[0], 1, 1))
+    for index, rows in enumerate(chunks[:5], start=3):
+        agent.run_updates(Transitions.unpack(rows, 1, 1), index, [agent.learning_rates(index)])
     fit(resumed, rest, 8, 1, tmp_path, ckpt_path=tmp_path / "agent.ckpt")
     assert equal_weights(agent, resumed)
 

@@ -135,14 +135,15 @@ class OfflineAgent(UpdateModule):
         members = self.seed_shape if copies is None else (*self.seed_shape, copies)
         return BatchedMLP(members, in_size, hidden, out_size, **options)
 
-    def decayed(self, learning_rate: float) -> float:
+    def decayed(self, learning_rate: float, index: int) -> float:
         """A learning rate that falls to 0 along a cosine over the run; constant where no trainer sets a length.
 
         Args:
             learning_rate: Its value at the first update.
+            index: Number of the update, from 0.
         """
         total = self._trainer.max_steps if self._trainer is not None else -1
-        return learning_rate * cosine_decay(self.update_index, total) if total > 0 else learning_rate
+        return learning_rate * cosine_decay(index, total) if total > 0 else learning_rate
 
     @staticmethod
     def target_of(network: nn.Module) -> nn.Module:

@@ -55,6 +55,8 @@ class IQL(OfflineAgent):
         reward_shift: Added to every reward after scaling (AntMaze: -1).
     """
 
+    update_period = 1
+
     def __init__(
         self,
         observation_size: int,
@@ -164,8 +166,6 @@ class IQL(OfflineAgent):
         Args:
             batch: Transitions in the data's units, fields of shape (..., B, ...).
         """
-        if self.decay_actor_learning_rate:
-            self.optimizer.param_groups[0]["lr"] = self.decayed(self.learning_rate)
         loss, metrics = self.total_loss(self.prepare(batch))
         self.minimize(loss, self.optimizer)
         self.update_targets()
@@ -175,6 +175,12 @@ class IQL(OfflineAgent):
     def optimizers_in_order(self) -> list[Optimizer]:
         """One optimiser: actor, then value network and critics."""
         return [self.optimizer]
+
+    def learning_rates(self, index: int) -> list[float] | None:
+        """Of the actor, and of value network and critics, where the actor's falls."""
+        if not self.decay_actor_learning_rate:
+            return None
+        return [self.decayed(self.learning_rate, index), self.learning_rate]
 
     # Target update
 

@@ -77,7 +77,7 @@ class TD3BC(OfflineAgent):
         self.alpha = alpha
         self.policy_noise = policy_noise
         self.noise_clip = noise_clip
-        self.policy_every = policy_every
+        self.policy_every = self.update_period = policy_every
         self.learning_rate = learning_rate
         self.decay_actor_learning_rate = decay_actor_learning_rate
         self.actor = self.mlp(observation_size, hidden, action_size)
@@ -138,8 +138,6 @@ class TD3BC(OfflineAgent):
         loss, metrics = self.critic_loss(batch)
         self.minimize(loss, self.critic_optimizer)
         if (self.update_index + 1) % self.policy_every == 0:
-            if self.decay_actor_learning_rate:
-                self.actor_optimizer.param_groups[0]["lr"] = self.decayed(self.learning_rate)
             loss, actor_metrics = self.actor_loss(batch)
             self.minimize(loss, self.actor_optimizer)
             self.update_targets()
@@ -150,6 +148,12 @@ class TD3BC(OfflineAgent):
     def optimizers_in_order(self) -> list[Optimizer]:
         """Critics, actor."""
         return [self.critic_optimizer, self.actor_optimizer]
+
+    def learning_rates(self, index: int) -> list[float] | None:
+        """Of critics and actor, where the actor's falls."""
+        if not self.decay_actor_learning_rate:
+            return None
+        return [self.learning_rate, self.decayed(self.learning_rate, index)]
 
     # Target update
 

@@ -1,9 +1,11 @@
-"""What a CPU cannot show: mixed precision, NCCL and compiled networks on a CUDA device."""
+"""What a CPU cannot show: mixed precision, NCCL, compiled networks and graphs on a CUDA device."""
+
+import warnings
 
 import pytest
 import torch
 
-from dawm.agents import TD3BC
+from dawm.agents import IQL, TD3BC
 from dawm.cli import main
 from dawm.data.module import TransitionDataModule
 from dawm.world_model import DiffusionWorldModel
@@ -30,6 +32,24 @@ def test_all_stages(smoke, tmp_path, options):
             if value.is_floating_point() and key != "best_errors":
                 assert value.dtype == torch.float32, "mixed precision keeps the weights whole"
                 assert value.isfinite().all(), key
+
+
+@pytest.mark.parametrize("make", [lambda *sizes: TD3BC(*sizes, policy_noise=0.0), IQL])
+def test_updates_in_a_graph_are_those_one_by_one(dataset, make_trainer, make):
+    trained = []
+    for cuda_graphs in (False, True):
+        data = TransitionDataModule(dataset, horizon=2, batch_size=64, updates_per_step=4, synthetic_fraction=0.0)
+        data.setup()
+        torch.manual_seed(0)
+        agent = make(data.observation_size, data.action_size)
+        agent.fit_normalizers(data.episodes.transitions[:], data.episodes.returns())
+        agent.cuda_graphs = cuda_graphs
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "cuda_graphs")
+            make_trainer(40, accelerator="gpu", devices=1).fit(agent, datamodule=data)
+        trained.append(agent.cpu().state_dict())
+    for key, value in trained[0].items():
+        torch.testing.assert_close(trained[1][key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("stage", ["world_model", "agent"])

@@ -1,0 +1,149 @@
+"""UpdateGraph: the K updates of a training step as one CUDA graph.
+
+An update of an agent is a hundred small kernels, and launching them one by one takes a GPU's host longer than running
+them. A graph is recorded once and then launched as one. It repeats kernels, not Python: what Python decided while it
+was recorded stays decided. So a module says after how many updates `update` does the same again (``update_period``),
+the batches and the learning rates lie in tensors that are refilled before every launch, and random numbers come from
+PyTorch's generator, which a graph advances.
+
+Symbols: K updates of a training step, G parameter groups of all optimisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dawm.updates import UpdateModule
+
+__all__ = ["UpdateGraph", "reason_against"]
+
+Work = Callable[[], dict[str, Tensor]]
+WARM_UP = 2
+"""Training steps run one by one first, in which the optimisers make their state."""
+
+
+def reason_against(module: UpdateModule, device: torch.device, world_size: int, precision: str) -> str | None:
+    """Why a module's updates cannot be one CUDA graph, or None where they can.
+
+    Args:
+        module: The module.
+        device: The training device.
+        world_size: Number of processes.
+        precision: The Trainer's precision.
+    """
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and training is on {device.type}"
+    if world_size > 1:
+        return "gradients are averaged over several processes"
+    if precision != "32-true":
+        return f"trainer.precision is {precision}; it needs 32-true"
+    if module.update_period is None:
+        return f"{type(module).__name__} does not say its update_period"
+    return None
+
+
+def record_on_cuda(work: Work) -> Work:
+    """Records work as a CUDA graph, without running it.
+
+    Args:
+        work: Launches kernels on the current device, and answers with tensors.
+
+    Returns:
+        A function that runs what was recorded, and answers with the same tensors, filled anew.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        metrics = work()
+
+    def launch() -> dict[str, Tensor]:
+        graph.replay()
+        return metrics
+
+    return launch
+
+
+class UpdateGraph:
+    """Runs a module's updates as one graph where it can, and one by one where it cannot.
+
+    One by one are the first few training steps, one that is cut short, and all where the recording fails, which is
+    told in one line.
+
+    Args:
+        module: The module, whose ``update_period`` is set.
+        record: How work is recorded; a CUDA graph, but for tests.
+    """
+
+    def __init__(self, module: UpdateModule, record: Callable[[Work], Work] = record_on_cuda) -> None:
+        self.module = module
+        self.period = module.update_period or 1
+        self.record = record
+        self._size = 0
+        self._steps = 0
+        self._launch: Work | None = None
+
+    def run_updates(self, batches: Any, first: int, rates: list[list[float] | None]) -> dict[str, Tensor]:
+        """Some updates; as `UpdateModule.run_updates`.
+
+        Args:
+            batches: A dataclass of tensors, fields of shape (K, B, ...).
+            first: Number of the first update.
+            rates: Learning rates of the parameter groups at each update, at most K of them.
+        """
+        count = len(getattr(batches, fields(batches)[0].name))
+        self._size = self._size or count  # the last training step may have fewer
+        whole = len(rates) == count == self._size and first % self.period == 0 and count % self.period == 0
+        if not whole or self._steps < WARM_UP:
+            self._steps += whole
+            return self.module.run_updates(batches, first, rates)
+        if self._launch is None:
+            try:
+                self._launch = self._recorded(batches, first, rates)
+            except Exception as error:  # whatever an update does that a graph cannot
+                self.close()
+                self.module.update_graph = None
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                rank_zero_warn(f"cuda_graphs: the updates cannot be recorded ({reason}); they run one by one")
+                return self.module.run_updates(batches, first, rates)
+        for field in fields(batches):
+            getattr(self._batches, field.name).copy_(getattr(batches, field.name))
+        if self._rates is not None:
+            self._rates.copy_(torch.tensor(rates))
+        metrics = self._launch()
+        self.module.update_index = first + count
+        return {key: value.clone() for key, value in metrics.items()}  # the next launch overwrites them
+
+    def close(self) -> None:
+        """Gives the memory back, and the optimisers plain learning rates."""
+        self._launch = None
+        for group in self.module.parameter_groups():
+            plain_group(group)
+
+    def _recorded(self, batches: Any, first: int, rates: list[list[float] | None]) -> Work:
+        groups = self.module.parameter_groups()
+        device = groups[0]["params"][0].device
+        self._batches = replace(batches, **{f.name: getattr(batches, f.name).clone() for f in fields(batches)})
+        self._rates = None if rates[0] is None else torch.tensor(rates, device=device)
+        for group in groups:
+            group["capturable"], group["lr"] = True, torch.tensor(group["lr"], device=device)
+        table: Any = rates if self._rates is None else self._rates
+        launch = self.record(lambda: self.module.run_updates(self._batches, first, table))
+        if not all(isinstance(group["lr"], Tensor) for group in groups):
+            raise ValueError("`update` sets learning rates itself; give them by `learning_rates`")
+        return launch
+
+
+def plain_group(group: dict[str, Any]) -> None:
+    """Gives a parameter group of an optimiser, or of its saved state, a learning rate that is a number again.
+
+    Args:
+        group: The group.
+    """
+    if isinstance(group["lr"], Tensor):
+        group["capturable"], group["lr"] = False, float(group["lr"])

@@ -1,0 +1,135 @@
+"""A graph of K updates does what the updates do one by one; a stand-in repeats the recorded work on a CPU."""
+
+import warnings
+
+import pytest
+import torch
+
+from dawm import graphs, updates
+from dawm.agents import IQL, TD3BC
+from dawm.data.module import TransitionDataModule
+from dawm.graphs import UpdateGraph, reason_against
+from dawm.inverse_dynamics import InverseDynamics
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HIDDEN = {"hidden": (8, 8)}
+MODULES = [
+    pytest.param(lambda *sizes: TD3BC(*sizes, **HIDDEN, decay_actor_learning_rate=True), id="td3_bc"),
+    pytest.param(lambda *sizes: IQL(*sizes, **HIDDEN), id="iql"),
+    pytest.param(lambda *sizes: TD3BC(*sizes, **HIDDEN, seeds=2), id="two seeds"),
+]
+
+
+class Repeated:
+    """In place of a CUDA graph: keeps the work and what Python decided, and runs it at every launch."""
+
+    launches = 0
+
+    def __init__(self, work):
+        self.work = work
+
+    def __call__(self):
+        Repeated.launches += 1
+        return self.work()
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    monkeypatch.setattr(updates, "reason_against", lambda *args: None)
+    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, Repeated))
+    Repeated.launches = 0
+
+
+def trained(make, dataset, make_trainer, cuda_graphs, max_steps=50, **settings):
+    data = TransitionDataModule(dataset, horizon=2, batch_size=8, updates_per_step=4, synthetic_fraction=0.0)
+    data.setup()
+    torch.manual_seed(0)
+    module = make(data.observation_size, data.action_size)
+    module.cuda_graphs = cuda_graphs
+    trainer = make_trainer(max_steps, **settings)
+    trainer.fit(module, datamodule=data)
+    return module, trainer
+
+
+@pytest.mark.parametrize("make", MODULES)
+@pytest.mark.parametrize("max_steps", [48, 50])  # the last step may have two updates, and then runs them one by one
+@pytest.mark.filterwarnings("error:cuda_graphs")
+def test_a_graph_learns_what_updates_one_by_one_learn(make, max_steps, dataset, make_trainer, repeated):
+    plain, _ = trained(make, dataset, make_trainer, False, max_steps)
+    graphed, trainer = trained(make, dataset, make_trainer, True, max_steps)
+    assert Repeated.launches == 48 // 4 - graphs.WARM_UP
+    assert graphed.update_index == plain.update_index == max_steps
+    for key, value in plain.state_dict().items():
+        # a learning rate in a tensor has single precision
+        torch.testing.assert_close(graphed.state_dict()[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert trainer.callback_metrics["agent/critic_loss"].isfinite()
+    assert graphed.update_graph is None
+    assert all(isinstance(group["lr"], float) and not group["capturable"] for group in graphed.parameter_groups())
+
+
+def test_a_checkpoint_made_in_between_has_no_trace_of_the_graph(dataset, make_trainer, repeated, tmp_path):
+    path = tmp_path / "last.ckpt"
+    make = MODULES[1].values[0]
+
+    class Save(updates.L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            if trainer.global_step == 24:
+                assert isinstance(module.parameter_groups()[0]["lr"], torch.Tensor)
+                trainer.save_checkpoint(path)
+
+    trained(make, dataset, make_trainer, True, callbacks=[Save()])
+    (state,) = torch.load(path, weights_only=True)["optimizer_states"]
+    assert all(isinstance(group["lr"], float) and not group["capturable"] for group in state["param_groups"])
+
+
+class Setting(TD3BC):
+    """Sets its learning rate where a graph does not see it."""
+
+    def update(self, batch):
+        self.actor_optimizer.param_groups[0]["lr"] = 1e-3
+        return super().update(batch)
+
+
+class Recorder:
+    """Runs the work while it is recorded, as far as Python goes."""
+
+    def __init__(self, work):
+        work()
+
+
+def test_updates_that_cannot_be_recorded_run_one_by_one(dataset, make_trainer, monkeypatch):
+    monkeypatch.setattr(updates, "reason_against", lambda *args: None)
+
+    def refuse(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
+
+    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, refuse))
+    plain, _ = trained(MODULES[0].values[0], dataset, make_trainer, False)
+    with pytest.warns(UserWarning, match="^cuda_graphs: .*when stream is capturing.; they run one by one$"):
+        refused, _ = trained(MODULES[0].values[0], dataset, make_trainer, True)
+    assert all(torch.equal(value, refused.state_dict()[key]) for key, value in plain.state_dict().items())
+    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, Recorder))
+    with pytest.warns(UserWarning, match="sets learning rates itself"):
+        trained(lambda *sizes: Setting(*sizes, **HIDDEN), dataset, make_trainer, True)
+
+
+def test_what_rules_a_graph_out():
+    agent = TD3BC(1, 1)
+    assert reason_against(agent, CUDA, 1, "32-true") is None
+    assert "cpu" in reason_against(agent, CPU, 1, "32-true")
+    assert "processes" in reason_against(agent, CUDA, 2, "32-true")
+    assert "precision" in reason_against(agent, CUDA, 1, "bf16-mixed")
+    assert reason_against(InverseDynamics(1, 1), CUDA, 1, "32-true") is None
+    agent.update_period = None
+    assert "update_period" in reason_against(agent, CUDA, 1, "32-true")
+
+
+def test_without_a_gpu_one_line_says_so(dataset, make_trainer):
+    with pytest.warns(UserWarning, match="^cuda_graphs: it needs a CUDA device, and training is on cpu"):
+        trained(MODULES[1].values[0], dataset, make_trainer, True, max_steps=4)
+
+
+def test_a_graph_is_recorded_only_where_its_period_begins(dataset, make_trainer, repeated):
+    with warnings.catch_warnings():
+        trained(lambda *sizes: TD3BC(*sizes, **HIDDEN, policy_every=3), dataset, make_trainer, True)
+    assert Repeated.launches == 0  # four updates a step are no multiple of three
