@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dawm.compilation import compile_or_tell
 from dawm.data.transitions import Segments, Transitions
 from dawm.diffusion import EDM, Preconditioning, denoising_loss, guided
 from dawm.errors import UserError, require
@@ -69,6 +70,7 @@ class DiffusionWorldModel(UpdateModule):
         warmup_steps: Updates over which the learning rate rises from 0; it then falls to 0 along a cosine.
         max_gradient_norm: Longer gradients are shortened to this norm; None leaves them.
         ema_decay: Decay of the averaged weights, which are what is sampled, per update.
+        compile_network: Compile the denoiser for training by `torch.compile`; where that fails, one line says so.
         regression_baseline: Train a one-step regression MLP on the same batches, to have its error beside the model's.
     """
 
@@ -91,6 +93,7 @@ class DiffusionWorldModel(UpdateModule):
         warmup_steps: int = 200,
         max_gradient_norm: float | None = 1.0,
         ema_decay: float = 0.9967,
+        compile_network: bool = False,
         regression_baseline: bool = True,
     ) -> None:
         require("DiffusionWorldModel.horizon", horizon, horizon >= 1, "at least 1")
@@ -108,6 +111,7 @@ class DiffusionWorldModel(UpdateModule):
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.max_gradient_norm = max_gradient_norm
+        self.to_be_compiled = compile_network
 
         self.observation_normalizer = Normalizer(observation_size)
         self.difference_normalizer = Normalizer(observation_size)
@@ -201,6 +205,9 @@ class DiffusionWorldModel(UpdateModule):
         keep = (torch.rand(len(rows), device=rows.device) >= self.return_dropout).to(rows)
         condition = self.condition(batch.observations[:, 0], batch.actions[:, 0], batch.returns_to_go, keep)
         observe = self.preconditioning.inpainting(rows, self.known_entries()) if self.inpaint_start else None
+        if self.to_be_compiled:
+            self.to_be_compiled = False
+            compile_or_tell(self.network, rows, keep, condition)
         loss, metrics = denoising_loss(
             self.preconditioning, self.network, rows, condition, weights=self.step_weights, observe=observe
         )
