@@ -148,6 +148,8 @@ def _check(settings: dict[str, Any]) -> None:
     check_no_gaps({key: settings[key] for key in MODULES})
     check_no_gaps(settings["data"], TransitionDataModule, "data")
     check_no_gaps(settings["stages"], Stages, "stages")
+    if not settings["output_dir"]:
+        raise UserError("output_dir is empty, but must be a folder; set --output_dir")
     for key in ("seed_everything", "horizon", "seeds", "final_episodes"):
         value, lowest = settings[key], -HIGHEST if key == "seed_everything" else 1
         if value is None or not lowest <= value <= HIGHEST:

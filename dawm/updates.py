@@ -155,7 +155,7 @@ class UpdateModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves no trace of a CUDA graph in the checkpoint, which may be resumed without one."""
-        for state in checkpoint["optimizer_states"]:
+        for state in checkpoint.get("optimizer_states", []):  # a checkpoint of weights alone has none
             for group in state["param_groups"]:
                 plain_group(group)
 

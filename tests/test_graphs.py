@@ -76,6 +76,7 @@ def test_a_checkpoint_made_in_between_has_no_trace_of_the_graph(dataset, make_tr
             if trainer.global_step == 24:
                 assert isinstance(module.parameter_groups()[0]["lr"], torch.Tensor)
                 trainer.save_checkpoint(path)
+                trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
 
     trained(make, dataset, make_trainer, True, callbacks=[Save()])
     (state,) = torch.load(path, weights_only=True)["optimizer_states"]

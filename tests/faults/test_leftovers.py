@@ -90,8 +90,18 @@ def native_threads() -> list[str]:
 
 
 def held() -> Counter[str]:
-    """All that this process holds."""
-    time.sleep(0.2)  # a thread that has ended is listed until the kernel has put it away
+    """All that this process holds, once nothing changes: a thread that has ended stays listed for a moment."""
+    now, before = read(), None
+    for _ in range(50):
+        if now == before:
+            break
+        time.sleep(0.2)
+        now, before = read(), now
+    return now
+
+
+def read() -> Counter[str]:
+    """All that this process holds at the moment."""
     return Counter(
         [f"file {target}" for target in descriptors()]
         + [f"thread {thread.name}" for thread in threading.enumerate()]

@@ -33,6 +33,7 @@ def mistake(smoke, capsys):
     [
         (["--data.dataset", "embedded/hoper/medium"], ["data.dataset", "embedded/hopper/medium"]),
         (["--data.dataset", "/nowhere/x.hdf5"], ["data.dataset", "/nowhere/x.hdf5", "check the path"]),
+        (["--output_dir="], ["output_dir", "empty"]),
         (["--data.synthetic_fraction", "1.5"], ["--data.synthetic_fraction", "from 0 to 1"]),
         (["--data.synthetic_fraction", "many"], ["--data.synthetic_fraction", "float", "many"]),
         (["--horizon", "100000"], ["--horizon", "longest episode"]),
