@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from dawm.errors import UserError
 
@@ -88,7 +88,7 @@ def check_groups(settings: Mapping[str, Any], groups: tuple[str, ...]) -> None:
 
 
 def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, setting: str = "") -> None:
-    """Raises a UserError where a setting is empty (``key:`` in YAML) that must be a number, a truth value or a text.
+    """Raises a UserError where a setting is empty (``key:`` in YAML) that must have a value.
 
     Args:
         settings: Plain settings; those of a class, ``{"class_path": ..., "init_args": {...}}``, at any depth.
@@ -103,8 +103,9 @@ def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, set
     types = {} if function is None else {k: p.annotation for k, p in inspect.signature(function).parameters.items()}
     for key, value in settings.items():
         inside, name = None, f"{setting}.{key}" if setting else str(key)
-        if value is None and types.get(key) in (int, float, bool, str):
-            raise UserError(f"--{name}: is empty, expected {types[key].__name__}; give a value or leave the line out")
+        kind = get_origin(types.get(key)) or types.get(key)  # of list[int]: list
+        if value is None and kind in (int, float, bool, str, list, tuple):
+            raise UserError(f"--{name}: is empty, expected {kind.__name__}; give a value or leave the line out")
         if key == "init_args" and isinstance(settings.get("class_path"), str):
             module, _, class_name = settings["class_path"].rpartition(".")
             inside = getattr(sys.modules.get(module), class_name, None)

@@ -8,6 +8,7 @@ import minari
 import numpy as np
 import pytest
 import torch
+import yaml
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
@@ -33,7 +34,6 @@ def mistake(smoke, capsys):
     [
         (["--data.dataset", "embedded/hoper/medium"], ["data.dataset", "embedded/hopper/medium"]),
         (["--data.dataset", "/nowhere/x.hdf5"], ["data.dataset", "/nowhere/x.hdf5", "check the path"]),
-        (["--output_dir="], ["output_dir", "empty"]),
         (["--data.synthetic_fraction", "1.5"], ["--data.synthetic_fraction", "from 0 to 1"]),
         (["--data.synthetic_fraction", "many"], ["--data.synthetic_fraction", "float", "many"]),
         (["--horizon", "100000"], ["--horizon", "longest episode"]),
@@ -80,6 +80,20 @@ def write_minari(dataset_id: str, observation_space, action_space, observation, 
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("key", ["output_dir", "data.batch_size", "stages.agent.max_steps", "stages.agent.callbacks"])
+def test_a_setting_left_empty_in_the_config(smoke, mistake, key):
+    config = yaml.safe_load(smoke.read_text())
+    *groups, last = key.split(".")
+    group = config
+    for name in groups:
+        group = group[name]
+    group[last] = None
+    smoke.write_text(yaml.safe_dump(config))
+    line = mistake()
+    assert key in line
+    assert "empty" in line
+
+
 @pytest.mark.parametrize(
     ("name", "observation_space", "action_space", "observation", "action"),
     [
