@@ -19,10 +19,12 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from dawm.errors import UserError
 
-__all__ = ["ORIGIN", "AtomicCheckpointIO", "Interrupted", "SaveCheckpoint", "read_checkpoint", "write_whole"]
+__all__ = ["LAYOUT", "ORIGIN", "AtomicCheckpointIO", "Interrupted", "SaveCheckpoint", "read_checkpoint", "write_whole"]
 
 ORIGIN = "dawm_origin"
 """Key of a checkpoint under which the data set it was trained on is named."""
+LAYOUT = 2
+"""Order of the numbers in a module's weights; a checkpoint of another order would load, and mean nothing."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -102,8 +104,17 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         path: File to read.
 
     Raises:
-        UserError: The file is missing, damaged, or holds more than tensors and plain values.
+        UserError: The file is missing, damaged, of another layout, or holds more than tensors and plain values.
     """
+    checkpoint = _read(path)
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is no checkpoint but a {type(checkpoint).__name__}; name one that `fit` wrote")
+    if ORIGIN in checkpoint and checkpoint[ORIGIN].get("layout", 1) != LAYOUT:
+        raise UserError(f"{path} was written by another version of dawm, whose weights lie otherwise; train it anew")
+    return checkpoint
+
+
+def _read(path: str | os.PathLike) -> Any:
     try:
         with ZipFile(path) as archive:  # torch reads the parts without comparing them with their checksums
             if archive.testzip() is not None:

@@ -22,6 +22,7 @@ from rich.console import Console
 from dawm import __version__
 from dawm.agents import OfflineAgent
 from dawm.checkpoints import (
+    LAYOUT,
     ORIGIN,
     AtomicCheckpointIO,
     SaveCheckpoint,
@@ -230,6 +231,7 @@ class Experiment:
         episodes = self.data.episodes
         return {
             "dawm": __version__,
+            "layout": LAYOUT,
             "stage": name,
             "module": self.settings[name]["module"],
             "observation_size": self.data.observation_size,
@@ -270,5 +272,6 @@ class Experiment:
             "trainer": common,
             "before": self._keys if name == "agent" else [],
             "version": __version__,
+            "layout": LAYOUT,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 
+from dawm import checkpoints, experiment
+from dawm.checkpoints import LAYOUT, ORIGIN
 from dawm.cli import main
 
 SIGNALLER = '''
@@ -112,3 +114,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     content = torch.load(checkpoint, weights_only=True)
     assert content["global_step"] == 20
     assert all(value.isfinite().all() for value in content["state_dict"].values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({ORIGIN: {"dawm": "0.1.0"}, "state_dict": {}}, "another version"),
+        (torch.zeros(3), "no checkpoint but a Tensor"),
+    ],
+)
+def test_a_checkpoint_that_would_load_and_mean_nothing_is_refused(smoke, tmp_path, capsys, content, reason):
+    torch.save(content, tmp_path / "other.ckpt")
+    option = ["--stages.world_model.ckpt_path", str(tmp_path / "other.ckpt")]
+    assert main(["fit", "--config", str(smoke), *option]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    assert "other.ckpt" in line
+    assert reason in line
+
+
+def test_a_stage_of_another_layout_is_trained_anew_not_reused(smoke, tmp_path, monkeypatch):
+    for layout in (LAYOUT, LAYOUT + 1):
+        monkeypatch.setattr(checkpoints, "LAYOUT", layout)
+        monkeypatch.setattr(experiment, "LAYOUT", layout)
+        assert main(["fit", "--config", str(smoke)]) == 0
+        stages = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]
+        assert not any(stage["reused"] for stage in stages.values())
