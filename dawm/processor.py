@@ -21,8 +21,10 @@ def use_fast_products() -> bool:
     Returns:
         Whether oneDNN multiplies now.
     """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None or not hasattr(torch.cpu, "get_capabilities"):  # a PyTorch that does not offer the choice
+        return False
+    processor = torch.cpu.get_capabilities()
     if not ("AMD" in str(processor.get("cpu_name")) and processor.get("avx512_f")):
         return False
     if matmul.fp32_precision == "none":

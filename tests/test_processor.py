@@ -28,6 +28,11 @@ def test_other_processors_keep_their_library(monkeypatch, capabilities):
     assert use(monkeypatch, capabilities) == (False, "none")
 
 
+def test_an_older_pytorch_keeps_its_library(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not processor.use_fast_products()
+
+
 def test_a_processor_that_would_round_keeps_its_library(monkeypatch):
     assert use(monkeypatch, AMD, error=1e-3) == (False, "none")
     assert use(monkeypatch, AMD, error=1e-6) == (True, "bf16")
