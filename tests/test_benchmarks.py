@@ -1,9 +1,16 @@
 """Every benchmark runs, at its smallest size; what it measures there means nothing."""
 
+from dataclasses import replace
+
+import pytest
 import torch
+from torch import nn
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import end_to_end, measure
+from benchmarks.agent_update import random_data
+from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
+from dawm.agents import IQL, TD3BC
 
 
 def test_every_benchmark_runs_and_writes_its_results(tmp_path, monkeypatch, capsys):
@@ -47,3 +54,36 @@ def test_batches_are_timed_one_by_one():
     timed = clock.wrap_batches(lambda loader: iter(loader))
     assert list(timed([1, 2, 3])) == [1, 2, 3]
     assert clock.seconds["agent/drawing"] > 0
+
+
+def weights(network: nn.Sequential) -> torch.Tensor:
+    """All weights of plain layers in the order of `BatchedMLP`."""
+    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
+    return torch.cat([part.detach().flatten() for layer in linear for part in (layer.weight, layer.bias)])
+
+
+@pytest.mark.parametrize(("plain", "ours"), [(PlainTD3BC(5, 2), TD3BC(5, 2)), (PlainIQL(5, 2), IQL(5, 2))])
+def test_the_plain_loop_and_dawm_learn_the_same(plain, ours):
+    """From the same weights, on the same batches and with the same noise: the contestants do the same work."""
+    twins = [(plain.critic_1, plain.critic_2), (plain.critic_1_target, plain.critic_2_target)]
+    pairs = [(torch.stack([weights(critic) for critic in pair]), network.weights)
+             for pair, network in zip(twins, (ours.critics, ours.target_critics))]  # fmt: skip
+    singles = [(plain.actor, ours.actor)]
+    singles += [(plain.value, ours.value)] if isinstance(ours, IQL) else [(plain.actor_target, ours.target_actor)]
+    with torch.no_grad():
+        for start, parameter in [*pairs, *((weights(network), other.weights) for network, other in singles)]:
+            parameter.copy_(start)
+    data = random_data(2000, 5, 2)
+    data = replace(data, terminations=(data.rewards > 1).float())
+    buffer = PlainBuffer(data)
+    for index in range(20):
+        rows = torch.arange(64 * index, 64 * (index + 1))
+        torch.manual_seed(index)
+        plain.train([field[rows] for field in buffer.fields])
+        torch.manual_seed(index)
+        ours.update(data[rows])
+    for pair, network in zip(twins, (ours.critics, ours.target_critics)):
+        torch.testing.assert_close(network.weights, torch.stack([weights(c) for c in pair]), atol=1e-5, rtol=1e-4)
+    for network, other in singles:
+        torch.testing.assert_close(other.weights, weights(network), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(ours.critics.weights, pairs[0][0], atol=1e-3), "nothing was learnt"
