@@ -77,12 +77,17 @@ def config(folder: Path, updates: int, every: int) -> Path:
     settings["output_dir"] = str(folder / "run")
     for name in ("world_model", "inverse_dynamics"):
         settings["stages"][name] |= {"max_steps": 500, "validate_every_n_steps": 500}
-    agent = settings["stages"]["agent"]
-    agent |= {"max_steps": updates, "checkpoint_every_n_steps": max(updates // 20, 20)}
+    agent, chunk = settings["stages"]["agent"], settings["data"]["updates_per_step"]
+
+    def part(count: int) -> int:
+        """The run's updates over ``count``, in whole training steps."""
+        return max(1, updates // count // chunk) * chunk
+
+    agent |= {"max_steps": updates, "checkpoint_every_n_steps": part(20)}
     regenerate, evaluate = agent["callbacks"]
     # a world model trained so little misses the data's range
-    regenerate["init_args"] |= {"every_n_steps": max(updates // 200, 20), "rollouts": 2000, "margin": 100.0}
-    evaluate["init_args"] |= {"every_n_steps": max(updates // 10, 20), "episodes": 5}
+    regenerate["init_args"] |= {"every_n_steps": part(200), "rollouts": 2000, "margin": 100.0}
+    evaluate["init_args"] |= {"every_n_steps": part(10), "episodes": 5}
     watch = {"path": str(folder / "watched.jsonl"), "every_n_steps": every}
     agent["callbacks"].append({"class_path": "benchmarks.long_run.Watch", "init_args": watch})
     path = folder / "config.yaml"

@@ -11,7 +11,7 @@ from dawm.data.batches import derive_seed
 from dawm.data.episodes import Episodes
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError, require
-from dawm.guards import Bounds, RealRows, observation_bounds
+from dawm.guards import RealRows
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.synthesis import LiftedReturn, Synthesized, TargetReturn, synthesize
 from dawm.world_model import DiffusionWorldModel
@@ -118,8 +118,6 @@ class RegenerateRollouts(L.Callback):
         device = world_model.device
         starts = torch.randint(len(real), (self.rollouts,), generator=torch.Generator().manual_seed(seed))
         targets = self.target_return(data.returns_to_go[starts], data.returns_to_go[episodes.sample_rows()])
-        observed = observation_bounds(episodes.observation_low, episodes.observation_high, self.margin)
-        bounds = Bounds(observed, self._real_rows(episodes).reward_bounds(self.margin))
         return synthesize(
             world_model,
             inverse_dynamics,
@@ -128,7 +126,7 @@ class RegenerateRollouts(L.Callback):
             targets.to(device),
             guidance=self.guidance,
             generator=torch.Generator(device).manual_seed(seed),
-            bounds=bounds.to(device),
+            bounds=self._real_rows(episodes).bounds(episodes, self.margin).to(device),
             max_disagreement=self.max_disagreement,
         )
 

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from dawm.errors import UserError
+from dawm.errors import UserError, first_line
 
 __all__ = ["LAYOUT", "ORIGIN", "AtomicCheckpointIO", "Interrupted", "SaveCheckpoint", "read_checkpoint", "write_whole"]
 
@@ -123,11 +123,13 @@ def _read(path: str | os.PathLike) -> Any:
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}; check the path, or train that stage first") from None
     except UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged or not a safe checkpoint and was not loaded ({reason})") from None
+        raise UserError(
+            f"{path} is damaged or not a safe checkpoint and was not loaded ({first_line(error)})"
+        ) from None
     except (BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); delete it to start anew") from None
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({first_line(error)}); delete it to start anew"
+        ) from None
 
 
 class Interrupted(Exception):

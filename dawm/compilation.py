@@ -4,6 +4,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from dawm.errors import first_line
+
 __all__ = ["compile_or_tell"]
 
 
@@ -20,5 +22,5 @@ def compile_or_tell(network: nn.Module, *inputs: Tensor) -> None:
         torch.autograd.grad(network(*inputs).sum(), list(network.parameters()))
     except Exception as error:  # whatever the compiler stumbles over
         network._compiled_call_impl = None  # how nn.Module tells a compiled network
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         rank_zero_warn(f"compile: {type(network).__name__} cannot be compiled ({reason}); it runs as it is")

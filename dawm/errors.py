@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["UserError", "require"]
+__all__ = ["UserError", "first_line", "require"]
 
 
 class UserError(Exception):
@@ -24,3 +24,13 @@ def require(setting: str, value: Any, holds: bool, wanted: str) -> None:
     """
     if not holds:
         raise UserError(f"{setting} is {value}, but must be {wanted}; change {setting.partition('.')[2]}")
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line; its kind where it says nothing.
+
+    Args:
+        error: What was raised.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -31,8 +31,8 @@ from dawm.data.minari_writer import EpisodeColumns, write_episodes
 from dawm.data.names import dataset_folder
 from dawm.data.parts import Parts
 from dawm.data.staging import check_output, datasets_path, progress_bar, staged
-from dawm.errors import UserError
-from dawm.guards import Bounds, RealRows, observation_bounds
+from dawm.errors import UserError, first_line
+from dawm.guards import Bounds, RealRows
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.modules import load_module
 from dawm.report import read_results
@@ -106,8 +106,7 @@ def synthesize_dataset(
         "device": world_model.device.type,
     }
     parts = Parts(output, settings, overwrite)
-    observed = observation_bounds(episodes.observation_low, episodes.observation_high, margin)
-    bounds = Bounds(observed, RealRows.of(episodes).reward_bounds(margin)).to(world_model.device)
+    bounds = RealRows.of(episodes).bounds(episodes, margin).to(world_model.device)
     try:
         with progress_bar(f"imagining for {output}", transitions, visible=True) as bar:
             bar.update(bar.task_ids[0], completed=parts.counts["kept"])
@@ -190,7 +189,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # not known, or not on this machine
-        line = str(error).splitlines()[0]
+        line = first_line(error)
         raise UserError(f"device: {name!r} cannot be used ({line}); set --device cpu or auto") from None
 
 

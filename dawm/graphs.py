@@ -19,6 +19,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from dawm.errors import first_line
+
 if TYPE_CHECKING:
     from dawm.updates import UpdateModule
 
@@ -108,8 +110,9 @@ class UpdateGraph:
             except Exception as error:  # whatever an update does that a graph cannot
                 self.close()
                 self.module.update_graph = None
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                rank_zero_warn(f"cuda_graphs: the updates cannot be recorded ({reason}); they run one by one")
+                rank_zero_warn(
+                    f"cuda_graphs: the updates cannot be recorded ({first_line(error)}); they run one by one"
+                )
                 return self.module.run_updates(batches, first, rates)
         for field in fields(batches):
             getattr(self._batches, field.name).copy_(getattr(batches, field.name))

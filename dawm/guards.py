@@ -80,6 +80,16 @@ class RealRows(NamedTuple):
             termination_rate=episodes.terminated.sum().item() / len(episodes),
         )
 
+    def bounds(self, episodes: Episodes, margin: float) -> Bounds:
+        """The range of observations and rewards to accept.
+
+        Args:
+            episodes: The real data that these rows are of.
+            margin: How far outside their range is still accepted, as a share of the range.
+        """
+        observed = observation_bounds(episodes.observation_low, episodes.observation_high, margin)
+        return Bounds(observed, self.reward_bounds(margin))
+
     def reward_bounds(self, margin: float) -> tuple[Tensor, Tensor]:
         """Lowest and highest reward to accept, each shape ().
 

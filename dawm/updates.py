@@ -125,10 +125,11 @@ class UpdateModule(L.LightningModule):
             Metrics of `update`, each the mean over the updates that gave it, shape ().
         """
         values: dict[str, list[Tensor]] = defaultdict(list)  # some metrics come with every update, others with some
+        groups = self.parameter_groups()
         for k, group_rates in enumerate(rates):
             self.update_index = first + k
             if group_rates is not None:
-                for group, rate in zip(self.parameter_groups(), group_rates):
+                for group, rate in zip(groups, group_rates):
                     set_learning_rate(group, rate)
             for key, value in self.update(batches[k]).items():
                 values[key].append(value)

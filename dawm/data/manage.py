@@ -26,7 +26,7 @@ from dawm.data.names import EMBEDDED, REMOTE, dataset_folder, local_datasets
 from dawm.data.recording import Recording
 from dawm.data.scores import ReferenceScores
 from dawm.data.staging import check_output, datasets_path, progress_bar, staged
-from dawm.errors import UserError
+from dawm.errors import UserError, first_line
 
 __all__ = ["build_dataset", "import_file", "list_datasets", "show_dataset"]
 
@@ -73,7 +73,7 @@ def _server() -> dict[str, dict[str, Any]]:
     try:
         return minari.list_remote_datasets()
     except Exception as error:  # the server's client raises errors of many libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"remote: Minari's server does not answer ({reason}); leave --remote out") from error
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dawm.checkpoints import write_whole
 from dawm.data.minari_writer import EpisodeColumns
 from dawm.data.names import dataset_folder
-from dawm.errors import UserError
+from dawm.errors import UserError, first_line
 
 __all__ = ["Parts"]
 
@@ -92,5 +92,5 @@ def _read(path: Path) -> dict[str, NDArray]:
         with np.load(path, allow_pickle=False) as part:
             return {key: part[key] for key in ("counts", *EpisodeColumns._fields)}
     except (BadZipFile, ValueError, KeyError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"output: {path} is damaged ({reason}); delete {path.parent} to start anew") from None

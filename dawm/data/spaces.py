@@ -14,7 +14,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
-from dawm.errors import UserError
+from dawm.errors import UserError, first_line
 
 __all__ = [
     "action_box",
@@ -103,7 +103,7 @@ def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tupl
     try:
         environment = gym.make(spec)
     except (gym.error.Error, ImportError) as error:
-        line = str(error).splitlines()[0]
+        line = first_line(error)
         raise UserError(
             f"data.env_id: {spec.id} cannot be made ({line}); install what it needs, or name another environment"
         ) from error

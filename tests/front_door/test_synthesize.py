@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dawm import export
+from dawm import export, guards
 from dawm.cli import main
 from dawm.data.episodes import load_episodes
 from dawm.data.names import dataset_folder, local_datasets
@@ -169,7 +169,7 @@ def test_mistakes_are_told_in_a_line(hopper, finished_run, tmp_path):
 
 
 def test_nothing_worth_keeping_is_an_error_and_not_an_endless_loop(hopper, finished_run, monkeypatch):
-    monkeypatch.setattr(export, "observation_bounds", lambda low, high, margin: (high + 1e6, high + 2e6))
+    monkeypatch.setattr(guards, "observation_bounds", lambda low, high, margin: (high + 1e6, high + 2e6))
     with pytest.raises(UserError, match=r"all imagined rows were dropped \(.*out_of_range"):
         synthesize(finished_run, "imagined/nothing-v0", 300)
     assert not list(dataset_folder().glob(".dawm-*"))
