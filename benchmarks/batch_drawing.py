@@ -25,7 +25,7 @@ from benchmarks.measure import interleave, ratio, report, rows
 from benchmarks.plain_agents import PlainBuffer
 from dawm.data import episodes
 from dawm.data.module import TransitionDataModule
-from dawm.data.spaces import unbounded
+from dawm.data.sources.spaces import unbounded
 from dawm.data.transitions import Transitions
 
 SIZES = (11, 3)

@@ -38,8 +38,8 @@ from minari.data_collector import EpisodeBuffer
 from dawm.agents import TD3BC
 from dawm.data import episodes
 from dawm.data.module import TransitionDataModule
-from dawm.data.recording import BLOCK, Block, Source
-from dawm.data.spaces import unbounded
+from dawm.data.sources.source import BLOCK, Block, Source
+from dawm.data.sources.spaces import unbounded
 from dawm.world_model import DiffusionWorldModel
 
 OBSERVATIONS, ACTIONS, STEPS = 17, 6, 1000

@@ -81,12 +81,14 @@ class Clock:
 
 def timed_fit(arguments: list[str]) -> dict[str, float]:
     """Seconds by stage and part of one ``fit``; for a process of its own, as it replaces the package's functions."""
-    from dawm import callbacks, cli, commands
+    from dawm import callbacks
     from dawm.agents import IQL, TD3BC
+    from dawm.cli import fit as commands
+    from dawm.cli import main as cli
     from dawm.data.batches import BatchLoader
     from dawm.data.module import TransitionDataModule
-    from dawm.experiment import Experiment
     from dawm.inverse_dynamics import InverseDynamics
+    from dawm.training.experiment import Experiment
     from dawm.world_model import DiffusionWorldModel
 
     clock = Clock()

@@ -30,8 +30,8 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from benchmarks.measure import interleave, ratio, report, rows
-from dawm.environments import PlanarRobots
-from dawm.evaluation import Policy, run_episodes
+from dawm.evaluation.environments import PlanarRobots
+from dawm.evaluation.episodes import Policy, run_episodes
 
 LOOP = "one environment in a loop"
 
@@ -72,7 +72,7 @@ def make_policy(name: str, env: gym.Env) -> Policy:
     torch.manual_seed(0)
     layers = [nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:])]
     if name == "Hopper-v5":
-        weights = load(files("dawm.data").joinpath("policies", "hopper.safetensors").read_bytes())
+        weights = load(files("dawm.data.sources").joinpath("policies", "hopper.safetensors").read_bytes())
         for index, layer in enumerate(layers):
             # the last one's outputs are means and deviations
             layer.weight.data = weights[f"expert.w{index}"].float()[:, : sizes[index + 1]].T.contiguous()
@@ -134,7 +134,7 @@ def contestants(
 
     def ours(label: str, environment: Any, threads: int, robots: type = PlanarRobots) -> Callable[[], int]:
         def work() -> int:
-            with patch("dawm.evaluation.PlanarRobots", robots):
+            with patch("dawm.evaluation.episodes.PlanarRobots", robots):
                 returns[label] = run_episodes(policy, environment, range(episodes), num_envs, threads=threads)
             return steps
 

@@ -4,7 +4,7 @@
 
 Updates are TD3+BC's, drawing included, 32 batches at once through the data module. World model and inverse dynamics
 have their default sizes and are untrained, which does not change what they compute; both their tables go through
-`dawm.synthesis.synthesize`; a horizon of H counts as H transitions, whatever is dropped.
+`dawm.synthesis.rollouts.synthesize`; a horizon of H counts as H transitions, whatever is dropped.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from benchmarks.batch_drawing import batches
 from benchmarks.measure import interleave, report, rows
 from dawm.agents import TD3BC
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.processor import use_fast_products
-from dawm.synthesis import synthesize
+from dawm.nn.matmul import use_fast_products
+from dawm.synthesis.rollouts import synthesize
 from dawm.world_model import DiffusionWorldModel
 
 OBSERVATIONS, ACTIONS, HORIZON = 11, 3, 8

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dawm.processor import use_fast_products
+from dawm.nn.matmul import use_fast_products
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "numpy", "gymnasium", "torchrl", "d3rlpy")

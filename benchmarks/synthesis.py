@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import RESULTS, hardware_slug, interleave, ratio, report, rows
+from dawm.cli.report import read_results
 from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Segments
-from dawm.diffusion import EDM
-from dawm.modules import load_module
-from dawm.networks import ResidualMLP
-from dawm.processor import use_fast_products
-from dawm.report import read_results
-from dawm.samplers import DDIM, DPMSolverPP2M, Heun, Sampler
+from dawm.diffusion.denoisers import ResidualMLP
+from dawm.diffusion.preconditioning import EDM
+from dawm.diffusion.samplers import DDIM, DPMSolverPP2M, Heun, Sampler
+from dawm.nn.matmul import use_fast_products
+from dawm.training.build import load_module
 from dawm.world_model import DiffusionWorldModel
 
 OBSERVATIONS, ACTIONS = 11, 3

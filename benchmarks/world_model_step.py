@@ -17,8 +17,8 @@ import torch
 from benchmarks.measure import interleave, ratio, report, rows, with_fast_products
 from benchmarks.synthesis import ACTIONS, OBSERVATIONS
 from dawm.data.transitions import Segments
-from dawm.diffusion import EDM, denoising_loss
-from dawm.networks import Denoiser, ResidualMLP, TemporalTransformer, TemporalUNet
+from dawm.diffusion.denoisers import Denoiser, ResidualMLP, TemporalTransformer, TemporalUNet
+from dawm.diffusion.preconditioning import EDM, denoising_loss
 from dawm.world_model import DiffusionWorldModel
 
 PEER = "SynthER-style 1024x6, plain loop"

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from numpy.typing import NDArray
 
 from dawm.errors import UserError
-from dawm.evaluation import Evaluation, Policy, policies, run_episodes, summarize
+from dawm.evaluation.episodes import Evaluation, Policy, policies, run_episodes, summarize
 
 __all__ = ["EvaluateInEnvironment"]
 

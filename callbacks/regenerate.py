@@ -11,9 +11,9 @@ from dawm.data.batches import derive_seed
 from dawm.data.episodes import Episodes
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError, require
-from dawm.guards import RealRows
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.synthesis import LiftedReturn, Synthesized, TargetReturn, synthesize
+from dawm.synthesis.guards import RealRows
+from dawm.synthesis.rollouts import LiftedReturn, Synthesized, TargetReturn, synthesize
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["RegenerateRollouts"]
@@ -26,8 +26,8 @@ class RegenerateRollouts(L.Callback):
     ``rollouts`` of them. What is drawn depends on the seed, the rank and the update alone, so a resumed run imagines
     again exactly what the interrupted one trained on.
 
-    Imagined rows that cannot be trusted are dropped (`dawm.synthesis.Synthesized` names the reasons). Every refill logs
-    how many rows met which fate, and what the rows kept are like: ``synthetic/rejected_share``,
+    Imagined rows that cannot be trusted are dropped (`dawm.synthesis.rollouts.Synthesized` names the reasons). Every
+    refill logs how many rows met which fate, and what the rows kept are like: ``synthetic/rejected_share``,
     ``synthetic/mean_reward``, ``synthetic/reward_drift``, ``synthetic/termination_rate`` and
     ``synthetic/termination_drift``; under several ranks, those of the first. Beyond the limits below there is a
     warning, each once a run and not once a refill: the models stay as they are, so the next refill is no different. If

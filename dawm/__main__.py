@@ -2,7 +2,7 @@
 
 import sys
 
-from dawm.cli import main
+from dawm.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

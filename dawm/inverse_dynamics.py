@@ -20,10 +20,10 @@ from torch.optim import Adam, Optimizer
 
 from dawm.data.transitions import Transitions
 from dawm.errors import require
-from dawm.metrics import MeanPerColumn
-from dawm.mlp import BatchedMLP
-from dawm.normalizer import Normalizer
-from dawm.updates import UpdateModule
+from dawm.nn.mlp import BatchedMLP
+from dawm.nn.normalizer import Normalizer
+from dawm.training.metrics import MeanPerColumn
+from dawm.training.updates import UpdateModule
 
 __all__ = ["InferredActions", "InverseDynamics"]
 

@@ -23,16 +23,16 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dawm.compilation import compile_or_tell
 from dawm.data.transitions import Segments, Transitions
-from dawm.diffusion import EDM, Preconditioning, denoising_loss, guided
+from dawm.diffusion.denoisers import Denoiser, ResidualMLP
+from dawm.diffusion.preconditioning import EDM, Preconditioning, denoising_loss, guided
+from dawm.diffusion.samplers import DPMSolverPP2M, Sampler
 from dawm.errors import UserError, require
-from dawm.metrics import HorizonErrors
-from dawm.mlp import BatchedMLP
-from dawm.networks import Denoiser, ResidualMLP
-from dawm.normalizer import Normalizer
-from dawm.samplers import DPMSolverPP2M, Sampler
-from dawm.updates import UpdateModule
+from dawm.nn.mlp import BatchedMLP
+from dawm.nn.normalizer import Normalizer
+from dawm.training.compilation import compile_or_tell
+from dawm.training.metrics import HorizonErrors
+from dawm.training.updates import UpdateModule
 
 __all__ = ["DiffusionWorldModel", "Imagined"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dawm.processor import use_fast_products
-from dawm.updates import UpdateModule
+from dawm.nn.matmul import use_fast_products
+from dawm.training.updates import UpdateModule
 
 pytest_plugins = ["small_experiment"]  # beside this file
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dawm.cli import main
-from dawm.data.embedded import build
+from dawm.cli.main import main
+from dawm.data.sources.embedded import build
 
 STEPS = 1500
 

@@ -15,9 +15,9 @@ import torch
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
-from dawm.data import cache
 from dawm.data.episodes import load_episodes
 from dawm.data.module import TransitionDataModule
+from dawm.data.store import cache
 from dawm.errors import UserError
 
 LOADERS = ["mixed_loader", "segment_loader", "transition_loader"]
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(set to None|env_spec is None)
 def folder(tmp_path, monkeypatch):
     """A cache of its own, used from the first row on, and read in blocks smaller than an episode."""
     monkeypatch.setattr(cache, "CACHED_ROWS", 1)
-    monkeypatch.setattr("dawm.data.d4rl.BLOCK", 4)
-    monkeypatch.setattr("dawm.data.minari_files.BLOCK", 4)
+    monkeypatch.setattr("dawm.data.sources.d4rl.BLOCK", 4)
+    monkeypatch.setattr("dawm.data.sources.minari.BLOCK", 4)
     monkeypatch.setenv("DAWM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -57,8 +57,8 @@ def plain(dataset, monkeypatch):
     """The data set as it is without a cache and in one block."""
     with monkeypatch.context() as patch:
         patch.setattr(cache, "CACHED_ROWS", 10**9)
-        patch.setattr("dawm.data.d4rl.BLOCK", 10**6)
-        patch.setattr("dawm.data.minari_files.BLOCK", 10**6)
+        patch.setattr("dawm.data.sources.d4rl.BLOCK", 10**6)
+        patch.setattr("dawm.data.sources.minari.BLOCK", 10**6)
         return load_episodes(dataset)
 
 
@@ -133,7 +133,7 @@ def test_mapped_rows_stay_on_the_cpu_and_batches_go_to_the_device(folder, datase
 
 def test_a_second_start_does_not_read_the_data_set(folder, dataset, monkeypatch):
     load_episodes(dataset)
-    monkeypatch.setattr("dawm.data.d4rl.D4RLSource.blocks", None)
+    monkeypatch.setattr("dawm.data.sources.d4rl.D4RLSource.blocks", None)
     assert len(load_episodes(dataset)) == 26
     moved = Path(dataset).rename(Path(dataset).with_name("moved.hdf5"))
     assert len(load_episodes(str(moved))) == 26  # the key is the content, not the place
@@ -225,7 +225,8 @@ def test_data_that_cannot_be_used_leave_nothing(folder, dataset):
 PROCESS = """
 import sys, time
 from pathlib import Path
-from dawm.data import cache, d4rl
+from dawm.data.sources import d4rl
+from dawm.data.store import cache
 from dawm.data.episodes import load_episodes
 cache.CACHED_ROWS, d4rl.BLOCK = 1, 1
 look, blocks = cache._build, d4rl.D4RLSource.blocks

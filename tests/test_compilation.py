@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dawm.compilation import compile_or_tell
 from dawm.data.transitions import Segments
-from dawm.networks import ResidualMLP
+from dawm.diffusion.denoisers import ResidualMLP
+from dawm.training.compilation import compile_or_tell
 from dawm.world_model import DiffusionWorldModel
 
 INPUTS = torch.randn(4, 2, 3), torch.randn(4), torch.randn(4, 5)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dawm.diffusion import EDM, NoisePrediction, denoising_loss, guided
+from dawm.diffusion.preconditioning import EDM, NoisePrediction, denoising_loss, guided
+from dawm.diffusion.samplers import DDIM, DPMSolverPP2M, GaussianDenoiser, Heun
 from dawm.errors import UserError
-from dawm.samplers import DDIM, DPMSolverPP2M, GaussianDenoiser, Heun
 
 SIGMAS = torch.tensor([1e-3, 0.05, 0.5, 3.0, 50.0])
 

@@ -7,10 +7,11 @@ from importlib.resources import files
 import minari
 import pytest
 
-from dawm.data import behaviour, embedded, staging
-from dawm.data.embedded import build
 from dawm.data.episodes import load_episodes
-from dawm.data.names import EMBEDDED
+from dawm.data.sources import behaviour, embedded
+from dawm.data.sources.catalog import EMBEDDED
+from dawm.data.sources.embedded import build
+from dawm.data.store import staging
 from dawm.errors import UserError
 
 REPLAY = "embedded/hopper/medium-replay"
@@ -73,7 +74,7 @@ def test_every_policy_of_a_mixture_is_in_the_file():
     assert tuple(behaviour.MIXTURES) == EMBEDDED
     for mixture in behaviour.MIXTURES.values():
         assert sum(mixture.values()) == pytest.approx(1)
-    folder = files("dawm.data").joinpath("policies")
+    folder = files("dawm.data.sources").joinpath("policies")
     weights = behaviour.load(folder.joinpath("hopper.safetensors").read_bytes())
     assert {key.split(".")[0] for key in weights} == {policy for mix in behaviour.MIXTURES.values() for policy in mix}
     assert sum(values.nbytes for values in weights.values()) < 1_000_000

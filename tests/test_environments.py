@@ -10,8 +10,8 @@ import torch
 
 from dawm.agents import TD3BC
 from dawm.data.transitions import Transitions
-from dawm.environments import PlanarRobots, planar_robot
-from dawm.evaluation import run_episodes
+from dawm.evaluation.environments import PlanarRobots, planar_robot
+from dawm.evaluation.episodes import run_episodes
 
 
 def gymnasium_s_own_loop(act, environment, seeds):

@@ -9,11 +9,11 @@ import torch
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
-from dawm.data import minari_files
 from dawm.data.episodes import load_episodes, unscale_actions
-from dawm.data.scores import ReferenceScores, d4rl_scores, reference_scores
+from dawm.data.sources import minari as minari_files
+from dawm.data.sources.scores import ReferenceScores, d4rl_scores, reference_scores
 from dawm.errors import UserError
-from dawm.evaluation import run_episodes
+from dawm.evaluation.episodes import run_episodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(set to None|env_spec is None):UserWarning")
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dawm.callbacks import EvaluateInEnvironment
-from dawm.data.scores import ReferenceScores
+from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError
-from dawm.evaluation import bootstrap_interval, evaluate, run_episodes, summarize
+from dawm.evaluation.episodes import bootstrap_interval, evaluate, run_episodes, summarize
 
 
 class Counter(gym.Env):

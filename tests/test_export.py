@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dawm.data.minari_writer import COMPACT_BYTES, EpisodeColumns, write_episodes
-from dawm.data.parts import Parts
+from dawm.cli.synthesize import _columns
+from dawm.data.store.minari_writer import COMPACT_BYTES, EpisodeColumns, write_episodes
+from dawm.data.store.parts import Parts
 from dawm.errors import UserError
-from dawm.export import _columns
-from dawm.synthesis import Rollouts
+from dawm.synthesis.rollouts import Rollouts
 
 
 def rollouts(lengths, terminations):
@@ -126,7 +126,7 @@ def test_a_chunk_is_written_whole_or_not_at_all(parts, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dawm.data.parts.np", SimpleNamespace(savez=die, array=np.array))
+        patch.setattr("dawm.data.store.parts.np", SimpleNamespace(savez=die, array=np.array))
         with pytest.raises(KeyboardInterrupt):
             begun.append(parts[1], Counter(kept=5))
     again = Parts("mine/a-v0", {"seed": 0})

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dawm import graphs, updates
 from dawm.agents import IQL, TD3BC
 from dawm.data.module import TransitionDataModule
-from dawm.graphs import UpdateGraph, reason_against
 from dawm.inverse_dynamics import InverseDynamics
+from dawm.training import graphs, updates
+from dawm.training.graphs import UpdateGraph, reason_against
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HIDDEN = {"hidden": (8, 8)}

@@ -2,10 +2,10 @@ import lightning as L
 import pytest
 import torch
 
-from dawm.checkpoints import SaveCheckpoint
 from dawm.data.batches import BatchLoader, FixedBatches, RowStream
 from dawm.data.transitions import Transitions
 from dawm.inverse_dynamics import InverseDynamics
+from dawm.training.checkpoints import SaveCheckpoint
 
 
 def linear(count):

@@ -14,11 +14,12 @@ from minari.data_collector import EpisodeBuffer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from dawm.data import embedded, staging
-from dawm.data.check import check_dataset
-from dawm.data.d4rl import D4RLFile
+from dawm.cli.check import check_dataset
+from dawm.cli.datasets import build_dataset, import_file, list_datasets, show_dataset
 from dawm.data.episodes import load_episodes
-from dawm.data.manage import build_dataset, import_file, list_datasets, show_dataset
+from dawm.data.sources import embedded
+from dawm.data.sources.d4rl import D4RLFile
+from dawm.data.store import staging
 from dawm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(set to None|env_spec is None):UserWarning")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from dawm import mlp
+from dawm.diffusion.denoisers import ResidualMLP, TemporalTransformer, TemporalUNet
 from dawm.errors import UserError
-from dawm.mlp import BatchedMLP
-from dawm.networks import ResidualMLP, TemporalTransformer, TemporalUNet
+from dawm.nn import mlp
+from dawm.nn.mlp import BatchedMLP
 
 
 def plain_copy(batched, member):

@@ -1,6 +1,6 @@
 import torch
 
-from dawm.normalizer import Normalizer
+from dawm.nn.normalizer import Normalizer
 
 
 def fitted(values):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dawm import processor
+from dawm.nn import matmul as processor
 
 AMD = {"cpu_name": "AMD EPYC", "avx512_f": True}
 

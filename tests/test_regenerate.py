@@ -9,7 +9,7 @@ from dawm.callbacks import RegenerateRollouts
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
 from dawm.inverse_dynamics import InferredActions
-from dawm.synthesis import ConstantReturn
+from dawm.synthesis.rollouts import ConstantReturn
 from dawm.world_model import Imagined
 
 HORIZON = 2

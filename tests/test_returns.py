@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dawm import returns
-from dawm.returns import returns_to_go
+from dawm.data import returns
+from dawm.data.returns import returns_to_go
 
 REWARDS, ENDS = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0]), torch.tensor([3, 5])
 

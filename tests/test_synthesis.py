@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from dawm import guards, synthesis
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
-from dawm.guards import Bounds, RealRows, observation_bounds
 from dawm.inverse_dynamics import InferredActions
-from dawm.synthesis import ConstantReturn, LiftedReturn, QuantileReturn, synthesize
+from dawm.synthesis import guards
+from dawm.synthesis import rollouts as synthesis
+from dawm.synthesis.guards import Bounds, RealRows, observation_bounds
+from dawm.synthesis.rollouts import ConstantReturn, LiftedReturn, QuantileReturn, synthesize
 from dawm.world_model import Imagined
 
 FATES = {"kept", "after_end", "non_finite", "out_of_range", "uncertain"}

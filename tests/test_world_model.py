@@ -6,11 +6,11 @@ import torch
 
 from dawm.data.batches import BatchLoader, FixedBatches, RowStream
 from dawm.data.transitions import Segments, Transitions
-from dawm.diffusion import NoisePrediction
+from dawm.diffusion.denoisers import ResidualMLP, TemporalUNet
+from dawm.diffusion.preconditioning import NoisePrediction
+from dawm.diffusion.samplers import DDIM, DPMSolverPP2M, Sampler
 from dawm.errors import UserError
-from dawm.modules import build_module
-from dawm.networks import ResidualMLP, TemporalUNet
-from dawm.samplers import DDIM, DPMSolverPP2M, Sampler
+from dawm.training.build import build_module
 from dawm.world_model import DiffusionWorldModel, Imagined
 
 TINY = partial(ResidualMLP, width=16, depth=1)
@@ -303,8 +303,8 @@ def test_a_checkpoint_loads_without_unpickling_and_imagines_the_same(make_traine
         "class_path": "dawm.world_model.DiffusionWorldModel",
         "init_args": {
             "horizon": 2,
-            "network": {"class_path": "dawm.networks.ResidualMLP", "init_args": {"width": 16, "depth": 1}},
-            "sampler": {"class_path": "dawm.samplers.DDIM", "init_args": {"num_steps": 4}},
+            "network": {"class_path": "dawm.diffusion.denoisers.ResidualMLP", "init_args": {"width": 16, "depth": 1}},
+            "sampler": {"class_path": "dawm.diffusion.samplers.DDIM", "init_args": {"num_steps": 4}},
         },
     }
     data = accelerating(50, 2)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from dawm.agents.losses import cosine_decay
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
-from dawm.mlp import BatchedMLP
-from dawm.normalizer import Normalizer
-from dawm.updates import UpdateModule
+from dawm.nn.mlp import BatchedMLP
+from dawm.nn.normalizer import Normalizer
+from dawm.training.updates import UpdateModule
 
 __all__ = ["OfflineAgent"]
 

@@ -25,17 +25,17 @@ from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
 from dawm.data.batches import Ranges
-from dawm.data.cache import MEMORY_LIMIT, load_table, mapped_returns_to_go
-from dawm.data.d4rl import D4RLSource, is_d4rl_name
-from dawm.data.embedded import build
-from dawm.data.minari_files import MinariSource
-from dawm.data.names import EMBEDDED
-from dawm.data.recording import Recording, Source
-from dawm.data.scores import ReferenceScores
-from dawm.data.spaces import scale_actions, unscale_actions
+from dawm.data.returns import returns_to_go
+from dawm.data.sources.catalog import EMBEDDED
+from dawm.data.sources.d4rl import D4RLSource, is_d4rl_name
+from dawm.data.sources.embedded import build
+from dawm.data.sources.minari import MinariSource
+from dawm.data.sources.scores import ReferenceScores
+from dawm.data.sources.source import Recording, Source
+from dawm.data.sources.spaces import scale_actions, unscale_actions
+from dawm.data.store.cache import MEMORY_LIMIT, load_table, mapped_returns_to_go
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
-from dawm.returns import returns_to_go
 
 __all__ = ["Episodes", "load_episodes", "read_recordings", "scale_actions", "unscale_actions"]
 STATISTICS_ROWS = 1 << 20
@@ -151,7 +151,7 @@ def load_episodes(
     Args:
         dataset: The name.
         env_id: Gymnasium id of the environment to evaluate in; None: the one that the data set names.
-        cache_dir: Folder of the cache; None: `dawm.data.cache.default_folder`.
+        cache_dir: Folder of the cache; None: `dawm.data.store.cache.default_folder`.
         memory_limit: Rows of more than so many GiB are mapped from the cache instead of held in memory.
     """
     sources = [_open(part, env_id) for part in _split(dataset)]

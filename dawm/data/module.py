@@ -2,7 +2,7 @@
 
 All data stand in memory as tensors on the training device and are drawn there, in the main process: a gather of packed
 rows is far cheaper than worker processes, and a refill of the imagined rows is visible in the next batch. Rows beyond
-``memory_limit`` stay in a mapped file of the cache (`dawm.data.cache`), and are gathered from it on the CPU.
+``memory_limit`` stay in a mapped file of the cache (`dawm.data.store.cache`), and are gathered from it on the CPU.
 
 Symbols: N real rows, B batch size, K batches drawn at once, H horizon, O observation size, A action size.
 """
@@ -13,13 +13,13 @@ from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
 from dawm.data.batches import BatchLoader, FixedBatches, Ranges, RowStream, derive_seed, take
-from dawm.data.cache import MEMORY_LIMIT
 from dawm.data.episodes import Episodes, load_episodes
-from dawm.data.scores import ReferenceScores
 from dawm.data.segments import SegmentTable
+from dawm.data.sources.scores import ReferenceScores
+from dawm.data.store.cache import MEMORY_LIMIT
 from dawm.data.transitions import Segments, Transitions
 from dawm.errors import UserError
-from dawm.updates import UpdateModule
+from dawm.training.updates import UpdateModule
 
 __all__ = ["TransitionDataModule"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dawm import checkpoints
-from dawm.cli import main
+from dawm.cli.main import main
+from dawm.training import checkpoints
 
 
 def files(folder: Path) -> dict[Path, bytes]:

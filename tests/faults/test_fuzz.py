@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 import dawm
-from dawm import commands
-from dawm.cli import main
+from dawm.cli import fit as commands
+from dawm.cli.main import main
 from dawm.data import module
 from dawm.data.episodes import load_episodes
-from dawm.experiment import Experiment, StageResult
+from dawm.training.experiment import Experiment, StageResult
 
 CONFIGS = sorted((Path(dawm.__file__).parent.parent / "lightning_configs").glob("*.yaml"))
 JUNK: list[Any] = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dawm.agents import IQL, TD3BC
-from dawm.cli import main
+from dawm.cli.main import main
 from dawm.data.module import TransitionDataModule
 from dawm.world_model import DiffusionWorldModel
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from dawm.cli import main
+from dawm.cli.main import main
 
 STAGES = ("world_model", "inverse_dynamics", "agent")
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from dawm.agents import TD3BC
-from dawm.cli import main
+from dawm.cli.main import main
 
 ENDING = '''
 import os, signal

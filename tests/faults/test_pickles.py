@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dawm.cli import main
-from dawm.data import cache
+from dawm.cli.main import main
 from dawm.data.episodes import load_episodes
-from dawm.data.names import dataset_folder
-from dawm.data.parts import Parts
+from dawm.data.sources.catalog import dataset_folder
+from dawm.data.store import cache
+from dawm.data.store.parts import Parts
 from dawm.errors import UserError
 
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from dawm.agents import IQL, TD3BC
 from dawm.data.module import TransitionDataModule
+from dawm.diffusion.denoisers import ResidualMLP
 from dawm.errors import UserError
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.networks import ResidualMLP
-from dawm.updates import UpdateModule
+from dawm.training.updates import UpdateModule
 from dawm.world_model import DiffusionWorldModel
 
 EXAMPLES = settings(

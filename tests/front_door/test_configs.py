@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dawm import cli
-from dawm.commands import MODULES
-from dawm.modules import build_module
+from dawm.cli import main as cli
+from dawm.cli.fit import MODULES
+from dawm.training.build import build_module
 
 CONFIGS = sorted((Path(__file__).parents[2] / "lightning_configs").glob("*.yaml"))
 TASKS = {f"{env}-{kind}" for env in ("hopper", "halfcheetah", "walker2d")

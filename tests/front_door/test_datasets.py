@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 
-from dawm.cli import main
+from dawm.cli.main import main
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dawm.cli import main
+from dawm.cli.main import main
 
 
 def test_evaluate_agrees_with_the_run_itself(smoke, tmp_path, capsys, monkeypatch):

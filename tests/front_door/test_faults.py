@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from dawm import checkpoints, experiment
-from dawm.checkpoints import LAYOUT, ORIGIN
-from dawm.cli import main
+from dawm.cli.main import main
+from dawm.training import checkpoints, experiment
+from dawm.training.checkpoints import LAYOUT, ORIGIN
 
 SIGNALLER = '''
 import os

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dawm.agents import TD3BC
-from dawm.cli import main
-from dawm.modules import load_module
-from dawm.report import read_curve
+from dawm.cli.main import main
+from dawm.cli.report import read_curve
+from dawm.training.build import load_module
 from dawm.world_model import DiffusionWorldModel
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from dawm.cli.synthesize import synthesize_dataset
 from dawm.data.episodes import load_episodes, unscale_actions
-from dawm.export import synthesize_dataset
 
 torchrl_data = pytest.importorskip("torchrl.data", reason="TorchRL is not installed: pip install dawm[interop]")
 

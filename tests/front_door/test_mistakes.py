@@ -12,7 +12,7 @@ import yaml
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
-from dawm.cli import main
+from dawm.cli.main import main
 
 
 @pytest.fixture

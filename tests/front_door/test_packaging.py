@@ -25,8 +25,8 @@ def test_wheel_holds_everything_and_works_elsewhere(tmp_path):
     for name in (
         "dawm/callbacks/regenerate.py",
         "dawm/lightning_configs/quickstart.yaml",
-        "dawm/data/policies/hopper.safetensors",
-        "dawm/data/policies/LICENSE.txt",
+        "dawm/data/sources/policies/hopper.safetensors",
+        "dawm/data/sources/policies/LICENSE.txt",
         "dawm/py.typed",
     ):
         assert name in names
@@ -48,7 +48,11 @@ def test_bare_checkout_works_uninstalled(tmp_path):
 
 
 def test_the_mathematics_imports_no_lightning():
-    modules = "returns diffusion samplers networks normalizer evaluation data.transitions data.scores"
+    modules = (
+        "data.returns diffusion.preconditioning diffusion.samplers diffusion.denoisers nn.normalizer "
+        "evaluation.episodes "
+        "data.transitions data.sources.scores"
+    )
     imports = ", ".join(f"dawm.{module}" for module in modules.split())
     run("-c", f"import sys, {imports}; assert 'lightning' not in sys.modules", cwd=ROOT)
     assert "lightning" not in (ROOT / "dawm" / "agents" / "losses.py").read_text()

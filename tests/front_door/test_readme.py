@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dawm import cli
-from dawm.modules import load_module
+from dawm.cli import main as cli
+from dawm.training.build import load_module
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dawm import export, guards
-from dawm.cli import main
+from dawm.cli import synthesize as export
+from dawm.cli.main import main
+from dawm.cli.synthesize import synthesize_dataset
 from dawm.data.episodes import load_episodes
-from dawm.data.names import dataset_folder, local_datasets
+from dawm.data.sources.catalog import dataset_folder, local_datasets
 from dawm.errors import UserError
-from dawm.export import synthesize_dataset
+from dawm.synthesis import guards
 
 WIDE = {"margin": 10.0}  # a world model of 20 updates imagines much that is out of range
 
@@ -65,7 +66,7 @@ def test_command_line_writes_a_minari_data_set(hopper, finished_run, capsys):
     for stage in ("world_model", "inverse_dynamics"):
         assert told[stage] == hashlib.sha256(Path(stages[stage]["checkpoint"]).read_bytes()).hexdigest()
     assert told["counts"]["kept"] == 1000
-    assert told["target_return"] == {"class_path": "dawm.synthesis.LiftedReturn", "lift": 0.5}
+    assert told["target_return"] == {"class_path": "dawm.synthesis.rollouts.LiftedReturn", "lift": 0.5}
     assert told["sampler"]["num_steps"] == 6
     assert (
         told.items() >= {"run": str(finished_run), "dataset": hopper, "seed": 0, "guidance": 1.0, "horizon": 3}.items()

@@ -17,10 +17,10 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from dawm.checkpoints import write_whole
-from dawm.data.minari_writer import EpisodeColumns
-from dawm.data.names import dataset_folder
+from dawm.data.sources.catalog import dataset_folder
+from dawm.data.store.minari_writer import EpisodeColumns
 from dawm.errors import UserError, first_line
+from dawm.training.checkpoints import write_whole
 
 __all__ = ["Parts"]
 

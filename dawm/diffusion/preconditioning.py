@@ -7,7 +7,7 @@ Everything is written in the variance-exploding form of Karras et al. 2022 (arXi
 preserves the variance, is the same thing seen through ``x / sqrt(1 + sigma^2)``, so any sampler serves either.
 
 Two parts are chosen by class path: a `Preconditioning` (which noise levels are learnt, and how the network's output
-becomes an estimate of ``x0``) and a `Sampler` from `dawm.samplers` (how noise becomes rows). In short::
+becomes an estimate of ``x0``) and a `Sampler` from `dawm.diffusion.samplers` (how noise becomes rows). In short::
 
     loss, metrics = denoising_loss(preconditioning, network, rows, condition)
     denoise = lambda x, sigma: preconditioning.denoise(network, x, sigma, condition)
@@ -20,8 +20,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from dawm.diffusion.samplers import Denoise, Observe
 from dawm.errors import UserError
-from dawm.samplers import Denoise, Observe
 
 __all__ = ["EDM", "NoisePrediction", "Preconditioning", "denoising_loss", "guided"]
 
@@ -67,7 +67,7 @@ class Preconditioning(ABC):
         """Estimate of the clean rows, shape (B, H, R).
 
         Args:
-            network: A `dawm.networks.Denoiser`.
+            network: A `dawm.diffusion.denoisers.Denoiser`.
             noisy: Noisy rows ``x``, shape (B, H, R).
             sigma: Their noise levels, shape (B,).
             condition: What the rows depend on, shape (B, C).
@@ -226,7 +226,7 @@ def denoising_loss(
 
     Args:
         preconditioning: Which noise levels, and how the network is wrapped.
-        network: A `dawm.networks.Denoiser`.
+        network: A `dawm.diffusion.denoisers.Denoiser`.
         rows: Clean rows ``x0``, shape (B, H, R).
         condition: What the rows depend on, shape (B, C).
         generator: Source of the noise.

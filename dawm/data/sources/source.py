@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from dawm.data.scores import ReferenceScores
+from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError
 
 __all__ = ["BLOCK", "Block", "Columns", "Recording", "Source", "columns"]

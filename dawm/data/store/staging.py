@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from dawm.data.names import dataset_folder
+from dawm.data.sources.catalog import dataset_folder
 from dawm.errors import UserError
 
 __all__ = ["check_output", "datasets_path", "is_complete", "lock", "progress_bar", "staged"]

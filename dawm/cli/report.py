@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dawm import __version__
-from dawm.checkpoints import write_whole
 from dawm.data.episodes import Episodes
-from dawm.data.scores import ReferenceScores
+from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError
-from dawm.evaluation import Evaluation
-from dawm.experiment import StageResult
+from dawm.evaluation.episodes import Evaluation
+from dawm.training.checkpoints import write_whole
+from dawm.training.experiment import StageResult
 
 __all__ = ["collect_results", "read_curve", "read_results", "show_evaluation", "show_results", "write_files"]
 

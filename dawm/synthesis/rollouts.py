@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
-from dawm.guards import Bounds
 from dawm.inverse_dynamics import InverseDynamics
+from dawm.synthesis.guards import Bounds
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = [

@@ -16,22 +16,23 @@ from rich.console import Console
 # Imported so that configs can name these classes without their module.
 import dawm.agents
 import dawm.callbacks
-import dawm.diffusion
-import dawm.networks
-import dawm.samplers
-import dawm.synthesis  # noqa: F401
-from dawm import commands
-from dawm.checkpoints import Interrupted
-from dawm.data import check, manage
+import dawm.diffusion.denoisers
+import dawm.diffusion.preconditioning
+import dawm.diffusion.samplers
+import dawm.synthesis.rollouts  # noqa: F401
+from dawm.cli import check
+from dawm.cli import datasets as manage
+from dawm.cli import fit as commands
+from dawm.cli.messages import explain, one_line, told_of_disk, told_of_settings
+from dawm.cli.synthesize import synthesize_dataset
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
-from dawm.export import synthesize_dataset
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.mistakes import explain, one_line, told_of_disk, told_of_settings
-from dawm.modules import SIZES
-from dawm.processes import is_lost_connection
-from dawm.processor import use_fast_products
-from dawm.stages import Stages
+from dawm.nn.matmul import use_fast_products
+from dawm.training.build import SIZES
+from dawm.training.checkpoints import Interrupted
+from dawm.training.ranks import is_lost_connection
+from dawm.training.stage import Stages
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["main", "make_fit_parser", "make_parser"]

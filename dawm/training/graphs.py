@@ -22,7 +22,7 @@ from torch import Tensor
 from dawm.errors import first_line
 
 if TYPE_CHECKING:
-    from dawm.updates import UpdateModule
+    from dawm.training.updates import UpdateModule
 
 __all__ = ["UpdateGraph", "reason_against"]
 

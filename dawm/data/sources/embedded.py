@@ -1,15 +1,15 @@
 """Embedded data sets: real rollouts, built on this machine from behaviour policies inside the package.
 
 No download is needed. Each data set is a true Minari data set, and after its building like any other
-(``minari show embedded/hopper/medium-replay-v0``). `dawm.data.behaviour` says what is in them, `dawm.data.staging` how
-a build stays invisible until it is complete.
+(``minari show embedded/hopper/medium-replay-v0``). `dawm.data.sources.behaviour` says what is in them,
+`dawm.data.store.staging` how a build stays invisible until it is complete.
 """
 
 import sys
 
-from dawm.data.behaviour import record
-from dawm.data.names import EMBEDDED, dataset_folder, unknown_dataset
-from dawm.data.staging import is_complete, progress_bar, staged
+from dawm.data.sources.behaviour import record
+from dawm.data.sources.catalog import EMBEDDED, dataset_folder, unknown_dataset
+from dawm.data.store.staging import is_complete, progress_bar, staged
 from dawm.errors import UserError
 
 __all__ = ["STEPS", "build"]
@@ -24,7 +24,7 @@ def build(
     """Build an embedded data set, unless it is there already.
 
     Args:
-        name: One of `dawm.data.names.EMBEDDED`, with or without the version ``-v0``.
+        name: One of `dawm.data.sources.catalog.EMBEDDED`, with or without the version ``-v0``.
         seed: Seed of the episodes' starts and of the actions' noise.
         steps: Least number of steps; None: `STEPS`.
         progress: Whether to show a progress bar; None: if the standard error stream is a terminal.

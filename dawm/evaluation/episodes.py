@@ -17,8 +17,8 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from dawm.environments import GymnasiumEnvironments, PlanarRobots, planar_robot
 from dawm.errors import UserError
+from dawm.evaluation.environments import GymnasiumEnvironments, PlanarRobots, planar_robot
 
 __all__ = [
     "Environment",

@@ -20,10 +20,16 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 from rich.console import Console
 
-from dawm.data.names import dataset_folder, unknown_dataset
-from dawm.data.recording import BLOCK, Block, Source, columns
-from dawm.data.scores import ReferenceScores, reference_scores
-from dawm.data.spaces import action_box, environment_spaces, environment_spec, observation_box, observation_leaves
+from dawm.data.sources.catalog import dataset_folder, unknown_dataset
+from dawm.data.sources.scores import ReferenceScores, reference_scores
+from dawm.data.sources.source import BLOCK, Block, Source, columns
+from dawm.data.sources.spaces import (
+    action_box,
+    environment_spaces,
+    environment_spec,
+    observation_box,
+    observation_leaves,
+)
 from dawm.errors import UserError
 
 __all__ = ["REPEATED", "SOURCE", "MinariSource"]

@@ -23,20 +23,20 @@ from rich.console import Console
 from rich.text import Text
 
 from dawm import __version__
-from dawm.checkpoints import ORIGIN, read_checkpoint
+from dawm.cli.report import read_results
 from dawm.data.batches import derive_seed
 from dawm.data.episodes import Episodes, load_episodes, unscale_actions
-from dawm.data.minari_files import SOURCE
-from dawm.data.minari_writer import EpisodeColumns, write_episodes
-from dawm.data.names import dataset_folder
-from dawm.data.parts import Parts
-from dawm.data.staging import check_output, datasets_path, progress_bar, staged
+from dawm.data.sources.catalog import dataset_folder
+from dawm.data.sources.minari import SOURCE
+from dawm.data.store.minari_writer import EpisodeColumns, write_episodes
+from dawm.data.store.parts import Parts
+from dawm.data.store.staging import check_output, datasets_path, progress_bar, staged
 from dawm.errors import UserError, first_line
-from dawm.guards import Bounds, RealRows
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.modules import load_module
-from dawm.report import read_results
-from dawm.synthesis import CHUNK, LiftedReturn, Rollouts, TargetReturn, roll_out
+from dawm.synthesis.guards import Bounds, RealRows
+from dawm.synthesis.rollouts import CHUNK, LiftedReturn, Rollouts, TargetReturn, roll_out
+from dawm.training.build import load_module
+from dawm.training.checkpoints import ORIGIN, read_checkpoint
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["synthesize_dataset"]

@@ -18,14 +18,14 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from dawm.data.d4rl import D4RLFile
-from dawm.data.embedded import STEPS, build
 from dawm.data.episodes import read_recordings
-from dawm.data.minari_files import REPEATED, SOURCE
-from dawm.data.names import EMBEDDED, REMOTE, dataset_folder, local_datasets
-from dawm.data.recording import Recording
-from dawm.data.scores import ReferenceScores
-from dawm.data.staging import check_output, datasets_path, progress_bar, staged
+from dawm.data.sources.catalog import EMBEDDED, REMOTE, dataset_folder, local_datasets
+from dawm.data.sources.d4rl import D4RLFile
+from dawm.data.sources.embedded import STEPS, build
+from dawm.data.sources.minari import REPEATED, SOURCE
+from dawm.data.sources.scores import ReferenceScores
+from dawm.data.sources.source import Recording
+from dawm.data.store.staging import check_output, datasets_path, progress_bar, staged
 from dawm.errors import UserError, first_line
 
 __all__ = ["build_dataset", "import_file", "list_datasets", "show_dataset"]

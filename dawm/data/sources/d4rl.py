@@ -28,9 +28,9 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from dawm.data.recording import BLOCK, Block, Source, columns
-from dawm.data.scores import ReferenceScores, d4rl_scores, reference_scores
-from dawm.data.spaces import environment_spaces, environment_spec, unbounded
+from dawm.data.sources.scores import ReferenceScores, d4rl_scores, reference_scores
+from dawm.data.sources.source import BLOCK, Block, Source, columns
+from dawm.data.sources.spaces import environment_spaces, environment_spec, unbounded
 from dawm.errors import UserError
 
 __all__ = ["D4RLFile", "D4RLSource", "breaks", "is_d4rl_name"]

@@ -14,8 +14,8 @@ import lightning as L
 from lightning.pytorch.cli import instantiate_module
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
 
-from dawm.checkpoints import ORIGIN, read_checkpoint
 from dawm.errors import UserError
+from dawm.training.checkpoints import ORIGIN, read_checkpoint
 
 __all__ = ["SIZES", "build_module", "load_module"]
 

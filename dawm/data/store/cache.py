@@ -40,11 +40,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dawm.data.recording import Source
-from dawm.data.staging import lock, progress_bar
-from dawm.data.table import Assembly, Table, read_table
+from dawm.data.returns import returns_in_blocks
+from dawm.data.sources.source import Source
+from dawm.data.store.staging import lock, progress_bar
+from dawm.data.store.table import Assembly, Table, read_table
 from dawm.errors import UserError
-from dawm.returns import returns_in_blocks
 
 __all__ = ["CACHED_ROWS", "MEMORY_LIMIT", "default_folder", "load_table", "mapped_returns_to_go"]
 

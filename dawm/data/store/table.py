@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dawm.data.recording import Block, Columns, Source, columns
-from dawm.data.spaces import scale_actions
+from dawm.data.sources.source import Block, Columns, Source, columns
+from dawm.data.sources.spaces import scale_actions
 from dawm.errors import UserError
 
 __all__ = ["Assembly", "Table", "read_table"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dawm.data.episodes import Episodes
-from dawm.normalizer import Normalizer
+from dawm.nn.normalizer import Normalizer
 
 __all__ = ["Bounds", "RealRows", "observation_bounds"]
 

@@ -21,7 +21,10 @@ from rich.console import Console
 
 from dawm import __version__
 from dawm.agents import OfflineAgent
-from dawm.checkpoints import (
+from dawm.data.batches import derive_seed
+from dawm.data.module import TransitionDataModule
+from dawm.errors import UserError
+from dawm.training.checkpoints import (
     LAYOUT,
     ORIGIN,
     AtomicCheckpointIO,
@@ -31,13 +34,10 @@ from dawm.checkpoints import (
     remove_requeue_checkpoints,
     write_whole,
 )
-from dawm.data.batches import derive_seed
-from dawm.data.module import TransitionDataModule
-from dawm.errors import UserError
-from dawm.processes import end_with_first_rank
-from dawm.progress import StageProgress
-from dawm.stages import Stage, Stages
-from dawm.updates import UpdateModule
+from dawm.training.progress import StageProgress
+from dawm.training.ranks import end_with_first_rank
+from dawm.training.stage import Stage, Stages
+from dawm.training.updates import UpdateModule
 
 __all__ = ["Experiment", "StageResult"]
 

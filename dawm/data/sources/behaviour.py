@@ -26,7 +26,7 @@ from minari.data_collector.callbacks import StepDataCallback
 from numpy.typing import NDArray
 from safetensors.numpy import load
 
-from dawm.data.staging import datasets_path
+from dawm.data.store.staging import datasets_path
 
 __all__ = ["MIXTURES", "record"]
 
@@ -93,7 +93,7 @@ def _play(
     report: Callable[[int], None],
 ) -> None:
     """Play each policy until its share of the steps is reached."""
-    weights = load(files("dawm.data").joinpath("policies", "hopper.safetensors").read_bytes())
+    weights = load(files("dawm.data.sources").joinpath("policies", "hopper.safetensors").read_bytes())
     played, goal = 0, 0.0
     for policy, share in mixture.items():
         layers = [weights[f"{policy}.{key}"].astype(np.float32) for key in _LAYERS]

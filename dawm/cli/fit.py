@@ -13,16 +13,16 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from dawm.callbacks import RegenerateRollouts
-from dawm.checkpoints import ORIGIN, read_checkpoint
+from dawm.cli.messages import check_groups, check_no_gaps, told_of_settings
+from dawm.cli.report import collect_results, read_results, show_evaluation, show_results, write_files
 from dawm.data.module import TransitionDataModule
-from dawm.data.scores import ReferenceScores
+from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError
-from dawm.evaluation import Environment, Evaluation, Policy, evaluate, make_environment
-from dawm.experiment import Build, Experiment
-from dawm.mistakes import check_groups, check_no_gaps, told_of_settings
-from dawm.modules import build_module, import_class, load_module
-from dawm.report import collect_results, read_results, show_evaluation, show_results, write_files
-from dawm.stages import Stages
+from dawm.evaluation.episodes import Environment, Evaluation, Policy, evaluate, make_environment
+from dawm.training.build import build_module, import_class, load_module
+from dawm.training.checkpoints import ORIGIN, read_checkpoint
+from dawm.training.experiment import Build, Experiment
+from dawm.training.stage import Stages
 
 __all__ = ["MODULES", "evaluate_run", "fit"]
 

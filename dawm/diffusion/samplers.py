@@ -1,6 +1,7 @@
 """Samplers: from noise to rows in a few evaluations of a denoiser.
 
-Symbols: B batch, H horizon, R size of a row, N steps. As in `dawm.diffusion`, noisy rows are ``x = x0 + sigma * n``.
+Symbols: B batch, H horizon, R size of a row, N steps. As in `dawm.diffusion.preconditioning`, noisy rows are
+``x = x0 + sigma * n``.
 """
 
 import math

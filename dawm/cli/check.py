@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from dawm.data.d4rl import breaks
 from dawm.data.episodes import read_recordings
-from dawm.data.recording import Recording
+from dawm.data.sources.d4rl import breaks
+from dawm.data.sources.source import Recording
 
 __all__ = ["check_dataset", "find_defects"]
 

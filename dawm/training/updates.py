@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dawm.errors import UserError
-from dawm.graphs import UpdateGraph, plain_group, reason_against
+from dawm.training.graphs import UpdateGraph, plain_group, reason_against
 
 __all__ = ["UpdateModule"]
 

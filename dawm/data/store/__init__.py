@@ -1,0 +1,1 @@
+"""What the data touch on the disk: the cache, and Minari data sets that are written."""

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: preconditioning, samplers, denoisers."""

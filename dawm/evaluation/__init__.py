@@ -1,0 +1,1 @@
+"""What a policy earns in its environment."""

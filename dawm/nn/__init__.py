@@ -1,0 +1,1 @@
+"""Networks and normalisers that are not of one part alone."""

@@ -1,0 +1,1 @@
+"""Imagined transitions: rollouts, the returns they aim at, the guards against bad ones."""
