@@ -1,4 +1,8 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and its grammar.
+
+Every message is one line, ``--key: got VALUE, expected WHAT; DO THIS``: the setting as it is typed, what it holds, what
+would be right, and the way out.
+"""
 
 from typing import Any
 
@@ -13,21 +17,22 @@ class UserError(Exception):
     """
 
 
-def require(setting: str, value: Any, holds: bool, wanted: str) -> None:
+def require(key: str, value: Any, holds: bool, expected: str, remedy: str = "change it") -> None:
     """Raises a UserError where a setting is out of its range.
 
     Args:
-        setting: Class and argument, such as ``TD3BC.tau``.
+        key: The setting as it is typed on the command line, without the dashes, such as ``agent.tau``.
         value: Its value.
         holds: Whether it is in range.
-        wanted: The range in words.
+        expected: The range in words.
+        remedy: What to do about it.
     """
     if not holds:
-        raise UserError(f"{setting} is {value}, but must be {wanted}; change {setting.partition('.')[2]}")
+        raise UserError(f"--{key}: got {value!r}, expected {expected}; {remedy}"[:300])
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, in one line; its kind where it says nothing.
+    """What another library's error says, in one line; its type where it says nothing.
 
     Args:
         error: What was raised.
