@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["whole", "write_whole"]
+__all__ = ["expanded", "whole", "write_whole"]
 
 
 @contextmanager
@@ -45,3 +45,12 @@ def write_whole(path: Path, text: str) -> None:
     """
     with whole(path) as file:
         file.write(text.encode())
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """A path with ``~`` and environment variables replaced.
+
+    Args:
+        path: As a user typed it.
+    """
+    return Path(os.path.expandvars(path)).expanduser()

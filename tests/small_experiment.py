@@ -40,7 +40,7 @@ def smoke(hopper, tmp_path) -> Path:
                  "updates_per_step": 5},
         "world_model": {"class_path": "DiffusionWorldModel", "init_args": {"horizon": "${horizon}", **small}},
         "inverse_dynamics": {"class_path": "InverseDynamics", "init_args": {"hidden": [16], "members": 2}},
-        "model": {"class_path": "TD3BC", "init_args": {"hidden": [16, 16]}},
+        "agent": {"class_path": "TD3BC", "init_args": {"hidden": [16, 16]}},
         "trainer": {"accelerator": "cpu", "devices": 1},
         "stages": {
             "world_model": {"max_steps": 20, "validate_every_n_steps": 10, "checkpoint_every_n_steps": 10},
@@ -78,7 +78,7 @@ def finished_run(datasets, tmp_path_factory) -> Path:
         "world_model.network.width": 16,
         "inverse_dynamics.hidden": [16],
         "inverse_dynamics.members": 2,
-        "model.hidden": [16, 16],
+        "agent.hidden": [16, 16],
         "stages.world_model.max_steps": 20,
         "stages.inverse_dynamics.max_steps": 20,
         "stages.agent.max_steps": 10,

@@ -6,53 +6,26 @@ serves one model and one Trainer.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-import lightning as L
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from rich.console import Console
 
-# Imported so that configs can name these classes without their module.
-import dawm.agents
-import dawm.callbacks
-import dawm.diffusion.denoisers
-import dawm.diffusion.preconditioning
-import dawm.diffusion.samplers
-import dawm.synthesis.rollouts  # noqa: F401
-from dawm.cli import check
-from dawm.cli import datasets as manage
-from dawm.cli import fit as commands
-from dawm.cli.messages import explain, one_line, told_of_disk, told_of_settings
+from dawm import __version__
+from dawm.cli import check, datasets
+from dawm.cli.evaluate import evaluate_run
+from dawm.cli.fit import fit
+from dawm.cli.messages import Parser, as_user_error, one_line
+from dawm.cli.settings import make_fit_parser
 from dawm.cli.synthesize import synthesize_dataset
-from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
-from dawm.inverse_dynamics import InverseDynamics
-from dawm.nn.matmul import use_fast_products
-from dawm.training.build import SIZES
-from dawm.training.checkpoints import Interrupted
+from dawm.nn.matmul import prefer_onednn
 from dawm.training.ranks import is_lost_connection
-from dawm.training.stage import Stages
-from dawm.world_model import DiffusionWorldModel
+from dawm.training.save_checkpoint import Interrupted
 
-__all__ = ["main", "make_fit_parser", "make_parser"]
-
-# What the experiment sets itself, per stage.
-STAGE_SETTINGS = {
-    "callbacks", "logger", "max_steps", "min_steps", "max_epochs", "min_epochs", "max_time", "plugins",
-    "default_root_dir", "log_every_n_steps", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps",
-    "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "use_distributed_sampler",
-    "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "model_registry",
-    "reload_dataloaders_every_n_epochs",
-}  # fmt: skip
-
-
-class Parser(ArgumentParser):
-    """An argument parser whose errors are a user's mistakes: one line, no usage text."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises instead of printing."""
-        raise UserError(explain(message))
+__all__ = ["main", "make_parser"]
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -64,30 +37,30 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0; 1 if defects were found in a data set; 2 after a user's mistake; 130 after Ctrl-C.
     """
-    console = Console()
-    use_fast_products()
+    args = sys.argv[1:] if args is None else list(args)
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    prefer_onednn()
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=False)
     try:
-        parser = make_parser()
-        with told_of_settings("config"):
-            config = parser.parse_args(args)
+        if args[:1] == ["fit"] and not {"-h", "--help"} & set(args):
+            fit(args[1:], console)
+            return 0
+        with as_user_error("config"):
+            config = make_parser().parse_args(args)
         return _run(config, console)
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"error: {one_line(str(error))}", style="bold red", markup=False, highlight=False
-        )
+        errors.print(f"error: {one_line(str(error))}", style="bold red", markup=False, highlight=False)
         return 2
     except Interrupted as stop:
-        Console(stderr=True, soft_wrap=True).print(f"interrupted: {stop}", style="bold", markup=False, highlight=False)
+        errors.print(f"interrupted: {stop}", style="bold", markup=False, highlight=False)
         return 130
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
-        Console(stderr=True).print(
-            "stopped, because another process of this run ended; its own error, if it had one, stands above"
-        )
+        errors.print("stopped, because another process of this run ended; its own error, if it had one, is above")
         return 1
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted", style="bold")
+        errors.print("interrupted", style="bold")
         return 130
 
 
@@ -124,23 +97,19 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "evaluate": Command(commands.evaluate_run),
+    "evaluate": Command(evaluate_run),
     "synthesize": Command(synthesize_dataset),
 }
 DATASETS = {
-    "list": Command(manage.list_datasets),
-    "show": Command(manage.show_dataset, "dataset"),
-    "build": Command(manage.build_dataset, "name"),
-    "import": Command(manage.import_file, "file"),
+    "list": Command(datasets.list_datasets),
+    "show": Command(datasets.show_dataset, "dataset"),
+    "build": Command(datasets.build_dataset, "name"),
+    "import": Command(datasets.import_file, "file"),
     "check": Command(check.check_dataset, "dataset"),
 }
 
 
 def _run(config: Namespace, console: Console) -> int:
-    if config.subcommand == "fit":
-        with told_of_disk(config.fit.output_dir):
-            commands.fit(make_fit_parser(), config.fit, console)
-        return 0
     if config.subcommand == "datasets":
         chosen = config.datasets.subcommand
         return DATASETS[chosen].run(config.datasets[chosen], console)
@@ -148,51 +117,19 @@ def _run(config: Namespace, console: Console) -> int:
 
 
 def make_parser() -> Parser:
-    """The parser of all commands."""
+    """The parser of all commands; that of ``fit`` is here for its help."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=False)
     parser = Parser(
         prog="python -m dawm", description="Diffusion action world models for offline RL.", parser_mode="omegaconf+"
     )
-    parser.add_argument("--version", action="version", version=f"dawm {dawm.__version__}")
+    parser.add_argument("--version", action="version", version=f"dawm {__version__}")
     subcommands = parser.add_subcommands(required=True)
     subcommands.add_subcommand("fit", make_fit_parser(), help="train the three stages and score the agent")
     for name, command in COMMANDS.items():
         subcommands.add_subcommand(name, command.parser(), help=command.summary)
-    datasets = Parser(parser_mode="omegaconf+", description="Look at, build, import and check data sets.")
-    subcommands.add_subcommand("datasets", datasets, help="look at, build, import and check data sets")
-    nested = datasets.add_subcommands(required=True)
+    datasets_parser = Parser(parser_mode="omegaconf+", description="Look at, build, import and check data sets.")
+    subcommands.add_subcommand("datasets", datasets_parser, help="look at, build, import and check data sets")
+    nested = datasets_parser.add_subcommands(required=True)
     for name, command in DATASETS.items():
         nested.add_subcommand(name, command.parser(), help=command.summary)
-    return parser
-
-
-def make_fit_parser() -> Parser:
-    """The parser of ``fit``: every setting of an experiment."""
-    parser = Parser(parser_mode="omegaconf+")
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of an experiment")
-    parser.add_argument("--output_dir", type=str, default="runs/dawm", help="folder of the run")
-    parser.add_argument("--seed_everything", type=int, default=0, help="seed of data split, networks, draws and noise")
-    parser.add_argument("--horizon", type=int, default=8, help="steps imagined; configs refer to it as ${horizon}")
-    parser.add_argument("--discount", type=float, default=0.99, help="configs refer to it as ${discount}")
-    parser.add_argument(
-        "--seeds", type=int, default=1, help="agents trained side by side, each with its own weights, draws and score"
-    )
-    parser.add_argument(
-        "--cuda_graphs", type=bool, default=False, help="run the updates of a training step as one CUDA graph"
-    )
-    parser.add_argument("--final_episodes", type=int, default=20, help="episodes of the last evaluation")
-    parser.add_class_arguments(TransitionDataModule, "data")
-    parser.link_arguments("seed_everything", "data.seed")
-    parser.add_subclass_arguments(DiffusionWorldModel, "world_model", skip=set(SIZES), required=True)
-    parser.add_subclass_arguments(InverseDynamics, "inverse_dynamics", skip=set(SIZES), required=True)
-    parser.add_subclass_arguments(L.LightningModule, "model", skip=set(SIZES), required=True)
-    parser.add_class_arguments(Stages, "stages")
-    parser.add_class_arguments(L.Trainer, "trainer", skip=STAGE_SETTINGS, instantiate=False)
-    parser.set_defaults(
-        {
-            "world_model": {"class_path": "dawm.world_model.DiffusionWorldModel"},
-            "inverse_dynamics": {"class_path": "dawm.inverse_dynamics.InverseDynamics"},
-            "model": {"class_path": "dawm.agents.TD3BC"},
-        }
-    )
     return parser

@@ -1,4 +1,4 @@
-"""Users' mistakes on the command line, told in one line.
+"""Users' mistakes on the command line, reported in one line.
 
 jsonargparse explains a bad value by every type it tried, over many lines. What helps is the setting and the reason.
 """
@@ -13,29 +13,60 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, NoReturn, get_origin
+
+from jsonargparse import ArgumentParser
 
 from dawm.errors import UserError
+from dawm.training.build import parameters_of
 
-__all__ = ["check_groups", "check_no_gaps", "explain", "one_line", "told_of_disk", "told_of_settings"]
+__all__ = ["Parser", "as_user_error", "check_groups", "check_no_gaps", "disk_errors", "one_line"]
 
 LONGEST = 300
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
-KEY = re.compile(r'Parser key "([^"]+)"|Problem with given class_path \'[^\']*\'|key="([^"]+)"')
+KEY = re.compile(r'Parser key "([^"]+)"|key="([^"]+)"')
 REASONS = (
     # pattern in jsonargparse's text, and what to say instead
     (r"Problem with given class_path '([^']+)': No module named '([^']+)'",
-     r"class path '\1' does not import (no module named '\2'); check its spelling, or run from the folder it lies in"),
+     r"got class path '\1', which does not import (no module named '\2'), expected module.Class; check its spelling"),
     (r"Expected a dot import path string: (\S+)",
-     r"class '\1' is not known; give a class of dawm by its name, and any other as module.Class"),
-    (r"Problem with given class_path '([^']+)': .*?(?:not accepted|Key '([^']+)' is not expected|does not exist)",
-     r"class '\1' takes no argument '\2'; see --help"),
-    (r"Problem with given class_path '([^']+)': ([^-]+)", r"class path '\1': \2"),
-    (r"File does not exist: '?([^']+)'?", r"the file \1 does not exist; check the path"),
-    (r"Expected a <class '(\w+)'>\. Got value: (\S+)", r"expected \1, got \2"),
-    (r"Does not validate against any .*Given value: (.+)", r"\1 is not among the values it takes; see --help"),
+     r"got class '\1', expected a class of dawm by its name, and any other as module.Class; check its spelling"),
+    (r"Problem with given class_path '([^']+)': ([^-]+)", r"got class path '\1', expected another (\2); correct it"),
+    (r"File does not exist: '?([^']+)'?", r"got the file \1, which does not exist, expected a YAML file; check the path"),
+    (r"Expected a <class '(\w+)'>\. Got value: (\S+)", r"got \2, expected \1; change it"),
+    (r"unrecognized arguments: --model\b.*|Option 'model\b.*' is not accepted",
+     r"got --model, expected --agent, the agent's key; rename it"),
+    (r"unrecognized arguments: (\S+)", r"got \1, expected an option of this command; see --help"),
+    (r"Does not validate against any .*Given value: (.+)", r"got \1, expected a value of another kind; see --help"),
 )  # fmt: skip
+
+
+class Parser(ArgumentParser):
+    """An argument parser whose errors are a user's mistakes: one line, no usage text.
+
+    Args:
+        elsewhere: Settings of the Trainer that are set by another key, and that key.
+        kwargs: See `jsonargparse.ArgumentParser`.
+    """
+
+    def __init__(self, *args: Any, elsewhere: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._elsewhere = elsewhere or {}
+        self._class: type | None = None  # of the parsers that jsonargparse makes for a class's arguments
+
+    def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> list[str]:
+        """Adds a class's arguments; remembers the class, for messages."""
+        self._class = theclass if nested_key is None and isinstance(theclass, type) else self._class
+        return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises instead of printing."""
+        found = re.search(r"trainer\.(\w+)", message)
+        if found and found.group(1) in self._elsewhere:
+            place = self._elsewhere[found.group(1)]
+            raise UserError(f"--trainer.{found.group(1)}: got a value, expected none here; set it by {place}")
+        raise UserError(explain(message, self._class))
 
 
 def one_line(text: str) -> str:
@@ -48,22 +79,22 @@ def one_line(text: str) -> str:
     return flat if len(flat) <= LONGEST else flat[: LONGEST - 3] + "..."
 
 
-def explain(message: str) -> str:
+def explain(message: str, of_class: type | None = None) -> str:
     """A parser's message as one line: setting and reason.
 
     Args:
         message: What jsonargparse says, over any number of lines.
+        of_class: The class whose arguments were parsed, if they were a class's alone.
     """
     flat = " ".join(message.split())
-    keys: list[str] = []
-    for match in KEY.finditer(flat):
-        key = match.group(1)
-        if key and key not in keys:
-            keys.append(key)
+    keys = [key for match in KEY.finditer(flat) if (key := match.group(1))]
+    setting = ".".join(dict.fromkeys(keys))
+    unknown = re.search(r"Option '([\w.]+)' is not accepted", flat)
+    if unknown and not unknown.group(1).startswith("model"):
+        return one_line(_unknown_option(unknown.group(1), of_class))
     nested = re.search(r"- --(\S+): (.*?)(?: - Expected a <class 'NoneType'>| Given value type:|$)", flat)
     if nested:  # a part of the value was explained already, by the parser of that part
-        return one_line(f"--{'.'.join([*keys, nested.group(1)])}: {nested.group(2)}")
-    setting = ".".join(keys)
+        return one_line(f"--{'.'.join([*dict.fromkeys(keys), nested.group(1)])}: {nested.group(2)}")
     for pattern, replacement in REASONS:
         found = re.search(pattern, flat)
         if found:
@@ -72,8 +103,19 @@ def explain(message: str) -> str:
     return one_line(flat)
 
 
+def _unknown_option(option: str, of_class: type | None) -> str:
+    """Names the class that does not take an option, and the classes that do."""
+    name = option.split(".")[-1]
+    modules = [module for key, module in sys.modules.items() if key.startswith("dawm.")]
+    classes = {c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__.startswith("dawm.")}
+    owners = ", ".join(sorted(c.__name__ for c in classes if name in parameters_of(c)))
+    whose = f" ({name} belongs to {owners})" if owners else ""
+    taker = of_class.__name__ if of_class is not None else "this command"
+    return f"--{option}: got {name}, expected an argument of {taker}{whose}; see --help"
+
+
 def check_groups(settings: Mapping[str, Any], groups: tuple[str, ...]) -> None:
-    """Raises a UserError where a single value stands in the place of a group of settings.
+    """Raises a UserError where a single value is given in place of a group of settings.
 
     Args:
         settings: Plain settings.
@@ -84,7 +126,7 @@ def check_groups(settings: Mapping[str, Any], groups: tuple[str, ...]) -> None:
         for key in group.split("."):
             value = value.get(key)
         if not isinstance(value, Mapping):
-            raise UserError(f"--{group}: expected settings of its own ({group}.NAME), got {value!r}")
+            raise UserError(f"--{group}: got {value!r}, expected settings of its own; write {group}.NAME")
 
 
 def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, setting: str = "") -> None:
@@ -93,7 +135,7 @@ def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, set
     Args:
         settings: Plain settings; those of a class, ``{"class_path": ..., "init_args": {...}}``, at any depth.
         function: What takes them as its arguments, where that is known.
-        setting: Where they stand, such as ``model.init_args``.
+        setting: Their key, such as ``model.init_args``.
     """
     if isinstance(settings, list):
         for index, value in enumerate(settings):
@@ -105,7 +147,9 @@ def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, set
         inside, name = None, f"{setting}.{key}" if setting else str(key)
         kind = get_origin(types.get(key)) or types.get(key)  # of list[int]: list
         if value is None and kind in (int, float, bool, str, list, tuple):
-            raise UserError(f"--{name}: is empty, expected {kind.__name__}; give a value or leave the line out")
+            raise UserError(
+                f"--{name}: is empty, got nothing, expected {kind.__name__}; give a value or leave the line out"
+            )
         if key == "init_args" and isinstance(settings.get("class_path"), str):
             module, _, class_name = settings["class_path"].rpartition(".")
             inside = getattr(sys.modules.get(module), class_name, None)
@@ -115,28 +159,29 @@ def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, set
 
 
 @contextmanager
-def told_of_settings(setting: str) -> Iterator[None]:
-    """Tells in one line that something cannot be made of its settings, for reasons that no check foresaw.
+def as_user_error(setting: str, only: type[Exception] = Exception) -> Iterator[None]:
+    """Turns any exception raised while ``setting`` is used into a one-line UserError.
 
     Args:
         setting: The settings' group, such as ``world_model``.
+        only: The kind of exceptions to turn.
     """
     try:
         yield
     except (UserError, OSError):
         raise
-    except Exception as error:
+    except only as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = one_line(str(error).partition("\nException raised from")[0])[:150]
         raise UserError(
-            f"--{setting}: these settings do not work ({type(error).__name__} in {Path(frame.filename).name}, "
-            f"line {frame.lineno}: {reason}); see --help for what they take"
+            f"--{setting}: got settings that fail ({type(error).__name__} in {Path(frame.filename).name}, line "
+            f"{frame.lineno}: {reason}), expected those in --help; change them"
         ) from error
 
 
 @contextmanager
-def told_of_disk(output_dir: str) -> Iterator[None]:
-    """Tells in one line of a disk that is full or may not be written; whatever wrote to it: loggers, plots, results.
+def disk_errors(output_dir: Path) -> Iterator[None]:
+    """Reports a disk that is full or may not be written in one line; whatever wrote to it: loggers, plots, results.
 
     Args:
         output_dir: Folder of the run.
@@ -154,8 +199,8 @@ def told_of_disk(output_dir: str) -> Iterator[None]:
         if error.errno not in DISK:
             raise
         raise UserError(
-            f"output_dir: cannot write {error.filename or f'in {output_dir}'} ({error.strerror}); free the disk or set "
-            "--output_dir, then give the same command again to go on"
+            f"--output_dir: got {error.filename or output_dir}, expected a place to write ({error.strerror}); free the "
+            "disk or set --output_dir, then give the same command again to resume"
         ) from None
     finally:
         threading.excepthook = original

@@ -5,7 +5,8 @@ checkpoint, so that `load_module` needs nothing else; it is also what Lightning 
 so that ``SomeModule.load_from_checkpoint(path, weights_only=True)`` works.
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,28 +18,27 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_c
 from dawm.errors import UserError
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
 
-__all__ = ["SIZES", "build_module", "load_module"]
+__all__ = ["SIZES", "build_module", "import_class", "load_module", "parameters_of"]
 
 SIZES = ("observation_size", "action_size")
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
-def build_module(description: Mapping[str, Any]) -> Callable[[int, int], L.LightningModule]:
-    """A function that builds the module once the sizes are known.
+def build_module(description: Mapping[str, Any], observation_size: int, action_size: int) -> L.LightningModule:
+    """Builds a module; the sizes are handed to it if its constructor has parameters of that name.
 
     Args:
-        description: ``class_path`` and ``init_args``.
+        description: ``class_path`` and ``init_args``, plain values.
+        observation_size: O.
+        action_size: A.
     """
-
-    def build(observation_size: int, action_size: int) -> L.LightningModule:
-        class_path: str = description["class_path"]
-        init_args = {**(description.get("init_args") or {})}
-        arguments = {**init_args, "observation_size": observation_size, "action_size": action_size}
-        hyperparameters = {**arguments, "_class_path": class_path}
-        with _given_hyperparameters_context(hyperparameters, INSTANTIATOR):
-            return instantiate_module(import_class(class_path), arguments)
-
-    return build
+    class_path: str = description["class_path"]
+    module_class = import_class(class_path)
+    sizes = {"observation_size": observation_size, "action_size": action_size}
+    taken = parameters_of(module_class)
+    arguments = {**(description.get("init_args") or {}), **{k: v for k, v in sizes.items() if k in taken}}
+    with _given_hyperparameters_context({**arguments, "_class_path": class_path}, INSTANTIATOR):
+        return instantiate_module(module_class, arguments)
 
 
 def load_module(path: Path) -> L.LightningModule:
@@ -50,23 +50,45 @@ def load_module(path: Path) -> L.LightningModule:
     checkpoint = read_checkpoint(path)
     origin = checkpoint.get(ORIGIN)
     if origin is None:
-        raise UserError(f"{path} does not say which class it holds; name a checkpoint that `fit` wrote")
-    module = build_module(origin["module"])(origin["observation_size"], origin["action_size"])
+        raise UserError(
+            f"--checkpoint: got {path}, which does not say its class, expected one that `fit` wrote; name it"
+        )
+    module = build_module(origin["module"], origin["observation_size"], origin["action_size"])
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval()
 
 
-def import_class(class_path: str) -> type[L.LightningModule]:
-    """The LightningModule behind a class path.
+def import_class(class_path: str, kind: type = L.LightningModule) -> type[Any]:
+    """The class behind a class path.
 
     Args:
         class_path: Module and class name, joined with a dot.
+        kind: What it has to derive from.
     """
     module, _, name = class_path.rpartition(".")
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"class path {class_path!r} does not import ({error})") from None
-    if not (isinstance(found, type) and issubclass(found, L.LightningModule)):
-        raise UserError(f"class path {class_path!r} is not a LightningModule")
+        raise UserError(
+            f"--agent: got class path {class_path!r}, expected one that imports ({error}); correct it"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise UserError(f"--agent: got class path {class_path!r}, expected a {kind.__name__}; name another class")
     return found
+
+
+def parameters_of(function: type[Any]) -> set[str]:
+    """Names of a constructor's parameters; where it hands ``**kwargs`` on, those of the base class too.
+
+    Args:
+        function: The class.
+    """
+    names: set[str] = set()
+    for base in function.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names - {"self"}

@@ -1,36 +1,43 @@
-"""Checkpoints: written whole or not at all, kept twice, and read without unpickling anything but tensors."""
+"""Checkpoint files: written whole or not at all, of plain values, and read without unpickling anything but tensors."""
 
-import os
-import signal
-import threading
-import time
-from pathlib import Path
+import enum
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from os import PathLike
+from pathlib import Path, PurePath
 from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-import lightning as L
+import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 from dawm.errors import UserError, first_line
+from dawm.files import whole
 
-__all__ = ["LAYOUT", "ORIGIN", "AtomicCheckpointIO", "Interrupted", "SaveCheckpoint", "read_checkpoint", "write_whole"]
+__all__ = ["LAYOUT", "ORIGIN", "AtomicCheckpointIO", "plain", "previous_of", "read_checkpoint"]
 
 ORIGIN = "dawm_origin"
 """Key of a checkpoint under which the data set it was trained on is named."""
-LAYOUT = 2
-"""Order of the numbers in a module's weights; a checkpoint of another order would load, and mean nothing."""
+LAYOUT = 3
+"""Version of the parameters' names and order; a checkpoint of another one would not load, or mean nothing."""
+AS_THEY_ARE = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device, torch.Size)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary file, syncs it to the disk and renames it; the checkpoint before is kept beside it."""
+    """Writes plain values to a file that takes its place at once; the checkpoint before is kept beside it.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+    The first checkpoint of a run is read back, so that a run whose checkpoints cannot be loaded ends there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read_back = False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | PathLike, storage_options: Any = None) -> None:
         """Saves a checkpoint; a kill at any moment leaves the old file or the new one, never half a file.
 
         Args:
@@ -39,26 +46,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             storage_options: Unused.
         """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.partial")
+        checkpoint = plain(checkpoint)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with whole(path, previous_of(path) if path.stem == "last" else None) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if path.exists():
-                os.replace(path, previous_of(path))
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk in its own words
             raise UserError(
-                f"cannot write {path}: {error.strerror or error}; free the disk or set --output_dir"
+                f"--output_dir: got {path}, expected a place to write ({getattr(error, 'strerror', None) or error}); "
+                "free the disk or set --output_dir"
             ) from None
-        except RuntimeError as error:  # torch reports a full disk in its own words
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}; is the disk full? Free it or set --output_dir ({error})") from None
+        if not self._read_back:
+            read_checkpoint(path)
+            self._read_back = True
 
-    def load_checkpoint(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads a checkpoint for Lightning, as `read_checkpoint` does.
 
         Args:
@@ -67,6 +69,52 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             kwargs: Unused.
         """
         return read_checkpoint(path)
+
+
+def plain(value: Any, where: tuple[str, ...] = ()) -> Any:
+    """The same value in forms that ``torch.load(..., weights_only=True)`` reads.
+
+    NumPy's scalars become numbers and its arrays tensors, paths become text, enumerations their values, dataclasses
+    dicts. What is plain already is returned as it is.
+
+    Args:
+        value: Any value.
+        where: Keys that lead to it, for the error's text.
+
+    Raises:
+        UserError: Something in it has no plain form.
+    """
+    if type(value) in AS_THEY_ARE or isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy()) if value.dtype.kind in "biufc" else plain(value.tolist(), where)
+    if isinstance(value, enum.Enum):
+        return plain(value.value, where)
+    if isinstance(value, PurePath):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name), (*where, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        parts = {plain(key, where): plain(part, (*where, str(key))) for key, part in value.items()}
+        same = type(value) in (dict, OrderedDict, Counter) and all(parts.get(k) is v for k, v in value.items())
+        return value if same else parts
+    if isinstance(value, (set, frozenset)):
+        return {plain(part, where) for part in value}
+    if isinstance(value, (Sequence, deque)) and not isinstance(value, (str, bytes)):
+        items = [plain(part, (*where, str(index))) for index, part in enumerate(value)]
+        if type(value) in (list, tuple) and all(a is b for a, b in zip(items, value)):
+            return value
+        return tuple(items) if isinstance(value, tuple) else items
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):  # a class of its own that derives from a plain one
+            return kind(value)
+    place = ".".join(where[1:] if where[:1] == ("callbacks",) else where)
+    raise UserError(
+        f"--stages: got {place} of type {type(value).__name__}, expected what a checkpoint can hold (numbers, text, "
+        "tensors, arrays, lists, dicts); convert it where the class saves its state"
+    )
 
 
 def previous_of(path: Path) -> Path:
@@ -78,26 +126,7 @@ def previous_of(path: Path) -> Path:
     return path.with_name(f"previous{path.suffix}")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
-
-    Args:
-        path: Where to.
-        text: What.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
     """A checkpoint's content, on the CPU.
 
     Args:
@@ -108,158 +137,27 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     checkpoint = _read(path)
     if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} is no checkpoint but a {type(checkpoint).__name__}; name one that `fit` wrote")
-    if ORIGIN in checkpoint and checkpoint[ORIGIN].get("layout", 1) != LAYOUT:
-        raise UserError(f"{path} was written by another version of dawm, whose weights lie otherwise; train it anew")
+        raise _refused(path, f"a {type(checkpoint).__name__}", "name one that `fit` wrote")
+    layout = checkpoint[ORIGIN].get("layout", 1) if ORIGIN in checkpoint else LAYOUT
+    if layout != LAYOUT:
+        raise _refused(path, f"parameter layout {layout}, not {LAYOUT}", "train it again with this version of dawm")
     return checkpoint
 
 
-def _read(path: str | os.PathLike) -> Any:
+def _read(path: str | PathLike) -> Any:
     try:
         with ZipFile(path) as archive:  # torch reads the parts without comparing them with their checksums
             if archive.testzip() is not None:
                 raise BadZipFile("a checksum does not fit")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}; check the path, or train that stage first") from None
+        raise _refused(path, "no file", "check the path, or train that stage first") from None
     except UnpicklingError as error:
-        raise UserError(
-            f"{path} is damaged or not a safe checkpoint and was not loaded ({first_line(error)})"
-        ) from None
+        reason = f"damaged or not a safe checkpoint: {first_line(error)}"
+        raise _refused(path, reason, "name one that `fit` wrote") from None
     except (BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({first_line(error)}); delete it to start anew"
-        ) from None
+        raise _refused(path, f"damaged: {first_line(error)}", "delete it to train from the start") from None
 
 
-class Interrupted(Exception):
-    """Training was stopped from outside (Ctrl-C, SIGTERM), after a checkpoint was saved."""
-
-
-def requeue_signal(trainer: L.Trainer) -> int | None:
-    """The signal upon which Lightning asks SLURM to start this job again; None where it does not.
-
-    Args:
-        trainer: The trainer.
-    """
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-        return environment.requeue_signal
-    return None
-
-
-def remove_requeue_checkpoints(folder: Path) -> None:
-    """Removes what Lightning's handler of SLURM's requeue signal saved, beside ``last.ckpt`` with the same state.
-
-    Args:
-        folder: The trainer's ``default_root_dir``.
-    """
-    for path in folder.glob("hpc_ckpt_*.ckpt"):
-        path.unlink(missing_ok=True)
-
-
-class SaveCheckpoint(Checkpoint):
-    """Saves ``last.ckpt`` every N updates and at the end, and the random states with it.
-
-    Ctrl-C and SIGTERM save too, once the updates under way are done, and then end the training with `Interrupted`. So
-    does SLURM's requeue signal, for which Lightning's own handler then asks SLURM to start the job again.
-
-    Args:
-        path: Where to save.
-        every_n_steps: Updates between two checkpoints.
-        origin: What the checkpoint was trained on, kept in it.
-    """
-
-    def __init__(self, path: Path, every_n_steps: int, origin: dict[str, Any]) -> None:
-        self.path = path
-        self.every_n_steps = every_n_steps
-        self.origin = origin
-        self.seconds = 0.0  # of training, over all starts of the run
-        self._started = 0.0
-        self.finished = False  # a callback has ended the stage before its last update
-        self._last_step = 0
-        self._signals: list[int] = []
-        self._handlers: dict[int, Any] = {}
-        self._requeue: int | None = None
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock, takes the signals over, and does not go on with what was stopped early."""
-        trainer.should_stop |= self.finished
-        self._started = time.monotonic()
-        self._last_step = trainer.global_step
-        if threading.current_thread() is threading.main_thread():
-            self._requeue = requeue_signal(trainer)
-            for number in {signal.SIGINT, signal.SIGTERM, self._requeue or signal.SIGTERM}:
-                self._handlers[number] = signal.signal(number, lambda received, frame: self._signals.append(received))
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves when the count of updates has passed a multiple of ``every_n_steps``.
-
-        A resumed run does not make up for a validation that was still to come, so a checkpoint waits for it.
-        """
-        interval = trainer.val_check_batch or 1
-        if not (trainer.enable_validation and (trainer.fit_loop.total_batch_idx + 1) % interval == 0):
-            self._save_or_stop(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves what was due at the validation's update, with what the validation changed."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._save_or_stop(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the last state, if it is not saved yet."""
-        if trainer.global_step != self._last_step or not self.path.exists():
-            self._save(trainer)
-        self._give_signals_back()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives the signals back."""
-        self._give_signals_back()
-
-    def _give_signals_back(self) -> None:
-        while self._handlers:
-            number, handler = self._handlers.popitem()
-            signal.signal(number, handler)
-
-    def _save_or_stop(self, trainer: L.Trainer) -> None:
-        """Saves if a checkpoint is due; saves and stops where a signal has come to any rank."""
-        if trainer.global_step // self.every_n_steps > self._last_step // self.every_n_steps:
-            self._save(trainer)
-        if trainer.strategy.reduce_boolean_decision(bool(self._signals), all=False):
-            self._save(trainer)
-            if trainer.strategy.reduce_boolean_decision(self._requeue in self._signals, all=False):
-                # Lightning would do this in the middle of an update. Its own checkpoint is one too many: it would be
-                # loaded in place of a finished stage's weights.
-                self._handlers[self._requeue](self._requeue, None)  # type: ignore[index]
-                remove_requeue_checkpoints(self.path.parent)
-            raise Interrupted(f"stopped after update {trainer.global_step}; the same command goes on from {self.path}")
-
-    def _save(self, trainer: L.Trainer) -> None:
-        now = time.monotonic()
-        self.seconds += now - self._started
-        self._started = now
-        self._last_step = trainer.global_step
-        self.finished = trainer.should_stop
-        trainer.save_checkpoint(self.path, weights_only=False)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the origin and every rank's random state."""
-        checkpoint[ORIGIN] = self.origin
-        state = torch.get_rng_state().to(trainer.strategy.root_device)
-        checkpoint["random_states"] = trainer.strategy.all_gather(state).reshape(trainer.world_size, -1).cpu()
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Goes on with the random numbers where the interrupted run stopped."""
-        states = checkpoint["random_states"]
-        if len(states) == trainer.world_size:
-            torch.set_rng_state(states[trainer.global_rank])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The seconds trained so far, and whether the stage has ended early."""
-        return {"seconds": self.seconds, "finished": self.finished}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting the seconds."""
-        self.seconds, self.finished = state_dict["seconds"], state_dict.get("finished", False)
+def _refused(path: str | PathLike, found: str, remedy: str) -> UserError:
+    return UserError(f"--checkpoint: got {path} ({found}), expected a checkpoint; {remedy}")

@@ -1,13 +1,21 @@
-"""Processes of one run that end together: none is left waiting for one that is gone."""
+"""Processes of one run: which is the first, who else may use its folder, and that they end together."""
 
+import json
 import os
+import socket
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch.distributed
 
-__all__ = ["end_with_first_rank", "is_lost_connection"]
+from dawm.errors import UserError, require
+
+__all__ = ["check_launcher", "end_with_first_rank", "is_lost_connection", "only_run_in"]
 
 INTERVAL = 2.0  # seconds between two looks
 FIRST_RANK = "DAWM_FIRST_RANK"
@@ -45,3 +53,85 @@ def is_lost_connection(error: RuntimeError) -> bool:
     """
     text = str(error)
     return isinstance(error, torch.distributed.DistError) or ("gloo" in text and "onnection" in text)
+
+
+def check_launcher(trainer: Mapping[str, Any]) -> None:
+    """Raises a UserError where torchrun started more processes than the settings join into one group.
+
+    Args:
+        trainer: Settings of the Trainer.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
+    count = len(devices) if isinstance(devices, list) else devices
+    if "TORCHELASTIC_RUN_ID" in os.environ and str(count).isdecimal():
+        fits = int(count) * nodes == world_size  # type: ignore[arg-type]
+        each = world_size // nodes
+        require("trainer.devices", devices, fits, f"the {each} processes that torchrun started on each node",
+                f"set --trainer.devices {each} --trainer.strategy ddp")  # fmt: skip
+
+
+@contextmanager
+def only_run_in(folder: Path, wait: bool) -> Iterator[None]:
+    """Holds a run's folder for this process and the ranks it starts, so that no other `fit` writes there.
+
+    The lock is the kernel's, on the file ``.lock``, so that it ends with the process, however that ends. The file says
+    which host and process hold it; where the file system knows no locks, a holder on this host that has ended is stale.
+
+    Args:
+        folder: The folder.
+        wait: Wait for another run to end instead of raising a UserError.
+    """
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank != "0":  # the first rank holds it for all
+        yield
+        return
+    path = folder / ".lock"
+    with path.open("a+") as file:
+        while not _locked(file):
+            holder = _holder(path)
+            if not wait:
+                raise UserError(
+                    f"--output_dir: got {folder}, which process {holder.get('pid', 'unknown')} on "
+                    f"{holder.get('host', 'another host')} is training in, expected a folder of this run alone; "
+                    "set another --output_dir, or wait for it with --wait true"
+                )
+            time.sleep(INTERVAL)
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _locked(file: Any) -> bool:
+    """Takes the lock, if nobody holds it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # no such locks here: the holder's process decides
+        holder = _holder(Path(file.name))
+        return not holder or (holder.get("host") == socket.gethostname() and not _is_running(holder.get("pid")))
+    return True
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_running(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (OSError, TypeError, ValueError):
+        return False
+    return True

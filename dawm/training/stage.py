@@ -1,14 +1,38 @@
-"""Stage and Stages: what differs between the three stages of an experiment, as a config gives it."""
+"""The three stages: what a config gives each of them, what its result depends on, and what only it knows.
 
-from dataclasses import dataclass, field
+The batches that a stage trains on are the module's own affair (`UpdateModule.train_loader`); so are the statistics of
+its normalizers. So ``L.Trainer(...).fit(module, datamodule=data)`` in a script does what a stage does.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import lightning as L
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import StochasticWeightAveraging as SWA
 
-from dawm.errors import UserError
+from dawm.data.module import TransitionDataModule
+from dawm.errors import UserError, require
 
-__all__ = ["Stage", "Stages"]
+__all__ = ["AgentStage", "InverseDynamicsStage", "Stage", "Stages", "WorldModelStage"]
 
-EVERY = ("log_every_n_steps", "validate_every_n_steps", "checkpoint_every_n_steps")
+COUNTS = ("max_steps", "log_every_n_steps", "validate_every_n_steps", "checkpoint_every_n_steps", "patience",
+          "keep_every_n_steps")  # fmt: skip
+
+NO_MATTER: dict[str, frozenset[str]] = {
+    # the fingerprint of the data is part of the key in place of their name
+    "data": frozenset({"dataset", "cache_dir", "memory_limit", "updates_per_step"}),
+    # how often something is written, and where weights come from: their file's hash is part of the key
+    "stage": frozenset(
+        {"log_every_n_steps", "checkpoint_every_n_steps", "keep_every_n_steps", "ckpt_path", "init_from"}
+    ),
+    "trainer": frozenset({"profiler", "detect_anomaly", "enable_progress_bar", "enable_model_summary"}),
+}
+"""Settings that cannot change the result of any stage. Everything else is part of a stage's key."""
+
+CANNOT_WORK = (SWA, GradientAccumulationScheduler, LearningRateFinder, BatchSizeFinder)
+"""Callbacks that take over Lightning's own optimisation, which the three modules do without."""
 
 
 @dataclass
@@ -16,12 +40,14 @@ class Stage:
     """What differs between the stages; everything is counted in updates.
 
     Args:
-        max_steps: Gradient updates of the stage's main network.
+        max_steps: Gradient updates of the stage's main network; of a plain LightningModule its training steps.
         log_every_n_steps: Updates between two rows in the logs.
         validate_every_n_steps: Updates between two validations on held-out data (world model, inverse dynamics).
         patience: Validations without improvement before the stage stops early; None never stops early.
         checkpoint_every_n_steps: Updates between two checkpoints.
+        keep_every_n_steps: Updates between two checkpoints that are kept, for `evaluate --every`; None keeps the last.
         ckpt_path: Use this checkpoint instead of training the stage.
+        init_from: Start training from the weights in this checkpoint.
         callbacks: Lightning callbacks of this stage.
     """
 
@@ -30,8 +56,89 @@ class Stage:
     validate_every_n_steps: int = 1000
     patience: int | None = None
     checkpoint_every_n_steps: int = 2000
+    keep_every_n_steps: int | None = None
     ckpt_path: str | None = None
+    init_from: str | None = None
     callbacks: list[L.Callback] = field(default_factory=list)
+
+    name: ClassVar[str]
+    imagines: ClassVar[bool] = True
+    """Whether the stage serves imagination alone, and is left out where nothing is imagined."""
+    no_matter: ClassVar[frozenset[str]]
+    """Settings of the data module that cannot change this stage's result."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Stages whose results this one's depends on."""
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        for key in COUNTS:
+            value = getattr(self, key)
+            optional = key in ("patience", "keep_every_n_steps")
+            holds = (value is None and optional) or (value is not None and 1 <= value < 2**63)
+            require(f"stages.{self.name}.{key}", value, holds, "a whole number of at least 1")
+        for callback in self.callbacks:
+            if isinstance(callback, CANNOT_WORK):
+                raise UserError(
+                    f"--stages.{self.name}.callbacks: got {type(callback).__name__}, expected callbacks that leave the "
+                    "optimisation alone (the modules step their own optimisers); remove it"
+                )
+
+    def hashed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that this stage's result depends on.
+
+        Args:
+            settings: All settings of the experiment as plain values.
+        """
+        groups = {"data": settings["data"], "stage": settings["stages"][self.name], "trainer": settings["trainer"]}
+        leave = {**NO_MATTER, "data": NO_MATTER["data"] | self.no_matter}
+        chosen = {g: {k: v for k, v in values.items() if k not in leave[g]} for g, values in groups.items()}
+        return {"name": self.name, "module": settings[self.name], **chosen}
+
+    def connect(self, trained: Mapping[str, L.LightningModule]) -> None:
+        """Hands the modules trained before to whatever in this stage uses them.
+
+        Args:
+            trained: The modules by stage.
+        """
+
+
+@dataclass
+class WorldModelStage(Stage):
+    """Stage 1, on segments of the real data."""
+
+    name = "world_model"
+    no_matter = frozenset({"env_id", "max_episode_steps", "batch_size", "synthetic_fraction"})
+
+
+@dataclass
+class InverseDynamicsStage(Stage):
+    """Stage 2, on real transitions."""
+
+    name = "inverse_dynamics"
+    no_matter = frozenset({"env_id", "max_episode_steps", "horizon", "discount", "return_window", "segment_batch_size",
+                           "synthetic_fraction"})  # fmt: skip
+
+
+@dataclass
+class AgentStage(Stage):
+    """Stage 3, on the mixture of real and imagined transitions."""
+
+    name = "agent"
+    imagines = False
+    no_matter = frozenset({"horizon", "segment_batch_size", "validation_fraction"})  # they act through the other stages
+    after = ("world_model", "inverse_dynamics")
+
+    def connect(self, trained: Mapping[str, L.LightningModule]) -> None:
+        """Connects the callbacks that imagine, or leaves them out where no model was trained.
+
+        Args:
+            trained: The modules by stage.
+        """
+        for callback in [callback for callback in self.callbacks if hasattr(callback, "connect")]:
+            if trained:
+                callback.connect(*(trained[name] for name in self.after))
+            else:
+                self.callbacks.remove(callback)
 
 
 @dataclass
@@ -44,15 +151,17 @@ class Stages:
         agent: Stage 3.
     """
 
-    world_model: Stage = field(default_factory=Stage)
-    inverse_dynamics: Stage = field(default_factory=Stage)
-    agent: Stage = field(default_factory=Stage)
+    world_model: WorldModelStage = field(default_factory=WorldModelStage)
+    inverse_dynamics: InverseDynamicsStage = field(default_factory=InverseDynamicsStage)
+    agent: AgentStage = field(default_factory=AgentStage)
 
-    def __post_init__(self) -> None:
-        """Checks the numbers."""
-        for name in ("world_model", "inverse_dynamics", "agent"):
-            for key in (*EVERY, "max_steps", "patience"):
-                value = getattr(getattr(self, name), key)
-                if not (value is None and key == "patience") and not 1 <= value < 2**63:
-                    setting = f"stages.{name}.{key}"
-                    raise UserError(f"{setting} is {value}, but must be at least 1; set --{setting}")
+    def needed(self, data: TransitionDataModule) -> Iterator[Stage]:
+        """The stages in order; the agent's alone where nothing is imagined.
+
+        Args:
+            data: The data module, whose ``synthetic_fraction`` decides.
+        """
+        for part in fields(self):
+            stage: Stage = getattr(self, part.name)
+            if data.synthetic_fraction > 0 or not stage.imagines:
+                yield stage

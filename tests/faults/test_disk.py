@@ -53,7 +53,7 @@ def test_files_that_may_not_grow(smoke, tmp_path, size):
 
 def test_what_was_there_stays_and_the_run_goes_on_once_there_is_room(smoke, tmp_path):
     config = yaml.safe_load(smoke.read_text())
-    config["model"]["init_args"]["hidden"] = [300, 300]  # the agent's checkpoint alone is too large
+    config["agent"]["init_args"]["hidden"] = [300, 300]  # the agent's checkpoint alone is too large
     smoke.write_text(yaml.safe_dump(config))
     done = limited(smoke, 1_000_000)
     assert done.returncode == 2

@@ -43,7 +43,7 @@ def test_the_requeue_signal_saves_requeues_and_the_same_command_goes_on(smoke, t
     (tmp_path / "bin" / "scontrol").write_text(SCONTROL)
     (tmp_path / "bin" / "scontrol").chmod(0o755)
     config = yaml.safe_load(smoke.read_text())
-    config["model"]["class_path"] = "signalled.Signalled"
+    config["agent"]["class_path"] = "signalled.Signalled"
     config["stages"]["agent"]["checkpoint_every_n_steps"] = 1000
     smoke.write_text(yaml.safe_dump(config))
     log = tmp_path / "requeued"

@@ -73,7 +73,7 @@ def test_same_seed_same_run_and_changed_setting_trains_beside(smoke, tmp_path):
     for stage in ("world_model", "inverse_dynamics", "agent"):
         assert equal(weights(Path(first), stage), weights(Path(second), stage))
     before = weights(Path(first), "agent")
-    assert main(["fit", "--config", str(smoke), "--output_dir", first, "--model.alpha", "1.0"]) == 0
+    assert main(["fit", "--config", str(smoke), "--output_dir", first, "--agent.alpha", "1.0"]) == 0
     stages = results_of(Path(first))["stages"]
     assert stages["world_model"]["reused"]
     assert not stages["agent"]["reused"]
@@ -105,7 +105,7 @@ def test_fraction_zero_is_the_real_only_agent(smoke, tmp_path):
 
 @pytest.mark.parametrize("fraction", ["0.5", "1.0"])
 def test_iql_learns_from_mixed_and_imagined_data(smoke, tmp_path, fraction):
-    options = ["--model", "IQL", "--model.hidden", "[16,16]", "--data.synthetic_fraction", fraction]
+    options = ["--agent", "IQL", "--agent.hidden", "[16,16]", "--data.synthetic_fraction", fraction]
     assert main(["fit", "--config", str(smoke), *options]) == 0
     assert results_of(tmp_path / "run")["agent"]["class"].endswith("IQL")
 

@@ -1,0 +1,115 @@
+"""``python -m dawm evaluate``: what a run's agent earns in its environment."""
+
+import json
+from pathlib import Path
+from typing import cast
+
+import gymnasium as gym
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from dawm.cli.report import draw_evaluations, read_results, show_evaluation
+from dawm.data.sources.scores import ReferenceScores
+from dawm.data.sources.spaces import box_from, environment_spec
+from dawm.errors import UserError, require
+from dawm.evaluation.environments import environment_from
+from dawm.evaluation.episodes import Environment, Evaluation, Policy, evaluate
+from dawm.files import expanded, write_whole
+from dawm.training.build import load_module
+from dawm.training.checkpoints import ORIGIN, read_checkpoint
+
+__all__ = ["EVALUATION_SEED", "evaluate_run", "score"]
+
+EVALUATION_SEED = 2_000_000  # of the last evaluation: apart from the seeds of evaluations during training
+
+
+def evaluate_run(
+    console: Console,
+    run: str,
+    episodes: int = 20,
+    seed: int = EVALUATION_SEED,
+    env_id: str | None = None,
+    checkpoint: str | None = None,
+    every: bool = False,
+    max_episode_steps: int | None = None,
+) -> None:
+    """Score a run's trained agent in its environment.
+
+    Args:
+        console: Where to print.
+        run: Folder of the run (``output_dir`` of ``fit``).
+        episodes: Episodes to play.
+        seed: Seed of the first episode.
+        env_id: Gymnasium environment to play in; None takes the data set's own.
+        checkpoint: Checkpoint of an agent to score; None takes the run's last.
+        every: Score every checkpoint of the agent's stage, into ``evaluations.json`` and ``evaluations.png``.
+        max_episode_steps: Time limit of an environment that has none.
+    """
+    require("episodes", episodes, episodes >= 1, "at least 1")
+    folder = expanded(run)
+    last = expanded(checkpoint) if checkpoint else Path(read_results(folder)["stages"]["agent"]["checkpoint"])
+    if not every:
+        result, reference = _score_checkpoint(last, episodes, seed, env_id, max_episode_steps)
+        show_evaluation(console, result, reference)
+        return
+    table = Table("updates", "return", "score", "checkpoint", title="checkpoints of the agent", title_style="bold")
+    curve = []
+    for path in sorted(last.parent.rglob("*.ckpt"), key=lambda path: (read_checkpoint(path)["global_step"], path)):
+        result, _ = _score_checkpoint(path, episodes, seed, env_id, max_episode_steps)
+        steps = int(read_checkpoint(path)["global_step"])
+        curve.append({"checkpoint": str(path), "step": steps, "return": result.mean_return, "low": result.low,
+                      "high": result.high, "score": result.score})  # fmt: skip
+        shown = (
+            "" if result.score is None else f"{result.score:.1f} ({result.score_low:.1f} to {result.score_high:.1f})"
+        )
+        table.add_row(
+            f"{steps:,}", f"{result.mean_return:.1f} ({result.low:.1f} to {result.high:.1f})", shown, path.name
+        )
+    write_whole(folder / "evaluations.json", json.dumps(curve, indent=2) + "\n")
+    draw_evaluations(folder / "evaluations.png", curve)
+    console.print(table)
+
+
+def score(
+    agent: L.LightningModule,
+    environment: Environment,
+    action_space: gym.spaces.Box | None,
+    reference: ReferenceScores | None,
+    episodes: int,
+    seed: int,
+    max_episode_steps: int | None = None,
+) -> Evaluation:
+    """Plays an agent and normalizes what it earns.
+
+    Args:
+        agent: Any module with ``act``; with ``seeds`` above 1 each seed plays all episodes.
+        environment: Where to play.
+        action_space: The data's Box of actions, in whose units the policy's are played.
+        reference: What a score of 0 and of 100 stand for.
+        episodes: Episodes to play.
+        seed: Seed of the first episode.
+        max_episode_steps: Time limit of an environment that has none.
+    """
+    return evaluate(
+        cast(Policy, agent.act),
+        environment,
+        episodes,
+        seed,
+        normalize=None if reference is None else reference.normalize,
+        seeds=getattr(agent, "seeds", 1),
+        action_space=action_space,
+        max_episode_steps=max_episode_steps,
+    )
+
+
+def _score_checkpoint(
+    path: Path, episodes: int, seed: int, env_id: str | None, max_episode_steps: int | None
+) -> tuple[Evaluation, ReferenceScores | None]:
+    agent, origin = load_module(path), read_checkpoint(path)[ORIGIN]
+    if not hasattr(agent, "act"):
+        raise UserError(f"--checkpoint: got {path} of a {type(agent).__name__}, expected an agent's; name another")
+    environment = environment_spec(env_id) if env_id else environment_from(origin["environment"])
+    reference = None if origin["reference"] is None else ReferenceScores(**origin["reference"])
+    limit = max_episode_steps or origin["max_episode_steps"]
+    return score(agent, environment, box_from(origin["action_space"]), reference, episodes, seed, limit), reference

@@ -1,0 +1,202 @@
+"""Settings of ``fit``: parsed, with shared numbers handed out, and as the plain values that a run keeps."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+import lightning as L
+import yaml
+from jsonargparse import ActionConfigFile, Namespace
+from lightning.pytorch.loggers import Logger
+
+# Imported so that configs can name these classes without their module.
+import dawm.callbacks
+import dawm.diffusion.codecs
+import dawm.diffusion.denoisers
+import dawm.diffusion.preconditioning
+import dawm.diffusion.samplers
+import dawm.synthesis.targets  # noqa: F401
+from dawm.agents import IQL, TD3BC  # noqa: F401
+from dawm.cli.messages import Parser, check_groups, check_no_gaps
+from dawm.data.module import TransitionDataModule
+from dawm.errors import UserError, require
+from dawm.files import expanded
+from dawm.inverse_dynamics import InverseDynamics
+from dawm.training.build import SIZES, import_class, parameters_of
+from dawm.training.stage import Stages
+from dawm.world_model import DiffusionWorldModel
+
+__all__ = ["MODULES", "FitParser", "Settings", "make_fit_parser", "parse_fit"]
+
+MODULES: dict[str, type[L.LightningModule]] = {
+    "world_model": DiffusionWorldModel,
+    "inverse_dynamics": InverseDynamics,
+    "agent": L.LightningModule,
+}
+"""The three modules, and what each has to be."""
+DEFAULTS = ["--world_model=DiffusionWorldModel", "--inverse_dynamics=InverseDynamics", "--agent=TD3BC"]
+STAGES = tuple(MODULES)
+SHARED = ("horizon", "discount", "seeds")
+"""Numbers that are handed to every constructor with a parameter of that name, like the sizes of the data."""
+HIGHEST = 2**63 - 1  # of the numbers that torch can count to, seeds among them
+GROUPS = ("data", "trainer", "stages", "stages.world_model", "stages.inverse_dynamics", "stages.agent", *MODULES)
+
+# some callbacks of Lightning have members of an enumeration as defaults
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+
+# What the experiment sets itself, and where a user sets it instead.
+ELSEWHERE = {
+    "callbacks": "--stages.<stage>.callbacks",
+    "logger": "--logger",
+    "max_steps": "--stages.<stage>.max_steps",
+    "min_steps": "--stages.<stage>.max_steps",
+    "max_epochs": "--stages.<stage>.max_steps",
+    "min_epochs": "--stages.<stage>.max_steps",
+    "max_time": "--stages.<stage>.max_steps (a run stopped by a signal resumes)",
+    "log_every_n_steps": "--stages.<stage>.log_every_n_steps",
+    "val_check_interval": "--stages.<stage>.validate_every_n_steps",
+    "check_val_every_n_epoch": "--stages.<stage>.validate_every_n_steps",
+    "num_sanity_val_steps": "--stages.<stage>.validate_every_n_steps",
+    "enable_progress_bar": "--quiet",
+    "enable_model_summary": "a ModelSummary among --stages.<stage>.callbacks",
+    "enable_checkpointing": "--stages.<stage>.checkpoint_every_n_steps",
+    "default_root_dir": "--output_dir",
+    "gradient_clip_val": "the module, such as --world_model.max_gradient_norm",
+    "gradient_clip_algorithm": "the module, such as --world_model.max_gradient_norm",
+    "accumulate_grad_batches": "--data.batch_size",
+    "plugins": "nowhere: checkpoints are written by dawm",
+    "use_distributed_sampler": "nowhere: ranks draw batches of their own",
+    "reload_dataloaders_every_n_epochs": "nowhere: batches are drawn from memory",
+    "model_registry": "nowhere: checkpoints are written by dawm",
+}
+
+
+class FitParser(Parser):
+    """A parser that remembers which settings were given, apart from those that classes have by default."""
+
+    given: Namespace
+
+    def _parse_common(self, cfg: Namespace, **kwargs: Any) -> Namespace:
+        # jsonargparse fills in the defaults of classes here, and offers no way to tell them from what was given
+        if not kwargs.get("nested_parse"):
+            self.given = cfg.clone()
+        return super()._parse_common(cfg, **kwargs)
+
+
+class Settings(NamedTuple):
+    """Settings of an experiment in two forms.
+
+    Args:
+        parts: Data module and stages, built.
+        plain: All settings as plain values; `config.yaml` of the run.
+    """
+
+    parts: Namespace
+    plain: dict[str, Any]
+
+
+def make_fit_parser() -> FitParser:
+    """The parser of ``fit``: every setting of an experiment."""
+    parser = FitParser(prog="python -m dawm fit", parser_mode="omegaconf+", elsewhere=ELSEWHERE)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of an experiment; may be given repeatedly")
+    parser.add_argument("--output_dir", type=str, default="runs/dawm", help="folder of the run")
+    parser.add_argument("--seed_everything", type=int, default=0, help="seed of data split, networks, draws and noise")
+    parser.add_argument("--horizon", type=int, default=8, help="steps imagined at once, of every class that has one")
+    parser.add_argument("--discount", type=float, default=0.99, help="of rewards, of every class that has one")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="agents trained side by side, each with its own weights, draws and score"
+    )
+    parser.add_argument(
+        "--cuda_graphs", type=bool, default=False, help="run the updates of a training step as one CUDA graph"
+    )
+    parser.add_argument("--final_episodes", type=int, default=20, help="episodes of the last evaluation")
+    parser.add_argument("--wait", type=bool, default=False, help="wait while another fit trains in output_dir")
+    parser.add_argument("--quiet", type=bool, default=False, help="draw no progress")
+    parser.add_argument(
+        "--logger", type=list[Logger], default=[], help="Lightning loggers by class path, besides CSV and TensorBoard"
+    )
+    parser.add_class_arguments(TransitionDataModule, "data")
+    parser.link_arguments("seed_everything", "data.seed")
+    for name in MODULES:
+        parser.add_subclass_arguments(L.LightningModule, name, skip=set(SIZES))
+    parser.add_class_arguments(Stages, "stages")
+    parser.add_class_arguments(L.Trainer, "trainer", skip=set(ELSEWHERE), instantiate=False)
+    parser.set_defaults({f"data.{name}": None for name in SHARED if name in parameters_of(TransitionDataModule)})
+    return parser
+
+
+def parse_fit(args: Sequence[str]) -> Settings:
+    """Parses the arguments of ``fit`` and builds what can be built without the data.
+
+    Args:
+        args: The command line after ``fit``.
+    """
+    parser = make_fit_parser()
+    # as arguments and not as defaults: of a default class the arguments' defaults would pass for given ones
+    config = parser.parse_args([*DEFAULTS, *_forgetting_replaced_lists(args)])
+    config.pop("config", None)
+    groups = config.as_dict()
+    check_groups(groups, GROUPS)
+    shared = {name: config[name] for name in SHARED}
+    for name in (*SHARED, "seed_everything", "final_episodes"):
+        lowest = {"seed_everything": -HIGHEST, "discount": 0}.get(name, 1)
+        highest = 1 if name == "discount" else HIGHEST
+        holds = config[name] is not None and lowest <= config[name] <= highest
+        require(name, config[name], holds, f"a number from {lowest} to {highest}")
+    _share(config, parser.given, shared)
+    check_no_gaps({name: config[name].as_dict() for name in MODULES})
+    check_no_gaps(config.data.as_dict(), TransitionDataModule, "data")
+    check_no_gaps(config.stages.as_dict(), Stages, "stages")
+    require("output_dir", config.output_dir, bool(config.output_dir), "a folder")
+    config.output_dir = str(expanded(config.output_dir))
+    for name, kind in MODULES.items():
+        found = import_class(config[name].class_path)
+        if not issubclass(found, kind):
+            raise UserError(f"--{name}: got {found.__name__}, expected a {kind.__name__}; name another class")
+    horizon = config.world_model.init_args.get("horizon", config.data.horizon)
+    expected = f"{config.data.horizon}, the data's"
+    require("world_model.horizon", horizon, horizon == config.data.horizon, expected, "set both by --horizon")
+    plain = yaml.safe_load(parser.dump(config, skip_validation=True, skip_none=False))
+    rest = config.clone()
+    for name in (*MODULES, "logger"):
+        rest.pop(name)
+    return Settings(parser.instantiate(rest), plain)
+
+
+def _forgetting_replaced_lists(args: Sequence[str]) -> Iterator[str]:
+    """The arguments, with each list of callbacks emptied before it is given again.
+
+    jsonargparse lets the n-th element of a new list inherit what the old one's n-th was given, whatever their classes.
+    """
+    for index, argument in enumerate(args):
+        name, _, value = argument.partition("=")
+        if name == "--config":
+            path = expanded(value or (args[index + 1] if index + 1 < len(args) else ""))
+            try:
+                content = yaml.safe_load(path.read_text())
+                stages = [stage for stage, own in content["stages"].items() if "callbacks" in own]
+            except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+                stages = []  # the parser says what is wrong with it
+            yield from (f"--stages.{stage}.callbacks=[]" for stage in stages if stage in STAGES)
+        elif name.startswith("--stages.") and name.endswith(".callbacks"):
+            yield f"{name}=[]"
+        yield argument
+
+
+def _share(config: Namespace, given: Namespace, shared: Mapping[str, Any]) -> None:
+    """Hands shared numbers to every constructor that has a parameter of that name and was not given another value."""
+    for name, value in shared.items():
+        if f"data.{name}" in config and config.data[name] is None:
+            config.data[name] = value
+    described = [(config[name], given.get(name)) for name in MODULES]
+    for stage in STAGES:
+        own = given.get(f"stages.{stage}.callbacks") or []
+        described += list(zip(config.stages[stage].callbacks or [], own))
+    for description, explicit in described:
+        arguments = (explicit.get("init_args") if explicit is not None else None) or Namespace()
+        taken = parameters_of(import_class(description.class_path, object))
+        for name, value in shared.items():
+            if name in taken and name not in arguments:
+                if description.get("init_args") is None:
+                    description.init_args = Namespace()
+                description.init_args[name] = value

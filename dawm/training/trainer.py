@@ -1,0 +1,106 @@
+"""The Trainer of one stage."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import instantiate_module
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+
+from dawm.errors import UserError
+from dawm.training.checkpoints import AtomicCheckpointIO
+from dawm.training.progress import StageProgress
+from dawm.training.save_checkpoint import SaveCheckpoint
+from dawm.training.stage import Stage
+from dawm.training.updates import UpdateModule
+
+__all__ = ["make_trainer"]
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+
+
+def make_trainer(
+    stage: Stage,
+    module: L.LightningModule,
+    folder: Path,
+    save: SaveCheckpoint,
+    settings: Mapping[str, Any],
+    console: Console,
+    quiet: bool = False,
+) -> L.Trainer:
+    """A Trainer that counts, logs, validates and saves by updates.
+
+    Args:
+        stage: The stage.
+        module: Its module.
+        folder: Where it logs.
+        save: Saves its checkpoints.
+        settings: All settings of the experiment.
+        console: Where to draw progress.
+        quiet: Draw none.
+    """
+    chunk: int = settings["data"]["updates_per_step"]
+    callbacks = [*stage.callbacks, StageProgress(stage.name.replace("_", " "), console, quiet), save]
+    if not isinstance(module, UpdateModule):
+        callbacks.insert(0, CountTrainingSteps())
+    if stage.patience is not None:
+        callbacks.append(EarlyStopping(f"{stage.name}/validation_error", patience=stage.patience, check_finite=True))
+    chosen = dict(settings["trainer"])
+    if chosen.get("profiler") in PROFILERS:
+        chosen["profiler"] = PROFILERS[chosen["profiler"]](dirpath=folder, filename="profile")
+        console.print(f"{stage.name}: the profiler's report goes to {folder}/fit-profile*", soft_wrap=True)
+    try:
+        return L.Trainer(
+            **chosen,
+            max_steps=stage.max_steps,
+            max_epochs=-1,
+            callbacks=callbacks,
+            logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard"),
+                    *(_logger(description, stage.name) for description in settings["logger"])],
+            default_root_dir=folder,
+            plugins=[AtomicCheckpointIO()],
+            log_every_n_steps=max(1, stage.log_every_n_steps // chunk),
+            val_check_interval=max(1, min(stage.validate_every_n_steps, stage.max_steps) // chunk),
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            # Lightning shards only its own loaders' samplers; ours draw by rank themselves
+            use_distributed_sampler=False,
+        )  # fmt: skip
+    except (MisconfigurationException, ValueError, RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        raise UserError(
+            f"--trainer: got settings that Lightning refuses ({str(error) or type(error).__name__}), expected those of "
+            "its Trainer; change --trainer.*"
+        ) from None
+
+
+def _logger(description: Mapping[str, Any], stage: str) -> Logger:
+    """A user's logger for one stage, which has a name of its own there where the logger takes one."""
+    from dawm.training.build import import_class, parameters_of  # here: build imports checkpoints, which many import
+
+    logger_class = import_class(description["class_path"], Logger)
+    arguments = dict(description.get("init_args") or {})
+    for key in ("name", "run_name"):
+        if key in parameters_of(logger_class) and key in arguments:
+            arguments[key] = f"{arguments[key]}-{stage}" if arguments[key] else stage
+            break
+    return instantiate_module(logger_class, arguments)
+
+
+class CountTrainingSteps(L.Callback):
+    """Counts the training steps of a plain LightningModule in ``trainer.global_step``.
+
+    Under manual optimisation Lightning counts the steps of every optimiser: two per batch for an actor and a critic,
+    so that ``max_steps`` would end the training half-way.
+    """
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Sets the counter to the batches done."""
+        if not pl_module.automatic_optimization:
+            progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+            progress.total.ready = progress.total.completed = trainer.fit_loop.total_batch_idx + 1
