@@ -4,9 +4,9 @@ import sys
 
 import dawm
 
-if not hasattr(dawm, "__version__"):  # the current folder holds another folder of that name, which Python takes first
+if not hasattr(dawm, "__version__"):  # the current folder holds another of that name, which Python takes first
     sys.exit(
-        "error: the folder ./dawm hides the installed package dawm; run from another folder (of a checkout: from inside)"
+        "error: the folder ./dawm hides the installed package; run from another folder, of a checkout from inside it"
     )
 
 from dawm.cli.main import main
