@@ -6,12 +6,13 @@ from typing import cast
 
 import gymnasium as gym
 import lightning as L
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from dawm.cli.report import draw_evaluations, read_results, show_evaluation
 from dawm.data.sources.scores import ReferenceScores
-from dawm.data.sources.spaces import box_from, environment_spec
+from dawm.data.sources.spaces import environment_spec
 from dawm.errors import UserError, require
 from dawm.evaluation.environments import environment_from
 from dawm.evaluation.episodes import Environment, Evaluation, Policy, evaluate
@@ -112,4 +113,5 @@ def _score_checkpoint(
     environment = environment_spec(env_id) if env_id else environment_from(origin["environment"])
     reference = None if origin["reference"] is None else ReferenceScores(**origin["reference"])
     limit = max_episode_steps or origin["max_episode_steps"]
-    return score(agent, environment, box_from(origin["action_space"]), reference, episodes, seed, limit), reference
+    low, high = (np.array(bound, np.float32) for bound in origin["action_space"])
+    return score(agent, environment, gym.spaces.Box(low, high), reference, episodes, seed, limit), reference

@@ -33,7 +33,7 @@ REASONS = (
     (r"Expected a dot import path string: (\S+)",
      r"got class '\1', expected a class of dawm by its name, and any other as module.Class; check its spelling"),
     (r"Problem with given class_path '([^']+)': ([^-]+)", r"got class path '\1', expected another (\2); correct it"),
-    (r"File does not exist: '?([^']+)'?", r"got the file \1, which does not exist, expected a YAML file; check the path"),
+    (r"File does not exist: '?([^']+)'?", r"got the file \1, which does not exist, expected a YAML file; check it"),
     (r"Expected a <class '(\w+)'>\. Got value: (\S+)", r"got \2, expected \1; change it"),
     (r"unrecognized arguments: --model\b.*|Option 'model\b.*' is not accepted",
      r"got --model, expected --agent, the agent's key; rename it"),
@@ -148,7 +148,7 @@ def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, set
         kind = get_origin(types.get(key)) or types.get(key)  # of list[int]: list
         if value is None and kind in (int, float, bool, str, list, tuple):
             raise UserError(
-                f"--{name}: is empty, got nothing, expected {kind.__name__}; give a value or leave the line out"
+                f"--{name}: got an empty line, expected {kind.__name__}; give a value or leave the line out"
             )
         if key == "init_args" and isinstance(settings.get("class_path"), str):
             module, _, class_name = settings["class_path"].rpartition(".")

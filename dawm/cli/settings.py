@@ -76,7 +76,7 @@ class FitParser(Parser):
 
     given: Namespace
 
-    def _parse_common(self, cfg: Namespace, **kwargs: Any) -> Namespace:
+    def _parse_common(self, cfg: Namespace, **kwargs: Any) -> Namespace:  # type: ignore[override]
         # jsonargparse fills in the defaults of classes here, and offers no way to tell them from what was given
         if not kwargs.get("nested_parse"):
             self.given = cfg.clone()

@@ -214,7 +214,7 @@ class Experiment:
             return None
         if getattr(module, "schedule_follows_max_steps", False):
             self.console.print(
-                f"{stage.name}: trained from the start, not from the {steps} updates of {shorter}, because its learning "
+                f"{stage.name}: training from the start, not after {steps} updates of {shorter}, because the learning "
                 "rate follows max_steps; to go on from those weights set "
                 f"--stages.{stage.name}.init_from {shorter}", soft_wrap=True
             )  # fmt: skip
@@ -241,6 +241,8 @@ class Experiment:
             "dataset": episodes.name,
             "fingerprint": episodes.fingerprint,
             "environment": self.environment,
+            "max_episode_steps": self.data.max_episode_steps,
+            "action_space": [episodes.action_space.low.tolist(), episodes.action_space.high.tolist()],
             "reference": None if episodes.reference is None else asdict(episodes.reference),
         }
 
