@@ -220,7 +220,7 @@ class Experiment:
             return
         rows = episodes.sample_rows(data.training_episodes)
         if name == "world_model":
-            module.fit_normalizers(real[rows], data.returns_to_go[rows])  # type: ignore[operator]
+            module.fit_normalizers(data)  # type: ignore[operator]
         else:
             module.fit_normalizers(real[rows])  # type: ignore[operator]
 
