@@ -10,7 +10,7 @@ with the matrix products that DAWM's commands choose. A horizon of H counts as H
 
 The second part takes ONE trained world model, swaps its sampler and compares what it imagines with held-out segments:
 "sliced Wasserstein" is the mean distance over random directions between the distributions of whole futures (normalised
-differences and rewards), "spread" the standard deviation of imagined differences over that of real ones (1 is right),
+differences and rewards), "standard deviation" that of imagined differences over that of real ones (1 is right),
 "first step" the mean squared error of the first imagined difference, normalised. "Heun, churn 80" adds noise between
 0.05 and 50, as above. "halves" compares one half of the real segments with the other: smaller samples from other
 starts, so no lower bound.
@@ -69,8 +69,8 @@ def single_transition(width: int, depth: int, batch: int) -> Callable[[], int]:
 
     @torch.no_grad()
     def work() -> int:
-        sigmas, noise = edm.sampling_sigmas(128), torch.randn(batch, 1, size)
-        sampler.sample(lambda noisy, sigma: edm.denoise(network, noisy, sigma, condition), sigmas, noise)
+        sigmas, noise = edm.sampler_sigmas(128), torch.randn(batch, 1, size)
+        sampler.sample(lambda x_t, sigma: edm.denoise(network, x_t, sigma, condition), sigmas, noise)
         return batch
 
     return work
@@ -85,13 +85,13 @@ def sliced_wasserstein(first: Tensor, second: Tensor, directions: int = 256) -> 
 
 def futures(model: DiffusionWorldModel, observations: Tensor, rewards: Tensor) -> Tensor:
     """Normalised differences and rewards, shape (B, H, O + 1)."""
-    differences = model.difference_normalizer(observations[:, 1:] - observations[:, :-1])
-    return torch.cat([differences, model.reward_normalizer(rewards.unsqueeze(-1))], dim=-1)
+    differences = model.codec.difference_normalizer(observations[:, 1:] - observations[:, :-1])
+    return torch.cat([differences, model.codec.reward_normalizer(rewards.unsqueeze(-1))], dim=-1)
 
 
 @torch.no_grad()
 def quality(model: DiffusionWorldModel, real: Segments, sampler: Sampler) -> tuple[float, float, float, float]:
-    """Sliced Wasserstein distance, spread, first-step error and transitions per second."""
+    """Sliced Wasserstein distance, standard deviation, first-step error and transitions per second."""
     model.sampler = sampler
     start = time.perf_counter()
     imagined = model.imagine(
@@ -133,7 +133,7 @@ def draw_plot(path: Path, curves: dict[str, list[tuple[int, tuple[float, ...]]]]
             axis.plot([steps for steps, _ in points], [values[column] for _, values in points], marker=".", label=name)
     axes[0].axhline(floor, color="grey", linestyle="--", label="halves of the real segments")
     axes[1].axhline(1.0, color="grey", linestyle="--")
-    for axis, title in zip(axes, ("sliced Wasserstein distance", "spread", "first-step error")):
+    for axis, title in zip(axes, ("sliced Wasserstein distance", "standard deviation", "first-step error")):
         axis.set(title=title, xlabel="sampler steps", xscale="log")
         axis.set_yscale("log")
     axes[0].legend(fontsize="small")
@@ -174,12 +174,19 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
             for name, kind in SAMPLERS.items()
         }
         body = [
-            [name, str(steps), f"{distance:.4f}", f"{spread:.3f}", f"{error:.5f}", f"{rate:,.0f}"]
+            [name, str(steps), f"{distance:.4f}", f"{std:.3f}", f"{error:.5f}", f"{rate:,.0f}"]
             for name, points in curves.items()
-            for steps, (distance, spread, error, rate) in points
+            for steps, (distance, std, error, rate) in points
         ]
         body.append(["halves", "", f"{floor:.4f}", "1", "", ""])
-        header = ["sampler", "steps", "sliced Wasserstein", "spread", "first step", "transitions/s (one call)"]
+        header = [
+            "sampler",
+            "steps",
+            "sliced Wasserstein",
+            "standard deviation",
+            "first step",
+            "transitions/s (one call)",
+        ]
         dataset = json.loads((options.run / "results.json").read_text())["data"]["dataset"]
         title = f"One world model on {len(real)} held-out segments of {dataset}, horizon {model.horizon}"
         tables.append((title, header, body))

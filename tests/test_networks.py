@@ -126,13 +126,13 @@ def test_denoiser_answers_any_horizon_and_every_parameter_learns(kind, horizon):
     (answer * torch.randn_like(answer)).sum().backward()
     dead = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert dead == []
-    # With one row there is nothing to attend to: queries and keys of the transformer rightly get no gradient.
+    # With one step there is nothing to attend to: queries and keys of the transformer rightly get no gradient.
     silent = [n for n, p in network.named_parameters() if not p.grad.abs().sum() > 0 and "in_proj" not in n]
     assert silent == []
 
 
 @pytest.mark.parametrize("kind", DENOISERS)
-def test_every_row_depends_on_every_input(kind):
+def test_every_step_depends_on_every_input(kind):
     torch.manual_seed(0)
     network = kind(5, 3, 4, width=16)
     inputs = [torch.randn(2, 5, 3), torch.tensor([-0.2, 0.3]), torch.randn(2, 4)]
@@ -142,12 +142,12 @@ def test_every_row_depends_on_every_input(kind):
         changed[i] = inputs[i].clone()
         changed[i][0] += 0.5
         difference = (network(*changed) - answer).abs().amax(dim=-1)
-        assert (difference[0] > 1e-5).all(), i  # all rows of the sample that was changed
+        assert (difference[0] > 1e-5).all(), i  # all steps of the sample that was changed
         assert difference[1].max() == 0, i  # and no other sample
 
 
 def test_wrong_sizes_are_named():
-    with pytest.raises(UserError, match="heads 3"):
+    with pytest.raises(UserError, match="--world_model.network.heads: got 3"):
         TemporalTransformer(4, 3, 4, width=16, heads=3)
-    with pytest.raises(UserError, match="kernel_size 4"):
+    with pytest.raises(UserError, match="--world_model.network.kernel_size: got 4"):
         TemporalUNet(4, 3, 4, kernel_size=4)

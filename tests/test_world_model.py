@@ -1,11 +1,14 @@
 from dataclasses import replace
 from functools import partial
 
+import lightning as L
 import pytest
 import torch
 
 from dawm.data.batches import BatchLoader, FixedBatches, RowStream
+from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Segments, Transitions
+from dawm.diffusion.codecs import Absolute, Differences, InpaintedAbsolute
 from dawm.diffusion.denoisers import ResidualMLP, TemporalUNet
 from dawm.diffusion.preconditioning import NoisePrediction
 from dawm.diffusion.samplers import DDIM, DPMSolverPP2M, Sampler
@@ -25,13 +28,12 @@ def model(horizon=2, **kwargs):
         ("reward", [3.0], [2.0]),
         ("return", [10.0], [5.0]),
     ):
-        normalizer = getattr(world_model, f"{name}_normalizer")
-        normalizer.mean.copy_(torch.tensor(mean))
-        normalizer.std.copy_(torch.tensor(std))
+        normalizer = getattr(world_model.codec, f"{name}_normalizer")
+        normalizer.load_state_dict({"mean": torch.tensor(mean), "std": torch.tensor(std)})
     return world_model
 
 
-# One step from (0, 0) to (1, 2) with reward 5 that ends the task, then an absorbing row.
+# One step from (0, 0) to (1, 2) with reward 5 that ends the task, then an absorbing step.
 SEGMENT = Segments(
     observations=torch.tensor([[[0.0, 0.0], [1.0, 2.0], [1.0, 2.0]]]),
     actions=torch.tensor([[[0.7], [0.0]]]),
@@ -43,58 +45,57 @@ SEGMENT = Segments(
 DIFFERENCES = [[1.0, 1.0, 1.0, 1.0], [-1.0, 0.0, -1.5, 1.0]]
 ABSOLUTE = [[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, -1.5, 1.0]]
 START = [-0.5, -0.5, 0.0, -1.0]
-LAYOUTS = pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, DIFFERENCES),
-        ({"predict_differences": False}, ABSOLUTE),
-        ({"inpaint_start": True}, [START, *DIFFERENCES]),
-        ({"inpaint_start": True, "predict_differences": False}, [START, *ABSOLUTE]),
-    ],
+CODECS = pytest.mark.parametrize(
+    ("codec", "known", "expected"),
+    [(Differences, [], DIFFERENCES), (Absolute, [], ABSOLUTE), (InpaintedAbsolute, [START], ABSOLUTE)],
 )
 ONE = torch.ones(1)
 
 
-# Rows and condition
+# Codecs
 
 
-@LAYOUTS
-def test_rows_by_hand(settings, expected):
-    assert model(**settings).rows(SEGMENT)[0].tolist() == expected
+@CODECS
+def test_encoding_by_hand(codec, known, expected):
+    codec = model(codec=codec).codec
+    assert codec.encode(SEGMENT)[0].tolist() == expected
+    before = codec.known(SEGMENT.observations[:, 0])
+    assert ([] if before is None else before[0].tolist()) == known
+    assert codec.known_steps == len(known)
 
 
 class Scripted(Sampler):
-    """Answers with given rows instead of sampling."""
+    """Answers with a given x instead of sampling."""
 
-    def __init__(self, rows):
+    def __init__(self, x):
         super().__init__(1)
-        self.rows = rows
+        self.x = x
 
-    def _walk(self, x, levels, estimate, known, generator):
-        assert x.shape == self.rows.shape
-        return self.rows
+    def step(self, x_t, sigma, lower, estimate, generator):
+        assert x_t.shape == self.x.shape
+        return self.x
 
 
-@LAYOUTS
-def test_imagine_inverts_rows(settings, expected):
-    """Whatever `rows` encodes must come out of `imagine` in the data's own units."""
-    rows = torch.tensor([expected] * 2)
-    rows[1, :, -1] = -1.0
+@CODECS
+def test_imagine_inverts_the_encoding(codec, known, expected):
+    """Whatever the codec encodes must come out of `imagine` in the data's own units."""
+    x = torch.tensor([[*known, *expected]] * 2)
+    x[1, :, -1] = -1.0
     start = SEGMENT.observations[:, 0].repeat(2, 1), SEGMENT.actions[:, 0].repeat(2, 1), SEGMENT.returns_to_go.repeat(2)
-    imagined = model(sampler=Scripted(rows), **settings).imagine(*start)
+    imagined = model(sampler=Scripted(x), codec=codec).imagine(*start)
     torch.testing.assert_close(imagined.observations[1:], SEGMENT.observations)
     torch.testing.assert_close(imagined.rewards[1:], SEGMENT.rewards)
     assert imagined.terminations.tolist() == [[1, 1], [0, 0]]
 
 
 def test_condition_layout():
-    condition = model().condition(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.7]]), torch.tensor([20.0]), ONE)
+    condition = model().codec.condition(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.7]]), torch.tensor([20.0]), ONE)
     torch.testing.assert_close(condition, torch.tensor([[1.0, -0.5, 0.7, 2.0, 1.0]]))
 
 
 def test_a_dropped_return_leaves_no_trace():
     start, action = torch.zeros(2, 2), torch.zeros(2, 1)
-    condition = model().condition(start, action, torch.tensor([20.0, -3.0]), torch.zeros(2))
+    condition = model().codec.condition(start, action, torch.tensor([20.0, -3.0]), torch.zeros(2))
     assert torch.equal(condition[0], condition[1])
     assert condition[0, -2:].tolist() == [0.0, 0.0]
 
@@ -116,10 +117,10 @@ def seeded(world_model, start, seed=0, **kwargs):
     )
 
 
-@pytest.mark.parametrize("inpaint_start", [False, True])
-def test_imagined_futures(inpaint_start):
+@pytest.mark.parametrize("codec", [Differences, Absolute, InpaintedAbsolute])
+def test_imagined_futures(codec):
     """They start with s_t as given, and the generator alone decides which ones they are."""
-    world_model, start = model(horizon=3, inpaint_start=inpaint_start), starts()
+    world_model, start = model(horizon=3, codec=codec), starts()
     imagined = world_model.imagine(*start)
     assert imagined.observations.shape == (5, 4, 2)
     assert imagined.rewards.shape == imagined.terminations.shape == (5, 3)
@@ -148,12 +149,12 @@ def test_a_model_that_never_saw_returns_ignores_them():
 
 
 def test_guidance_needs_a_model_trained_without_returns():
-    with pytest.raises(UserError, match="return_dropout"):
+    with pytest.raises(UserError, match="--guidance: got 1.5.*return_dropout"):
         model(return_dropout=0.0).imagine(*starts(), guidance=1.5)
 
 
 def test_a_sampler_that_does_not_suit_is_refused_before_training():
-    with pytest.raises(UserError, match="num_steps"):
+    with pytest.raises(UserError, match="--world_model.sampler.num_steps: got 5"):
         model(preconditioning=NoisePrediction(steps=3), sampler=DDIM(num_steps=5))
 
 
@@ -192,11 +193,11 @@ def fit_normalizers(world_model, segments):
         segments.observations[:, 0], segments.actions[:, 0], segments.rewards[:, 0], segments.observations[:, 1],
         segments.terminations[:, 0],
     )  # fmt: skip
-    world_model.fit_normalizers(first, segments.returns_to_go)
+    world_model.codec.fit(first, segments.returns_to_go)
 
 
 def test_learns_a_deterministic_system(make_trainer):
-    """Dynamics, reward and termination within a few per cent of their spread, on starts it has not seen."""
+    """Dynamics, reward and termination within a few per cent of their variance, on starts it has not seen."""
     data, held_out = accelerating(4000, 3), accelerating(500, 3)
     world_model = DiffusionWorldModel(
         2, 1, horizon=3, network=partial(ResidualMLP, width=64, depth=1), learning_rate=4e-3, warmup_steps=20,
@@ -217,7 +218,7 @@ def test_learns_a_deterministic_system(make_trainer):
     assert float(wrong.float().mean()) < 0.02
 
 
-def test_the_averaged_weights_are_sampled(make_trainer):
+def test_the_ema_weights_are_sampled(make_trainer):
     data = accelerating(100, 2)
     world_model = model(ema_decay=0.9)
     untrained = seeded(world_model, starts_of(data))
@@ -234,17 +235,17 @@ def starts_of(segments):
     return segments.observations[:, 0], segments.actions[:, 0], segments.returns_to_go
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_return_dropout_is_the_share_hidden(make_trainer, monkeypatch, share):
-    world_model, kept = model(return_dropout=share), []
-    condition = world_model.condition
-    monkeypatch.setattr(world_model, "condition", lambda *args: kept.append(args[-1]) or condition(*args))
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+def test_return_dropout_is_the_fraction_hidden(make_trainer, monkeypatch, fraction):
+    world_model, kept = model(return_dropout=fraction), []
+    condition = world_model.codec.condition
+    monkeypatch.setattr(world_model.codec, "condition", lambda *args: kept.append(args[-1]) or condition(*args))
     make_trainer(10).fit(world_model, looping(accelerating(50, 2), 10, 400))
-    assert float(torch.cat(kept).mean()) == pytest.approx(1 - share, abs=0.03 * (0 < share < 1))
+    assert float(torch.cat(kept).mean()) == pytest.approx(1 - fraction, abs=0.03 * (0 < fraction < 1))
 
 
 def test_normalizers_are_fitted_to_what_they_normalise():
-    world_model = model()
+    codec = Differences(2, 1)
     data = Transitions(
         observations=torch.tensor([[0.0, 10.0], [2.0, 14.0]]),
         actions=torch.zeros(2, 1),
@@ -252,14 +253,14 @@ def test_normalizers_are_fitted_to_what_they_normalise():
         next_observations=torch.tensor([[1.0, 10.0], [5.0, 22.0]]),
         terminations=torch.zeros(2),
     )
-    world_model.fit_normalizers(data, torch.tensor([100.0, 120.0]))
+    codec.fit(data, torch.tensor([100.0, 120.0]))
     for name, mean, std in (
         ("observation", [1, 12], [1, 2]),
         ("difference", [2, 4], [1, 4]),
         ("reward", [8], [3]),
         ("return", [110], [10]),
     ):
-        normalizer = getattr(world_model, f"{name}_normalizer")
+        normalizer = getattr(codec, f"{name}_normalizer")
         assert (normalizer.mean.tolist(), normalizer.std.tolist()) == (mean, std), name
 
 
@@ -286,7 +287,7 @@ def test_the_papers_parts_train_and_sample(make_trainer):
     world_model = DiffusionWorldModel(
         2, 1, horizon=3, network=partial(TemporalUNet, width=16, multipliers=(1, 2), kernel_size=3),
         preconditioning=NoisePrediction(5), sampler=DDIM(3, eta=1.0, temperature=0.5, clip=2.0),
-        predict_differences=False, inpaint_start=True, learning_rate=8e-3, warmup_steps=20, ema_decay=0.98,
+        codec=InpaintedAbsolute, learning_rate=8e-3, warmup_steps=20, ema_decay=0.98,
         regression_baseline=False,
     )  # fmt: skip
     fit_normalizers(world_model, data)
@@ -303,6 +304,7 @@ def test_a_checkpoint_loads_without_unpickling_and_imagines_the_same(make_traine
         "class_path": "dawm.world_model.DiffusionWorldModel",
         "init_args": {
             "horizon": 2,
+            "codec": {"class_path": "dawm.diffusion.codecs.Absolute"},
             "network": {"class_path": "dawm.diffusion.denoisers.ResidualMLP", "init_args": {"width": 16, "depth": 1}},
             "sampler": {"class_path": "dawm.diffusion.samplers.DDIM", "init_args": {"num_steps": 4}},
         },
@@ -320,8 +322,8 @@ def test_a_checkpoint_loads_without_unpickling_and_imagines_the_same(make_traine
 # Validation
 
 
-def test_errors_per_step_by_hand_without_invalid_rows(make_trainer, monkeypatch):
-    """Errors in units of the variance; the absorbing row, wildly wrong here, must not count."""
+def test_errors_per_step_by_hand_without_invalid_steps(make_trainer, monkeypatch):
+    """Errors in units of the variance; the absorbing step, wildly wrong here, must not count."""
     world_model = model()
     later = Segments(*(torch.cat([values] * 2) for values in vars(SEGMENT).values()))
     later.valid[1, 1] = 1.0
@@ -347,14 +349,14 @@ def test_errors_per_step_by_hand_without_invalid_rows(make_trainer, monkeypatch)
 
 
 def test_the_baseline_is_rolled_out_by_hand(make_trainer, monkeypatch):
-    """The regression MLP predicts one row at a time from its own last observation and the recorded action."""
+    """The regression predicts one step at a time from its own last observation and the recorded action."""
     world_model, asked = model(), []
 
-    def regress(observations, actions):
+    def predict(codec, observations, actions):
         asked.append((observations.tolist(), actions.tolist()))
         return torch.tensor([[1.0, 1.0, 1.0, 1.0]])  # difference (1, 2), reward 5, terminated
 
-    monkeypatch.setattr(world_model, "_regress", regress)
+    monkeypatch.setattr(world_model.baseline, "forward", predict)
     recorded = replace(SEGMENT, valid=torch.ones(1, 2))
     metrics = make_trainer(1).validate(world_model, FixedBatches([recorded]), verbose=False)[0]
     assert metrics["world_model/regression_observation_error/step_1"] == 0
@@ -372,3 +374,40 @@ def test_validation_uses_the_same_noise_every_time(make_trainer, horizon):
     loader = FixedBatches([accelerating(20, horizon)])
     first, second = (make_trainer(1).validate(world_model, loader, verbose=False)[0] for _ in range(2))
     assert first == second
+
+
+# With a plain Trainer
+
+
+def test_a_trainer_and_a_data_module_suffice(dataset, tmp_path):
+    """A script without the command line trains on normalised segments of the training episodes, and validates."""
+    data = TransitionDataModule(dataset, horizon=2, segment_batch_size=8, updates_per_step=5, validation_fraction=0.2)
+    seen, losses = [], []
+
+    class Spy(DiffusionWorldModel):
+        def update(self, batch):
+            seen.append(self.codec.encode(batch))
+            losses.append(super().update(batch)["loss"])
+            return {"loss": losses[-1]}
+
+    world_model = Spy(data.observation_size, data.action_size, horizon=2, network=TINY, warmup_steps=1)
+    trainer = L.Trainer(max_steps=20, accelerator="cpu", logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, default_root_dir=tmp_path)  # fmt: skip
+    trainer.fit(world_model, datamodule=data)
+    assert trainer.global_step == len(seen) == 20
+    real = data.episodes.transitions[data.episodes.sample_rows(data.training_episodes)]
+    normalizer = world_model.codec.observation_normalizer
+    torch.testing.assert_close(normalizer.mean, real.observations.mean(dim=0))
+    torch.testing.assert_close(normalizer.std, real.observations.std(dim=0, correction=0))
+    x = torch.cat(seen)
+    assert x.shape == (160, 2, 4)
+    assert x[..., 2].mean().abs() < 0.5, "rewards of 0.25 to 25.25, normalised"
+    assert float(trainer.callback_metrics["world_model/validation_error"]) > 0
+    assert "world_model/first_step_error_ratio" in trainer.callback_metrics
+
+
+def test_a_second_fit_keeps_the_statistics(dataset, make_trainer):
+    data = TransitionDataModule(dataset, horizon=2, segment_batch_size=8, updates_per_step=5)
+    world_model = model()
+    make_trainer(5).fit(world_model, datamodule=data)
+    assert world_model.codec.reward_normalizer.mean.tolist() == [3.0]

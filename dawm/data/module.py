@@ -7,6 +7,8 @@ rows is far cheaper than worker processes, and a refill of the imagined rows is 
 Symbols: N real rows, B batch size, K batches drawn at once, H horizon, O observation size, A action size.
 """
 
+from typing import Any
+
 import lightning as L
 import torch
 from gymnasium.envs.registration import EnvSpec
@@ -19,7 +21,6 @@ from dawm.data.sources.scores import ReferenceScores
 from dawm.data.store.cache import MEMORY_LIMIT
 from dawm.data.transitions import Segments, Transitions
 from dawm.errors import UserError
-from dawm.training.updates import UpdateModule
 
 __all__ = ["TransitionDataModule"]
 
@@ -232,14 +233,25 @@ class TransitionDataModule(L.LightningDataModule):
         if self.trainer.max_steps < 0:
             raise UserError("trainer.max_steps is not set, so no updates would be made; set it")
         self.to(self.trainer.strategy.root_device)
-        takes_many = isinstance(self.trainer.lightning_module, UpdateModule)
-        if not takes_many and self.updates_per_step != 1:
+        module: Any = self.trainer.lightning_module
+        if hasattr(module, "train_loader"):
+            return module.train_loader(self, self.trainer.max_steps, self.trainer.global_rank)
+        if self.updates_per_step != 1:
             raise UserError(
                 f"data.updates_per_step is {self.updates_per_step}, but a plain LightningModule trains on one batch "
                 "per step; set --data.updates_per_step 1, or derive the agent from dawm.agents.OfflineAgent"
             )
-        seeds = getattr(self.trainer.lightning_module, "seeds", 1)
-        return self.mixed_loader(self.trainer.max_steps, self.trainer.global_rank, not takes_many, seeds)
+        return self.mixed_loader(self.trainer.max_steps, self.trainer.global_rank, squeeze=True)
+
+    def val_dataloader(self) -> Any:
+        """TEMPORARY in this branch."""
+        assert self.trainer is not None
+        trainer = self.trainer
+        module: Any = trainer.lightning_module
+        loader = None
+        if hasattr(module, "validation_loader"):
+            loader = module.validation_loader(self, trainer.global_rank, trainer.world_size)
+        return [] if loader is None else loader
 
     def mixed_loader(self, updates: int, rank: int = 0, squeeze: bool = False, seeds: int = 1) -> BatchLoader:
         """Batches of ``round(batch_size * synthetic_fraction)`` imagined rows, the rest real.

@@ -1,6 +1,6 @@
 """Denoisers of the world model.
 
-Symbols: B batch, H horizon, R size of a row, C size of the condition.
+Symbols: B batch, H horizon, D features, C condition size.
 
 A `Denoiser` is what the world model trains; any class that keeps its contract can be named in a config.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dawm.errors import UserError, require
+from dawm.errors import require
 
 __all__ = ["Denoiser", "ResidualMLP", "TemporalTransformer", "TemporalUNet"]
 DEEPEST = 1000  # more layers would only run out of memory
@@ -23,28 +23,28 @@ DEEPEST = 1000  # more layers would only run out of memory
 class Denoiser(nn.Module, ABC):
     """The network ``F`` inside a preconditioning.
 
-    A subclass takes the three sizes first and its own typed settings after them, and answers rows with rows.
+    A subclass takes the three sizes first and its own typed settings, which its docstring explains, after them.
 
     Args:
         horizon: H.
-        row_size: R.
+        features: D.
         condition_size: C.
     """
 
-    def __init__(self, horizon: int, row_size: int, condition_size: int) -> None:
+    def __init__(self, horizon: int, features: int, condition_size: int) -> None:
         super().__init__()
         self.horizon = horizon
-        self.row_size = row_size
+        self.features = features
         self.condition_size = condition_size
 
     @abstractmethod
-    def forward(self, rows: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
-        """The network's answer, shape (B, H, R).
+    def forward(self, x_t: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
+        """The network's answer, shape (B, H, D).
 
         Args:
-            rows: Noisy rows scaled to variance 1, shape (B, H, R).
+            x_t: Noisy samples scaled to variance 1, shape (B, H, D).
             noise_level: ``c_noise`` of the preconditioning, of order 1, shape (B,).
-            condition: What the rows depend on, shape (B, C).
+            condition: What ``x`` depends on, shape (B, C).
         """
 
 
@@ -57,11 +57,11 @@ class _Embedding(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, condition_size: int, width: int, features: int = 16) -> None:
+    def __init__(self, condition_size: int, width: int, frequencies: int = 16) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.logspace(-2, 3, features, base=2) * 2 * math.pi, persistent=False)
+        self.register_buffer("frequencies", torch.logspace(-2, 3, frequencies, base=2) * 2 * math.pi, persistent=False)
         self.layers = nn.Sequential(
-            nn.Linear(condition_size + 2 * features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+            nn.Linear(condition_size + 2 * frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
 
     def forward(self, noise_level: Tensor, condition: Tensor) -> Tensor:
@@ -86,29 +86,26 @@ class ResidualMLP(Denoiser):
     """The whole horizon as one vector through residual blocks; the fastest on CPU.
 
     Args:
-        horizon: H.
-        row_size: R.
-        condition_size: C.
         width: Size of the hidden layers.
         depth: Number of residual blocks, of two layers each.
     """
 
-    def __init__(self, horizon: int, row_size: int, condition_size: int, width: int = 256, depth: int = 2) -> None:
-        require("ResidualMLP.width", width, width >= 1, "at least 1")
-        require("ResidualMLP.depth", depth, 1 <= depth <= DEEPEST, f"from 1 to {DEEPEST}")
-        super().__init__(horizon, row_size, condition_size)
+    def __init__(self, horizon: int, features: int, condition_size: int, width: int = 256, depth: int = 2) -> None:
+        require("world_model.network.width", width, width >= 1, "at least 1")
+        require("world_model.network.depth", depth, 1 <= depth <= DEEPEST, f"from 1 to {DEEPEST}")
+        super().__init__(horizon, features, condition_size)
         self.embedding = _Embedding(condition_size, width)
-        self.first = nn.Linear(horizon * row_size + width, width)
+        self.first = nn.Linear(horizon * features + width, width)
         self.blocks = nn.ModuleList(_MLPBlock(width) for _ in range(depth))
-        self.last = nn.Linear(width, horizon * row_size)
+        self.last = nn.Linear(width, horizon * features)
 
-    def forward(self, rows: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
-        """The network's answer, shape (B, H, R); see `Denoiser`."""
+    def forward(self, x_t: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
+        """The network's answer, shape (B, H, D)."""
         embedding = self.embedding(noise_level, condition)
-        hidden = self.first(torch.cat([rows.flatten(1), embedding], dim=-1))
+        hidden = self.first(torch.cat([x_t.flatten(1), embedding], dim=-1))
         for block in self.blocks:
             hidden = block(hidden, embedding)
-        return self.last(hidden).view_as(rows)
+        return self.last(hidden).view_as(x_t)
 
 
 class _TemporalBlock(nn.Module):
@@ -124,9 +121,9 @@ class _TemporalBlock(nn.Module):
         self.second_norm = nn.GroupNorm(groups, channels)
         self.skip = nn.Conv1d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
-    def forward(self, rows: Tensor, embedding: Tensor) -> Tensor:
-        hidden = functional.mish(self.first_norm(self.first(rows))) + self.embedding(embedding).unsqueeze(-1)
-        return functional.mish(self.second_norm(self.second(hidden))) + self.skip(rows)
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        hidden = functional.mish(self.first_norm(self.first(x))) + self.embedding(embedding).unsqueeze(-1)
+        return functional.mish(self.second_norm(self.second(hidden))) + self.skip(x)
 
 
 class TemporalUNet(Denoiser):
@@ -135,9 +132,6 @@ class TemporalUNet(Denoiser):
     With three multipliers it has DWM's six residual blocks: three on the way down, one in the middle, two up.
 
     Args:
-        horizon: H.
-        row_size: R.
-        condition_size: C.
         width: Channels of the first level.
         multipliers: Channels of each level as multiples of ``width``; each level after the first halves the length.
         kernel_size: Odd size of the convolutions.
@@ -146,17 +140,18 @@ class TemporalUNet(Denoiser):
     def __init__(
         self,
         horizon: int,
-        row_size: int,
+        features: int,
         condition_size: int,
         width: int = 32,
         multipliers: Sequence[int] = (1, 2, 4),
         kernel_size: int = 5,
     ) -> None:
-        require("TemporalUNet.width", width, width >= 1, "at least 1")
-        require("TemporalUNet.multipliers", multipliers, min(multipliers, default=0) >= 1, "numbers of at least 1")
-        super().__init__(horizon, row_size, condition_size)
-        if kernel_size % 2 == 0:
-            raise UserError(f"kernel_size {kernel_size} of TemporalUNet: choose an odd number")
+        require("world_model.network.width", width, width >= 1, "at least 1")
+        require(
+            "world_model.network.multipliers", multipliers, min(multipliers, default=0) >= 1, "numbers of at least 1"
+        )
+        require("world_model.network.kernel_size", kernel_size, kernel_size % 2 == 1, "an odd number")
+        super().__init__(horizon, features, condition_size)
         channels = [width * multiplier for multiplier in multipliers]
 
         def block(channels_in: int, channels_out: int) -> _TemporalBlock:
@@ -164,17 +159,17 @@ class TemporalUNet(Denoiser):
 
         pairs = list(zip(channels[:-1], channels[1:]))
         self.embedding = _Embedding(condition_size, 4 * width)
-        self.down = nn.ModuleList(block(a, b) for a, b in zip([row_size, *channels[:-1]], channels))
+        self.down = nn.ModuleList(block(a, b) for a, b in zip([features, *channels[:-1]], channels))
         self.shorten = nn.ModuleList(nn.Conv1d(a, a, 3, stride=2, padding=1) for a, _ in pairs)
         self.middle = block(channels[-1], channels[-1])
         self.lengthen = nn.ModuleList(nn.Conv1d(b, a, 3, padding=1) for a, b in reversed(pairs))
         self.up = nn.ModuleList(block(2 * a, a) for a, _ in reversed(pairs))
-        self.last = nn.Conv1d(channels[0], row_size, 1)
+        self.last = nn.Conv1d(channels[0], features, 1)
 
-    def forward(self, rows: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
-        """The network's answer, shape (B, H, R); see `Denoiser`."""
+    def forward(self, x_t: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
+        """The network's answer, shape (B, H, D)."""
         embedding = self.embedding(noise_level, condition)
-        hidden = self.down[0](rows.transpose(1, 2), embedding)
+        hidden = self.down[0](x_t.transpose(1, 2), embedding)
         skips = []
         for shorten, block in zip(self.shorten, self.down[1:]):
             skips.append(hidden)
@@ -182,47 +177,43 @@ class TemporalUNet(Denoiser):
         hidden = self.middle(hidden, embedding)
         for lengthen, block in zip(self.lengthen, self.up):
             skip = skips.pop()
-            # To the skip's own length rather than twice the length: an odd horizon was halved upwards.
+            # To the skip's own length rather than twice the length: half an odd horizon was rounded up.
             hidden = lengthen(functional.interpolate(hidden, size=skip.shape[-1]))
             hidden = block(torch.cat([hidden, skip], dim=1), embedding)
         return self.last(hidden).transpose(1, 2)
 
 
 class TemporalTransformer(Denoiser):
-    """Rows as tokens; the embedding of noise level and condition is added to each of them before every layer.
+    """Steps as tokens; the embedding of noise level and condition is added to each of them before every layer.
 
     Args:
-        horizon: H.
-        row_size: R.
-        condition_size: C.
         width: Size of a token.
         depth: Number of layers.
         heads: Attention heads; must divide ``width``.
     """
 
     def __init__(
-        self, horizon: int, row_size: int, condition_size: int, width: int = 128, depth: int = 2, heads: int = 4
+        self, horizon: int, features: int, condition_size: int, width: int = 128, depth: int = 2, heads: int = 4
     ) -> None:
-        require("TemporalTransformer.width", width, width >= 1, "at least 1")
-        require("TemporalTransformer.depth", depth, 1 <= depth <= DEEPEST, f"from 1 to {DEEPEST}")
-        require("TemporalTransformer.heads", heads, heads >= 1, "at least 1")
-        super().__init__(horizon, row_size, condition_size)
-        if width % heads:
-            raise UserError(f"heads {heads} of TemporalTransformer: choose a divisor of width {width}")
+        require("world_model.network.width", width, width >= 1, "at least 1")
+        require("world_model.network.depth", depth, 1 <= depth <= DEEPEST, f"from 1 to {DEEPEST}")
+        divides = heads >= 1 and width % heads == 0
+        require("world_model.network.heads", heads, divides, f"a divisor of width {width}")
+        super().__init__(horizon, features, condition_size)
         self.embedding = _Embedding(condition_size, width)
-        self.first = nn.Linear(row_size, width)
+        self.first = nn.Linear(features, width)
         self.positions = nn.Parameter(0.02 * torch.randn(horizon, width))
         self.embeddings = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         options: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(width, heads, 4 * width, **options) for _ in range(depth)
         )
-        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, row_size))
+        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, features))
 
-    def forward(self, rows: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
-        """The network's answer, shape (B, H, R); see `Denoiser`."""
+    def forward(self, x_t: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
+        """The network's answer, shape (B, H, D)."""
         embedding = self.embedding(noise_level, condition)
-        tokens = self.first(rows) + self.positions
+        tokens = self.first(x_t) + self.positions
         for project, layer in zip(self.embeddings, self.layers):
             tokens = layer(tokens + project(embedding).unsqueeze(1))
         return self.last(tokens)

@@ -1,7 +1,7 @@
-"""Samplers: from noise to rows in a few evaluations of a denoiser.
+"""Samplers: from noise to ``x`` in a few evaluations of a denoiser.
 
-Symbols: B batch, H horizon, R size of a row, N steps. As in `dawm.diffusion.preconditioning`, noisy rows are
-``x = x0 + sigma * n``.
+Symbols: B batch, H horizon, D features, N steps. As in `dawm.diffusion.preconditioning`, ``x`` is clean and
+``x_t = x + sigma * n`` is noisy.
 """
 
 import math
@@ -10,31 +10,54 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from dawm.errors import UserError
+from dawm.errors import require
 
-__all__ = ["DDIM", "DPMSolverPP2M", "Denoise", "GaussianDenoiser", "Heun", "Observe", "Sampler"]
+__all__ = ["DDIM", "DPMSolverPP2M", "Denoise", "Estimate", "GaussianDenoiser", "Heun", "Inpaint", "Sampler"]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""Noisy rows, shape (B, H, R), and sigma, shape (B,), to an estimate of the clean rows, shape (B, H, R)."""
-Observe = Callable[[Tensor, Tensor], Tensor]
-"""Noisy rows, shape (B, H, R), and sigma, shape (B,), to the same rows with their known entries put in."""
-AtLevel = Callable[[Tensor, float], Tensor]
-"""Either of the two at one noise level for the whole batch."""
+"""Estimates ``x``, shape (B, H, D), from ``x_t``, shape (B, H, D), at level sigma, shape (B,)."""
+Inpaint = Callable[[Tensor, Tensor], Tensor]
+"""Overwrites the known steps of ``x_t``, shape (B, H, D), at level sigma, shape (B,)."""
+
+
+class Estimate:
+    """A `Denoise` at one level for the whole batch; it clips, and remembers its last level and estimate.
+
+    Args:
+        denoise: Estimates ``x`` from (x_t, sigma).
+        clip: Bound on the estimates; None for no bound.
+    """
+
+    def __init__(self, denoise: Denoise, clip: float | None) -> None:
+        self._denoise = denoise
+        self._clip = clip
+        self.last: tuple[float, Tensor] | None = None
+
+    def __call__(self, x_t: Tensor, sigma: float) -> Tensor:
+        """Estimate of ``x``, shape (B, H, D).
+
+        Args:
+            x_t: Noisy samples, shape (B, H, D).
+            sigma: Their level.
+        """
+        x = self._denoise(x_t, _full(x_t, sigma))
+        x = x if self._clip is None else x.clamp(-self._clip, self._clip)
+        self.last = sigma, x
+        return x
 
 
 class Sampler(ABC):
-    """Walks down the noise levels; a subclass says how.
+    """Goes down the noise levels; a subclass writes one `step`.
 
     Args:
         num_steps: N, the number of noise levels above 0.
-        clip: Estimates of ``x0`` are held within [-clip, clip]; None leaves them. For rows with known bounds.
+        clip: Estimates of ``x`` are held within [-clip, clip]; None leaves them. For data with known bounds.
     """
 
     def __init__(self, num_steps: int, clip: float | None = None) -> None:
-        if num_steps < 1:
-            raise UserError(f"num_steps {num_steps} of the sampler: choose at least 1")
+        require("world_model.sampler.num_steps", num_steps, num_steps >= 1, "at least 1")
         self.num_steps = num_steps
         self.clip = clip
 
@@ -43,34 +66,38 @@ class Sampler(ABC):
         denoise: Denoise,
         sigmas: Tensor,
         noise: Tensor,
-        generator: torch.Generator | None = None,
-        observe: Observe | None = None,
+        generator: Generator | None = None,
+        inpaint: Inpaint | None = None,
     ) -> Tensor:
-        """Clean rows, shape (B, H, R).
+        """Clean samples ``x``, shape (B, H, D).
 
         Args:
-            denoise: Estimates ``x0`` from (x, sigma).
+            denoise: Estimates ``x`` from (x_t, sigma).
             sigmas: Decreasing noise levels that end in 0, shape (N + 1,).
-            noise: Standard normal numbers, shape (B, H, R).
+            noise: Standard normal numbers, shape (B, H, D).
             generator: Source of the noise that some samplers add on the way.
-            observe: Puts known entries into the rows at the start and after every step.
+            inpaint: Overwrites the known steps at the start and after every step.
         """
-
-        def estimate(x: Tensor, sigma: float) -> Tensor:
-            x0 = denoise(x, x.new_full((len(x),), sigma))
-            return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
-
-        def known(x: Tensor, sigma: float) -> Tensor:
-            return x if observe is None else observe(x, x.new_full((len(x),), sigma))
-
+        estimate = Estimate(denoise, self.clip)
         levels: list[float] = sigmas.tolist()
-        return self._walk(known(levels[0] * noise, levels[0]), levels, estimate, known, generator)
+        x_t = levels[0] * noise
+        for sigma, lower in pairwise(levels):
+            if inpaint is not None:
+                x_t = inpaint(x_t, _full(x_t, sigma))
+            x_t = self.step(x_t, sigma, lower, estimate, generator)
+        return x_t if inpaint is None else inpaint(x_t, _full(x_t, levels[-1]))
 
     @abstractmethod
-    def _walk(
-        self, x: Tensor, levels: list[float], estimate: AtLevel, known: AtLevel, generator: torch.Generator | None
-    ) -> Tensor:
-        """From ``x`` at ``levels[0]`` to rows at ``levels[-1] = 0``, with ``known`` applied after every step."""
+    def step(self, x_t: Tensor, sigma: float, lower: float, estimate: Estimate, generator: Generator | None) -> Tensor:
+        """From one noise level to the next, shape (B, H, D).
+
+        Args:
+            x_t: Noisy samples at level ``sigma``, shape (B, H, D).
+            sigma: Their level.
+            lower: The level to reach, 0 in the last step.
+            estimate: Estimates ``x`` from (x_t, sigma); ``estimate.last`` is the step before's, None in the first step.
+            generator: Source of noise to add.
+        """
 
 
 class DDIM(Sampler):
@@ -80,7 +107,7 @@ class DDIM(Sampler):
         num_steps: N.
         eta: 0 is deterministic; 1 samples the posterior of the level below.
         temperature: Factor on the standard deviation of the added noise; DWM samples with eta 1 and temperature 0.5.
-        clip: Bound on the estimates of ``x0``; None for no bound.
+        clip: Bound on the estimates of ``x``; None for no bound.
     """
 
     def __init__(
@@ -90,49 +117,40 @@ class DDIM(Sampler):
         self.eta = eta
         self.temperature = temperature
 
-    def _walk(
-        self, x: Tensor, levels: list[float], estimate: AtLevel, known: AtLevel, generator: torch.Generator | None
-    ) -> Tensor:
-        for sigma, lower in pairwise(levels):
-            x0 = estimate(x, sigma)
-            # Given x and x0, the noise at the lower level is normal with variance lower^2 (1 - lower^2 / sigma^2).
-            # That much is drawn anew (times eta^2); the rest of the level's noise is kept from x.
-            fresh = self.eta * lower * math.sqrt(1 - (lower / sigma) ** 2)
-            kept = math.sqrt(lower**2 - fresh**2)
-            x = x0 + kept / sigma * (x - x0)
-            if self.temperature * fresh > 0:
-                x = x + self.temperature * fresh * _normal_like(x, generator)
-            x = known(x, lower)
-        return x
+    def step(self, x_t: Tensor, sigma: float, lower: float, estimate: Estimate, generator: Generator | None) -> Tensor:
+        """Keeps a part of the level's noise and draws the rest, shape (B, H, D)."""
+        x = estimate(x_t, sigma)
+        # Given x_t and x, the noise at the lower level is normal with variance lower^2 (1 - lower^2 / sigma^2).
+        # That much is drawn afresh (times eta^2); the rest of the level's noise is kept from x_t.
+        fresh = self.eta * lower * math.sqrt(1 - (lower / sigma) ** 2)
+        kept = math.sqrt(lower**2 - fresh**2)
+        x_t = x + kept / sigma * (x_t - x)
+        if self.temperature * fresh > 0:
+            x_t = x_t + self.temperature * fresh * _normal_like(x_t, generator)
+        return x_t
 
 
 class DPMSolverPP2M(Sampler):
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order at N evaluations.
 
-    Six steps are as good as 128: on held-out segments of three data sets (two of Hopper, one of HalfCheetah) the sliced
-    Wasserstein distance was 0.026, 0.019 and 0.040 against 0.029, 0.020 and 0.039, and the spread 0.99, 1.00 and 1.01
-    of the real one's against 0.97, 0.99 and 0.98; with four steps it was 0.96 to 0.98 (`benchmarks/synthesis.py`).
+    Six steps were as good as 128 on three data sets: `benchmarks/results/edm-and-sampler-defaults-2026-11-24.md`.
 
     Args:
         num_steps: N.
-        clip: Bound on the estimates of ``x0``; None for no bound.
+        clip: Bound on the estimates of ``x``; None for no bound.
     """
 
     def __init__(self, num_steps: int = 6, clip: float | None = None) -> None:
         super().__init__(num_steps, clip)
 
-    def _walk(
-        self, x: Tensor, levels: list[float], estimate: AtLevel, known: AtLevel, generator: torch.Generator | None
-    ) -> Tensor:
-        before: Tensor | None = None
-        for i, (sigma, lower) in enumerate(pairwise(levels)):
-            x0 = ahead = estimate(x, sigma)
-            if before is not None and lower > 0:  # the step to 0 is of first order: ln(sigma) has no end
-                ratio = math.log(levels[i - 1] / sigma) / math.log(sigma / lower)
-                ahead = x0 + (x0 - before) / (2 * ratio)
-            x = known(ahead + lower / sigma * (x - ahead), lower)
-            before = x0
-        return x
+    def step(self, x_t: Tensor, sigma: float, lower: float, estimate: Estimate, generator: Generator | None) -> Tensor:
+        """Extrapolates from the estimate before, shape (B, H, D)."""
+        last, x = estimate.last, estimate(x_t, sigma)
+        ahead = x
+        if last is not None and lower > 0:  # the step to 0 is of first order: ln(sigma) has no end
+            ratio = math.log(last[0] / sigma) / math.log(sigma / lower)
+            ahead = x + (x - last[1]) / (2 * ratio)
+        return ahead + lower / sigma * (x_t - ahead)
 
 
 class Heun(Sampler):
@@ -143,7 +161,7 @@ class Heun(Sampler):
         churn: S_churn, the noise added and removed again over the whole run; 0 is deterministic.
         churn_min: S_tmin, the lowest level at which noise is added.
         churn_max: S_tmax, the highest level at which noise is added.
-        clip: Bound on the estimates of ``x0``; None for no bound.
+        clip: Bound on the estimates of ``x``; None for no bound.
     """
 
     def __init__(
@@ -159,28 +177,25 @@ class Heun(Sampler):
         self.churn_min = churn_min
         self.churn_max = churn_max
 
-    def _walk(
-        self, x: Tensor, levels: list[float], estimate: AtLevel, known: AtLevel, generator: torch.Generator | None
-    ) -> Tensor:
+    def step(self, x_t: Tensor, sigma: float, lower: float, estimate: Estimate, generator: Generator | None) -> Tensor:
+        """An Euler step with the mean slope of its two ends, shape (B, H, D)."""
         growth = 1 + min(self.churn / self.num_steps, math.sqrt(2) - 1)
-        for sigma, lower in pairwise(levels):
-            if growth > 1 and self.churn_min <= sigma <= self.churn_max:
-                x = x + sigma * math.sqrt(growth**2 - 1) * _normal_like(x, generator)
-                sigma *= growth
-            slope = (x - estimate(x, sigma)) / sigma
-            euler = x + (lower - sigma) * slope
-            if lower > 0:
-                slope = (slope + (euler - estimate(euler, lower)) / lower) / 2
-            x = known(x + (lower - sigma) * slope, lower)
-        return x
+        if growth > 1 and self.churn_min <= sigma <= self.churn_max:
+            x_t = x_t + sigma * math.sqrt(growth**2 - 1) * _normal_like(x_t, generator)
+            sigma *= growth
+        slope = (x_t - estimate(x_t, sigma)) / sigma
+        if lower > 0:
+            euler = x_t + (lower - sigma) * slope
+            slope = (slope + (euler - estimate(euler, lower)) / lower) / 2
+        return x_t + (lower - sigma) * slope
 
 
 class GaussianDenoiser:
-    """The exact denoiser of rows that are normal with a known mean and standard deviation: the measure of samplers.
+    """The exact denoiser of data that are normal with known mean and standard deviation: the measure of samplers.
 
     Args:
-        mean: Mean of the rows, a number or shape broadcastable to (B, H, R).
-        std: Standard deviation of the rows, a number or shape broadcastable to (B, H, R).
+        mean: Mean of ``x``, a number or shape broadcastable to (B, H, D).
+        std: Standard deviation of ``x``, a number or shape broadcastable to (B, H, D).
     """
 
     def __init__(self, mean: Tensor | float, std: Tensor | float) -> None:
@@ -188,17 +203,22 @@ class GaussianDenoiser:
         self.std = std
         self.evaluations = 0
 
-    def __call__(self, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """E[x0 | x], shape (B, H, R).
+    def __call__(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        """E[x | x_t], shape (B, H, D).
 
         Args:
-            noisy: Noisy rows ``x``, shape (B, H, R).
+            x_t: Noisy samples, shape (B, H, D).
             sigma: Their noise levels, shape (B,).
         """
         self.evaluations += 1
         noise, data = sigma.view(-1, 1, 1) ** 2, self.std**2
-        return (data * noisy + noise * self.mean) / (data + noise)
+        return (data * x_t + noise * self.mean) / (data + noise)
 
 
-def _normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+def _full(x_t: Tensor, sigma: float) -> Tensor:
+    """One noise level for each sample, shape (B,)."""
+    return x_t.new_full((len(x_t),), sigma)
+
+
+def _normal_like(x: Tensor, generator: Generator | None) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

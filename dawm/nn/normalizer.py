@@ -1,5 +1,7 @@
 """Normalizer: per-dimension shift and scale, kept as buffers so that it is saved with the model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ class Normalizer(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
+        self.fitted = False
 
     @torch.no_grad()
     def fit(self, values: Tensor) -> None:
@@ -35,6 +38,11 @@ class Normalizer(nn.Module):
         constant = std <= 1e-6 * values.abs().amax(dim=0).clamp(min=1e-6)
         self.mean.copy_(mean)
         self.std.copy_(torch.where(constant, torch.ones_like(std), std))
+        self.fitted = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.fitted = True
 
     def forward(self, values: Tensor) -> Tensor:
         """Normalised values.

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dawm.errors import UserError
+from dawm.nn.normalizer import Normalizer
 from dawm.training.graphs import UpdateGraph, plain_group, reason_against
 
 __all__ = ["UpdateModule"]
@@ -53,6 +54,29 @@ class UpdateModule(L.LightningModule):
         Returns:
             Metrics without gradient, of any shape, whose mean is logged under ``<name>/<key>``.
         """
+
+    # TEMPORARY in this branch: the owner's version replaces these hooks
+
+    def setup(self, stage: str) -> None:
+        """Takes the normalizers' statistics from the data module, unless they are there already."""
+        normalizers = [module for module in self.modules() if isinstance(module, Normalizer)]
+        if stage == "fit" and not all(normalizer.fitted for normalizer in normalizers):
+            data = getattr(self.trainer, "datamodule", None)
+            if data is None:
+                rank_zero_warn(f"{self.name}: trains on data as they are, for want of a data module")
+            else:
+                self.fit_normalizers(data)
+
+    def fit_normalizers(self, data: Any) -> None:
+        """Takes the normalizers' statistics from a data module."""
+
+    def train_loader(self, data: Any, updates: int, rank: int) -> Any:
+        """Batches to train on."""
+        return data.mixed_loader(updates, rank, seeds=getattr(self, "seeds", 1))
+
+    def validation_loader(self, data: Any, rank: int, world_size: int) -> Any:
+        """Batches to validate on; None for no validation."""
+        return None
 
     def learning_rates(self, index: int) -> list[float] | None:
         """Learning rate of each parameter group of `optimizers_in_order` at an update; None leaves them as they are.
@@ -137,7 +161,7 @@ class UpdateModule(L.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of all optimisers, in order."""
-        return [group for optimizer in self.optimizers_in_order() for group in optimizer.param_groups]
+        return [group for optimizer in self.configure_optimizers() for group in optimizer.param_groups]
 
     def on_fit_start(self) -> None:
         """Refuses precisions that need what these updates lack: gradient scaling, or data in another type."""

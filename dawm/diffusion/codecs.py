@@ -1,0 +1,164 @@
+"""Codecs: from recorded segments to the ``x`` that diffusion generates, and from a generated ``x`` to a future.
+
+One sample ``x`` has H steps of D = O + 2 features. Step k holds
+
+* the observation ``s_{t+k+1}``, in the way that the codec's class says,
+* the normalised reward ``r_{t+k}``,
+* the termination: +1 if the task has ended at or before ``s_{t+k+1}``, else -1.
+
+Symbols: B batch, H horizon, O observation size, A action size, D features, C condition size.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dawm.data.transitions import Segments, Transitions
+from dawm.nn.normalizer import Normalizer
+
+__all__ = ["Absolute", "Codec", "Differences", "Imagined", "InpaintedAbsolute"]
+
+
+class Imagined(NamedTuple):
+    """Imagined futures.
+
+    Args:
+        observations: ``s_t`` (as given) and ``s_{t+1} .. s_{t+H}``, shape (B, H + 1, O).
+        rewards: ``r_t .. r_{t+H-1}``, shape (B, H).
+        terminations: How far the task is believed to have ended at each step, around 0 or 1, shape (B, H).
+    """
+
+    observations: Tensor
+    rewards: Tensor
+    terminations: Tensor
+
+
+class Codec(nn.Module, ABC):
+    """Encodes segments and decodes futures, by the normalizers it owns; a subclass says how observations are held.
+
+    Args:
+        observation_size: O.
+        action_size: A.
+    """
+
+    known_steps = 0
+    """Steps of ``x`` before the imagined ones, known beforehand and inpainted."""
+
+    def __init__(self, observation_size: int, action_size: int) -> None:
+        super().__init__()
+        self.features = observation_size + 2
+        self.condition_size = observation_size + action_size + 2
+        self.observation_normalizer = Normalizer(observation_size)
+        self.difference_normalizer = Normalizer(observation_size)
+        self.reward_normalizer = Normalizer(1)
+        self.return_normalizer = Normalizer(1)
+
+    def fit(self, transitions: Transitions, returns_to_go: Tensor) -> None:
+        """Takes the normalizers' statistics from real transitions.
+
+        Args:
+            transitions: Real transitions, fields of shape (N, ...).
+            returns_to_go: Their returns-to-go, shape (N,).
+        """
+        self.observation_normalizer.fit(transitions.observations)
+        self.difference_normalizer.fit(transitions.next_observations - transitions.observations)
+        self.reward_normalizer.fit(transitions.rewards.unsqueeze(-1))
+        self.return_normalizer.fit(returns_to_go.unsqueeze(-1))
+
+    @abstractmethod
+    def encode_observations(self, observations: Tensor) -> Tensor:
+        """The observations' part of ``x``, shape (B, H, O).
+
+        Args:
+            observations: ``s_t .. s_{t+H}``, shape (B, H + 1, O).
+        """
+
+    @abstractmethod
+    def decode_observations(self, start: Tensor, encoded: Tensor) -> Tensor:
+        """``s_{t+1} .. s_{t+H}``, shape (B, H, O).
+
+        Args:
+            start: ``s_t``, shape (B, O).
+            encoded: The observations' part of ``x``, shape (B, H, O).
+        """
+
+    def known(self, start: Tensor) -> Tensor | None:
+        """What is known of ``x`` before the imagined steps, shape (B, known_steps, D); None for nothing.
+
+        Args:
+            start: ``s_t``, shape (B, O).
+        """
+        return None
+
+    def encode(self, segments: Segments) -> Tensor:
+        """``x`` of recorded segments, shape (B, H, D).
+
+        Args:
+            segments: Segments, fields of shape (B, H, ...).
+        """
+        observations = self.encode_observations(segments.observations)
+        rewards = self.reward_normalizer(segments.rewards.unsqueeze(-1))
+        return torch.cat([observations, rewards, 2 * segments.terminations.unsqueeze(-1) - 1], dim=-1)
+
+    def decode(self, start: Tensor, x: Tensor) -> Imagined:
+        """The futures that ``x`` stands for.
+
+        Args:
+            start: ``s_t``, shape (B, O).
+            x: Imagined steps, shape (B, H, D).
+        """
+        observations = self.decode_observations(start, x[..., :-2])
+        rewards = self.reward_normalizer.inverse(x[..., -2:-1]).squeeze(-1)
+        return Imagined(torch.cat([start.unsqueeze(1), observations], dim=1), rewards, (x[..., -1] + 1) / 2)
+
+    def condition(self, start: Tensor, actions: Tensor, returns_to_go: Tensor, keep: Tensor) -> Tensor:
+        """What a future depends on: ``s_t``, ``a_t``, ``g_t`` and whether the return counts, shape (B, C).
+
+        Args:
+            start: ``s_t``, shape (B, O).
+            actions: ``a_t`` in [-1, 1], shape (B, A).
+            returns_to_go: ``g_t``, shape (B,).
+            keep: 0 where the return is hidden, else 1, shape (B,).
+        """
+        keep = keep.unsqueeze(-1)
+        returns = self.return_normalizer(returns_to_go.unsqueeze(-1)) * keep
+        return torch.cat([self.observation_normalizer(start), actions, returns, keep], dim=-1)
+
+
+class Differences(Codec):
+    """Step k holds the normalised difference ``s_{t+k+1} - s_{t+k}``."""
+
+    def encode_observations(self, observations: Tensor) -> Tensor:
+        """Normalised differences, shape (B, H, O)."""
+        return self.difference_normalizer(observations[:, 1:] - observations[:, :-1])
+
+    def decode_observations(self, start: Tensor, encoded: Tensor) -> Tensor:
+        """Sums of the differences from the start on, shape (B, H, O)."""
+        return start.unsqueeze(1) + self.difference_normalizer.inverse(encoded).cumsum(dim=1)
+
+
+class Absolute(Codec):
+    """Step k holds the normalised observation ``s_{t+k+1}``."""
+
+    def encode_observations(self, observations: Tensor) -> Tensor:
+        """Normalised observations, shape (B, H, O)."""
+        return self.observation_normalizer(observations[:, 1:])
+
+    def decode_observations(self, start: Tensor, encoded: Tensor) -> Tensor:
+        """The observations in the data's units, shape (B, H, O)."""
+        return self.observation_normalizer.inverse(encoded)
+
+
+class InpaintedAbsolute(Absolute):
+    """Like `Absolute`, with ``s_t`` as a known step before the imagined ones, as in DWM; the condition holds it too."""
+
+    known_steps = 1
+
+    def known(self, start: Tensor) -> Tensor:
+        """The step of ``s_t``, with reward 0 and no termination, shape (B, 1, D)."""
+        x = functional.pad(self.observation_normalizer(start), (0, 2))
+        x[:, -1] = -1
+        return x.unsqueeze(1)
