@@ -1,5 +1,6 @@
 """Evaluation by function and by callback, in an environment whose returns are known on paper."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -11,9 +12,12 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dawm.agents import TD3BC
 from dawm.callbacks import EvaluateInEnvironment
 from dawm.data.sources.scores import ReferenceScores
+from dawm.data.transitions import Transitions
 from dawm.errors import UserError
+from dawm.evaluation.environments import warn_once
 from dawm.evaluation.episodes import bootstrap_interval, evaluate, run_episodes, summarize
 
 
@@ -44,7 +48,7 @@ class Counter(gym.Env):
         return self._observation(), {}
 
     def step(self, action):
-        assert not self.over, "stepped behind an episode's end"
+        assert not self.over, "stepped after an episode's end"
         assert action.dtype == np.float32
         self.left, self.steps = self.left - 1, self.steps + 1
         terminated, truncated = bool(action[0] == 9), self.left == 0
@@ -58,12 +62,21 @@ class Counter(gym.Env):
 @pytest.fixture(autouse=True)
 def _clean():
     Counter.made.clear()
+    warn_once.cache_clear()
     torch.manual_seed(0)
 
 
-def still(observations):
-    """Action 0, which is 5 in the environment's units."""
-    return torch.zeros(len(observations), 1)
+def always(action):
+    """A policy, of any number of agents, that knows one action; 0 is 5 in the environment's units."""
+    return lambda observations: torch.full((*observations.shape[:-1], 1), action)
+
+
+still = always(0.0)
+
+
+def units(low, high):
+    """A Box of actions, as of a data set."""
+    return gym.spaces.Box(low, high, (1,), np.float32)
 
 
 # Functions
@@ -78,10 +91,75 @@ def test_returns_of_seeded_episodes(num_envs):
 
 
 def test_actions_are_scaled_to_the_box_and_clipped():
-    assert run_episodes(lambda o: torch.full((len(o), 1), -0.5), Counter, [0], 1).tolist() == [3.0]
-    assert run_episodes(lambda o: torch.full((len(o), 1), -2.0), Counter, [0], 1).tolist() == [1.0]
+    assert run_episodes(always(-0.5), Counter, [0], 1).tolist() == [3.0]
+    assert run_episodes(always(-2.0), Counter, [0], 1).tolist() == [1.0]
     # 9 ends the episode at once
-    assert run_episodes(lambda o: torch.full((len(o), 1), 2.0), Counter, [6], 1).tolist() == [9.0]
+    assert run_episodes(always(2.0), Counter, [6], 1).tolist() == [9.0]
+
+
+def test_actions_are_played_in_the_data_s_units():
+    for action, played in ((-1.0, 2.0), (0.5, 3.5), (1.0, 4.0), (1.5, 4.0)):
+        assert run_episodes(always(action), Counter, [0], action_space=units(2, 4)).tolist() == [played]
+    assert evaluate(always(1.0), Counter, episodes=1, seed=0, action_space=units(2, 4)).returns.tolist() == [4.0]
+    with pytest.warns(UserWarning, match=r"'Counter' takes actions from 1 to 9 in entry 0, .* 0 to 4") as caught:
+        for _ in range(2):
+            assert run_episodes(always(-1.0), Counter, [0], action_space=units(0, 4)).tolist() == [1.0]
+    assert len(caught) == 1
+    for recorded, part in ((units(-1, 0.5), "from -1 to 0.5"), (gym.spaces.Box(-1, 1, (2,)), "expected 2 as in")):
+        with pytest.raises(UserError, match=f"--data.env_id: got 'Counter' with .*{part}"):
+            run_episodes(still, Counter, [0], action_space=recorded)
+
+
+def test_unbounded_actions_need_the_data_s_units():
+    def make():
+        env = Counter()
+        env.action_space = units(-np.inf, np.inf)
+        return env
+
+    assert run_episodes(always(0.5), make, [0], action_space=units(2, 4)).tolist() == [3.5]
+    with pytest.raises(UserError, match="without finite bounds"):
+        run_episodes(still, make, [0])
+    assert all(env.closed for env in Counter.made)
+
+
+# Agents side by side
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 20])
+def test_agents_side_by_side_earn_what_each_earns_alone(num_envs):
+    spec, asked = replace(gym.spec("Pendulum-v1"), max_episode_steps=30), []
+    agent = TD3BC(3, 1, hidden=[32, 32], seeds=3)
+    agent.fit_normalizers(Transitions(torch.randn(99, 3), *[torch.zeros(99)] * 4))
+
+    def act(observations):
+        asked.append(observations.shape)
+        return agent.act(observations)
+
+    together = run_episodes(act, spec, range(5), num_envs, agents=3)
+    # one call serves all: as many calls as the episodes of one agent take
+    assert len(asked) == 30 * -(-5 // num_envs)
+    assert set(asked) == {(3, 32 if num_envs > 16 else 16, 3)} or num_envs == 20
+    for member, returns in enumerate(together):
+        alone = run_episodes(lambda o, member=member: agent.act(o)[member], spec, range(5), num_envs)
+        assert returns.tolist() == alone.tolist()
+    assert len({*together[:, 0]}) == 3
+    assert evaluate(agent.act, spec, 5, 0, num_envs, seeds=3).returns.tolist() == together.tolist()
+
+
+def test_agents_whose_episodes_end_at_different_times():
+    def act(observations):
+        """The second agent ends every episode at once; the first plays on."""
+        return torch.tensor([0.0, 1.0])[:, None, None].expand(2, observations.shape[1], 1)
+
+    returns = run_episodes(act, Counter, range(7), num_envs=2, agents=2)
+    assert returns.tolist() == [[5.0 * (seed % 7 + 1) for seed in range(7)], [9.0] * 7]
+    assert len(Counter.made) == 4
+    assert all(env.closed for env in Counter.made)
+
+
+def test_a_policy_that_answers_in_another_shape():
+    with pytest.raises(UserError, match=r"--agent: got actions of shape \(16,\) from act, expected \(16, 1\)"):
+        run_episodes(lambda o: torch.zeros(len(o)), Counter, [0])
 
 
 def test_dict_observations_are_flattened_to_float32():
@@ -104,7 +182,7 @@ def test_environments_are_closed_after_an_error():
 
 @pytest.mark.parametrize("environment", ["NoSuchEnvironment-v0", "no_such_module:Env-v0", gym.spec("CartPole-v1")])
 def test_unusable_environment_is_a_user_error(environment):
-    with pytest.raises(UserError, match="data.env_id"):
+    with pytest.raises(UserError, match="--data.env_id"):
         run_episodes(still, environment, [0])
 
 
@@ -163,6 +241,7 @@ class Data(L.LightningDataModule):
     def __init__(self, reference=None, env_spec=Counter, updates_per_step: int = 4) -> None:
         super().__init__()
         self.reference, self.env_spec, self.updates_per_step = reference, env_spec, updates_per_step
+        self.episodes = SimpleNamespace(action_space=Counter.action_space)
 
     def train_dataloader(self):
         return DataLoader(torch.zeros(1000, 1), batch_size=1)
@@ -239,7 +318,7 @@ def test_ranks_share_the_episodes():
             return tensor
 
         strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
-        datamodule = SimpleNamespace(env_spec=Counter, reference=None)
+        datamodule = Data()
         trainer = SimpleNamespace(global_rank=rank, world_size=2, strategy=strategy, datamodule=datamodule)
         callback.evaluate(trainer, Boring())
         total += parts[0].numpy()
