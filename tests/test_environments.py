@@ -61,13 +61,16 @@ class Drift(gym.Env):
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
+def _fresh():
     warn_once.cache_clear()
-    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
-    monkeypatch.setattr(gym, "registry", gym.envs.registration.registry)
+    kept = dict(gym.registry)
+    yield
+    gym.registry.clear()
+    gym.registry.update(kept)
 
 
 def register(limit=20, entry_point=Drift, **kwargs):
+    gym.registry.pop("Drift-v0", None)
     gym.register("Drift-v0", entry_point=entry_point, max_episode_steps=limit, kwargs=kwargs)
     return gym.spec("Drift-v0")
 
@@ -259,6 +262,8 @@ def test_other_bounds_are_warnings_that_name_both_sides(recwarn):
 
 
 def module_of(tmp_path, monkeypatch, name, source):
+    """Writes a user's own module, which this process has not imported yet."""
+    monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     return name
@@ -309,4 +314,4 @@ def test_specifications_of_names(tmp_path, monkeypatch):
     assert line.startswith("--data.env_id: got 'Hoper-v5', expected an environment that Gymnasium knows; did you mean")
     assert "absent_package" in line_of(environment_spec, "absent_package:Drift-v0")
     module = module_of(tmp_path, monkeypatch, "broken_envs", "1 / 0")
-    assert "to import (division by zero); install or mend broken_envs" in line_of(environment_spec, f"{module}:A-v0")
+    assert "to import (division by zero); install or mend it" in line_of(environment_spec, f"{module}:A-v0")

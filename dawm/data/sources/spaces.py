@@ -84,8 +84,10 @@ def environment_spec(env_id: str) -> EnvSpec:
         try:
             importlib.import_module(module)
         except Exception as error:  # the module's own code runs
-            has, remedy = f"got {env_id!r}, expected the module {module!r} to import", f"install or mend {module}"
-            raise UserError(f"--data.env_id: {has} ({first_line(error)}); {remedy}") from error
+            raise UserError(
+                f"--data.env_id: got {env_id!r}, expected the module {module!r} to import ({first_line(error)}); "
+                "install or mend it"
+            ) from error
     try:
         return gym.spec(name)
     except (gym.error.Error, ImportError) as error:
