@@ -8,91 +8,17 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.registration import EnvSpec
+from own_environments import DATA, line_of, register, still
 
 from dawm.agents import TD3BC
+from dawm.data.sources.environments import describe_environment, environment_from
 from dawm.data.sources.spaces import environment_spec
 from dawm.data.transitions import Transitions
-from dawm.errors import UserError
-from dawm.evaluation import environments
 from dawm.evaluation.checks import check_environment
-from dawm.evaluation.environments import describe_environment, environment_from, make_environment, time_limit, warn_once
+from dawm.evaluation.environments import make_environment
 from dawm.evaluation.episodes import run_episodes
 
-
-class Drift(gym.Env):
-    """Moves by the action and pays minus the distance from 0; every answer can be replaced.
-
-    Args:
-        answers: Replace parts of what ``step`` answers, or raise, by ``observation``, ``reward``, ``terminated``,
-            ``truncated``: functions of the true part.
-        ends: Steps after which it terminates; 0: never.
-        goal: An argument that JSON cannot hold.
-        spaces: Replace the spaces.
-    """
-
-    def __init__(self, ends=0, goal=None, spaces=None, **answers):
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-        self.action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-        vars(self).update(spaces or {})
-        self.ends, self.goal, self.answers = ends, goal, answers
-
-    def _answer(self, name, value):
-        return self.answers.get(name, lambda value: value)(value)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.place, self.age = self.np_random.normal(size=2), 0
-        return self._answer("first", self.place.copy()), {}
-
-    def step(self, action):
-        self.age += 1
-        self.place = self.place + 0.1 * action
-        reward, over = -np.abs(self.place).sum(), bool(self.age == self.ends)
-        return (
-            self._answer("observation", self.place.copy()),
-            self._answer("reward", float(reward)),
-            self._answer("terminated", over),
-            self._answer("truncated", False),
-            {},
-        )
-
-    def close(self):
-        self._answer("close", None)
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    warn_once.cache_clear()
-    kept = dict(gym.registry)
-    yield
-    gym.registry.clear()
-    gym.registry.update(kept)
-
-
-def register(limit=20, entry_point=Drift, **kwargs):
-    gym.registry.pop("Drift-v0", None)
-    gym.register("Drift-v0", entry_point=entry_point, max_episode_steps=limit, kwargs=kwargs)
-    return gym.spec("Drift-v0")
-
-
-DATA = {
-    "observation_space": gym.spaces.Box(-np.inf, np.inf, (2,), np.float32),
-    "action_space": gym.spaces.Box(-1, 1, (2,), np.float32),
-    "longest_episode": 20,
-}
-
-
-def still(observations):
-    return torch.zeros(*observations.shape[:-1], 2)
-
-
-def line_of(call, *args, **kwargs):
-    """The one line of the error that a call ends in."""
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("--")
-    return str(caught.value)
+pytestmark = pytest.mark.usefixtures("fresh_registry")
 
 
 # Episodes
@@ -189,75 +115,6 @@ def test_what_cannot_be_made():
     assert line_of(make_environment, "Drift-v9", env_id_key="env_id").startswith("--env_id: got 'Drift-v9'")
 
 
-# Time limits
-
-
-def test_an_environment_that_never_ends_is_refused_with_the_setting_that_ends_it(monkeypatch):
-    line = line_of(check_environment, register(limit=None), **DATA)
-    assert line.startswith("--data.max_episode_steps: got None, expected a time limit, because 'Drift-v0' has none")
-    assert "10000 steps; set it, such as to 20" in line
-    check_environment(register(limit=None), **DATA, max_episode_steps=20)
-    check_environment(lambda: Drift(), **DATA, max_episode_steps=20)
-    check_environment(register(limit=None, ends=300), **DATA)  # ends by itself
-    assert "must" not in line_of(check_environment, register(), **DATA, max_episode_steps=0)
-
-    # played all the same, it is cut
-    monkeypatch.setattr(environments, "ENDLESS", 50)
-    with pytest.warns(UserWarning, match=r"--data.max_episode_steps: 'Drift-v0' .* did not end in 50 steps"):
-        cut = run_episodes(still, register(limit=None), range(3))
-    assert cut.tolist() == run_episodes(still, register(limit=50), range(3)).tolist()
-    assert cut.tolist() == run_episodes(still, register(limit=60), range(3), max_episode_steps=50).tolist()
-
-
-def test_a_time_limit_shorter_than_the_data_s_episodes_is_a_warning(recwarn):
-    check_environment(register(), **DATA)
-    check_environment(register(10), **DATA, max_episode_steps=20)
-    assert not recwarn
-    with pytest.warns(UserWarning, match=r"'Drift-v0' ends episodes after 10 steps, the data's go on to 20"):
-        check_environment(register(10), **DATA)
-
-
-def test_the_innermost_and_the_outermost_time_limit_are_found():
-    assert time_limit(Drift()) is None
-    inner = gym.wrappers.TimeLimit(Drift(), 5)
-    assert time_limit(gym.wrappers.TimeAwareObservation(inner)) == 5
-    assert time_limit(gym.wrappers.TimeLimit(inner, 3)) == 3
-
-
-# Spaces
-
-
-def box(low, high, size=2):
-    return gym.spaces.Box(low, high, (size,), np.float64)
-
-
-@pytest.mark.parametrize(
-    ("spaces", "parts"),
-    [
-        ({"action_space": box(-1, 1, 3)}, ["with actions of 3 numbers", "expected 2 as in the data"]),
-        ({"action_space": box(1, 9)}, ["actions from 1 to 9 in entry 0", "expected some from -1 to 1 as in the data"]),
-        ({"observation_space": box(-1, 1, 5)}, ["with observations of 5 numbers", "expected 2 as in the data"]),
-    ],
-)
-def test_spaces_that_do_not_fit_the_data(spaces, parts):
-    line = line_of(check_environment, register(spaces=spaces), **DATA)
-    assert line.startswith("--data.env_id: got 'Drift-v0' with")
-    assert all(part in line for part in parts), line
-
-
-def test_other_bounds_are_warnings_that_name_both_sides(recwarn):
-    wider = {"action_space": box(-3, 3), "observation_space": box(-9, 9)}
-    check_environment(register(spaces=wider), **DATA)
-    # the same bounds in another precision
-    data = DATA | {"action_space": gym.spaces.Box(-0.1, 0.1, (2,), np.float32), "observation_space": box(-0.1, 0.1)}
-    check_environment(register(spaces={"action_space": box(-0.1, 0.1)}), **data)
-    assert not recwarn
-    with pytest.warns(UserWarning, match=r"actions from -0.5 to 3 in entry 0, the data's go from -1 to 1; .* clipped"):
-        check_environment(register(spaces={"action_space": box(-0.5, 3)}), **DATA)
-    with pytest.warns(UserWarning, match=r"entry 0 of its observations from -9 to 9, the data from -0.1 to 0.1"):
-        check_environment(register(spaces=wider), **data)
-
-
 # Descriptions
 
 
@@ -274,14 +131,14 @@ def module_of(tmp_path, monkeypatch, name, source):
     [
         "entry_point=Drift",
         "entry_point=lambda **options: Drift(**options)",
-        "entry_point='test_environments:Drift', kwargs={'goal': numpy.zeros(2)}",
-        "entry_point='test_environments:Drift', kwargs={'goal': (1, 2)}",
-        "entry_point='test_environments:Drift'",
+        "entry_point='own_environments:Drift', kwargs={'goal': numpy.zeros(2)}",
+        "entry_point='own_environments:Drift', kwargs={'goal': (1, 2)}",
+        "entry_point='own_environments:Drift'",
     ],
 )
 def test_any_registration_is_played_described_and_made_again(tmp_path, monkeypatch, registered):
     source = (
-        "import gymnasium, numpy\nfrom test_environments import Drift\n"
+        "import gymnasium, numpy\nfrom own_environments import Drift\n"
         f"gymnasium.register('Drift-v0', {registered}, max_episode_steps=20)"
     )
     module = module_of(tmp_path, monkeypatch, "own_envs", source)

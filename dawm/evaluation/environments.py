@@ -26,8 +26,6 @@ __all__ = [
     "Environment",
     "GymnasiumEnvironments",
     "Named",
-    "describe_environment",
-    "environment_from",
     "make_environment",
     "time_limit",
     "warn_once",
@@ -104,47 +102,6 @@ def warn_once(text: str) -> None:
         text: One line.
     """
     warnings.warn(text, stacklevel=3)
-
-
-def describe_environment(env_spec: EnvSpec | None, env_id: str | None = None) -> str | None:
-    """A specification as a plain value: JSON, or the id of one that JSON cannot hold.
-
-    JSON has no classes, functions, arrays or tuples. An environment registered with one of these is made again from
-    the registry, for which the module that registers it has to be known.
-
-    Args:
-        env_spec: The specification; None if not known.
-        env_id: What the user typed, ``module:Name-v0`` or ``Name-v0``, if anything.
-    """
-    if env_spec is None:
-        return None
-    try:
-        description = env_spec.to_json()
-        if EnvSpec.from_json(description) == env_spec:
-            return description
-    except (TypeError, ValueError):
-        pass
-    entry_point = env_spec.entry_point
-    module = (env_id or "").rpartition(":")[0] or (
-        entry_point.partition(":")[0] if isinstance(entry_point, str) else getattr(entry_point, "__module__", "")
-    )
-    return f"{module}:{env_spec.id}" if module not in ("", "__main__") else env_spec.id
-
-
-def environment_from(description: str | None, env_id: str | None = None, env_id_key: str = "env_id") -> str | EnvSpec:
-    """The environment of a description, ready for `make_environment`.
-
-    Args:
-        description: What `describe_environment` gave.
-        env_id: Gymnasium id of another environment to take instead.
-        env_id_key: The setting that gives ``env_id``.
-    """
-    if env_id is not None:
-        return env_id
-    expected = "an environment, because the data set names none"
-    require(env_id_key, env_id, description is not None, expected, f"set --{env_id_key}")
-    assert description is not None
-    return EnvSpec.from_json(description) if description.startswith("{") else description
 
 
 def make_environment(
