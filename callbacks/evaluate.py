@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from numpy.typing import NDArray
 
 from dawm.errors import UserError
-from dawm.evaluation.episodes import Evaluation, Policy, policies, run_episodes, summarize
+from dawm.evaluation.episodes import Evaluation, Policy, run_episodes, summarize
 
 __all__ = ["EvaluateInEnvironment"]
 
@@ -95,15 +95,15 @@ class EvaluateInEnvironment(L.Callback):
         pl_module.eval()
         try:
             with isolate_rng():
-                agents = getattr(pl_module, "seeds", 1)
-                environment, device = self.env_id or data.env_spec, pl_module.device
-                returns = np.stack(
-                    [
-                        run_episodes(policy, environment, seeds, self.num_envs, device)
-                        for policy in policies(cast(Policy, pl_module.act), agents)
-                    ]
+                returns = run_episodes(
+                    cast(Policy, pl_module.act),
+                    self.env_id or data.env_spec,
+                    seeds,
+                    self.num_envs,
+                    pl_module.device,
+                    agents=getattr(pl_module, "seeds", 1),
+                    action_space=data.episodes.action_space,
                 )
-                returns = returns if agents > 1 else returns[0]
         finally:
             pl_module.train(training)
         reference = data.reference

@@ -11,7 +11,7 @@ import torch
 from dawm.nn.matmul import use_fast_products
 from dawm.training.updates import UpdateModule
 
-pytest_plugins = ["small_experiment"]  # beside this file
+pytest_plugins = ["small_experiment", "own_environments"]  # beside this file
 
 use_fast_products()  # as the command line does: which tests ran before must not change how the others round
 

@@ -1,103 +1,174 @@
-"""Environments side by side: every return is that of Gymnasium's own loop, to the last bit."""
+"""Environments as users write them: those that can be played are, and every other ends in one line that names it."""
 
-import threading
+import sys
 from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.registration import EnvSpec
+from own_environments import DATA, line_of, register, still
 
 from dawm.agents import TD3BC
+from dawm.data.sources.environments import describe_environment, environment_from
+from dawm.data.sources.spaces import environment_spec
 from dawm.data.transitions import Transitions
-from dawm.evaluation.environments import PlanarRobots, planar_robot
+from dawm.evaluation.checks import check_environment
+from dawm.evaluation.environments import make_environment
 from dawm.evaluation.episodes import run_episodes
 
+pytestmark = pytest.mark.usefixtures("fresh_registry")
 
-def gymnasium_s_own_loop(act, environment, seeds):
-    """Returns, and whether each episode was truncated instead of terminated."""
-    returns, truncations = [], []
-    env = gym.make(environment)
+
+# Episodes
+
+
+def test_returns_are_those_of_gymnasium_s_own_loop():
+    """Of a simulation with contacts, in which the last bit counts; some episodes terminate and others do not."""
+    pytest.importorskip("mujoco")
+    agent = TD3BC(11, 3)
+    agent.fit_normalizers(Transitions(torch.randn(99, 11), *[torch.zeros(99)] * 4))
+    spec, seeds = replace(gym.spec("Hopper-v5"), max_episode_steps=105), range(12)
+    env, returns, endings = gym.make(spec), [], set()
     for seed in seeds:
         (observation, _), total, over = env.reset(seed=seed), 0.0, False
         while not over:
-            action = act(torch.as_tensor(observation, dtype=torch.float32).expand(16, -1))[0].numpy()
-            observation, reward, terminated, truncated, _ = env.step(action)
+            action = 0.1 * agent.act(torch.as_tensor(observation, dtype=torch.float32).expand(16, -1))[0]
+            observation, reward, terminated, truncated, _ = env.step(action.numpy())
             total, over = total + reward, terminated or truncated
         returns.append(total)
-        truncations.append(not terminated)
+        endings.add(terminated)
     env.close()
-    return returns, truncations
+    assert len(set(returns)) == len(seeds)
+    assert endings == {True, False}
+    for num_envs in (1, 5, 12):
+        assert run_episodes(lambda o: 0.1 * agent.act(o), spec, seeds, num_envs).tolist() == returns
 
 
-def gentle_policy(observation_size, action_size):
-    """A fresh agent with small actions, under which robots stand for some 100 steps."""
-    torch.manual_seed(0)
-    agent = TD3BC(observation_size, action_size)
-    agent.fit_normalizers(Transitions(torch.randn(99, observation_size), *[torch.zeros(99)] * 4))
-    return lambda observations: 0.1 * agent.act(observations)
+def test_rewards_and_flags_of_one_entry_are_taken_as_one():
+    expected = run_episodes(still, register(ends=7), range(3))
+    for kind in (lambda v: np.array([v]), np.array, np.float32, torch.tensor):
+        spec = register(ends=7, reward=kind)
+        assert run_episodes(still, spec, range(3)) == pytest.approx(expected)
+        check_environment(spec, **DATA)
+    for kind in (np.bool_, np.array, lambda v: np.array([v])):
+        spec = register(ends=7, terminated=kind, truncated=kind)
+        assert run_episodes(still, spec, range(3)).tolist() == expected.tolist()
+        check_environment(spec, **DATA)
 
 
-# within these limits some of the robots fall; the cheetah cannot
-@pytest.mark.parametrize(("name", "limit"), [("Hopper-v5", 105), ("Walker2d-v5", 79), ("HalfCheetah-v5", 40)])
-def test_robots_equal_gymnasium_s_own_loop(name, limit):
-    pytest.importorskip("mujoco")
-    spec = replace(gym.spec(name), max_episode_steps=limit)
-    env = gym.make(spec, disable_env_checker=True)
-    assert planar_robot(env) is not None
-    act = gentle_policy(env.observation_space.shape[0], env.action_space.shape[0])
-    seeds = range(12)
-    expected, truncations = gymnasium_s_own_loop(act, spec, seeds)
-    assert len(set(expected)) == len(seeds)
-    assert set(truncations) == ({True} if name == "HalfCheetah-v5" else {True, False})
-    for num_envs, threads in ((1, 1), (5, 1), (12, 1), (12, 4)):
-        assert run_episodes(act, spec, seeds, num_envs, threads=threads).tolist() == expected
-    # what a function makes is stepped one by one
-    assert run_episodes(act, lambda: gym.make(spec), seeds, 5).tolist() == expected
+def raises(error):
+    def answer(value):
+        raise error
+
+    return answer
 
 
-@pytest.mark.parametrize("name", ["Hopper-v5", "Walker2d-v5", "HalfCheetah-v5"])
-def test_any_state_is_observed_and_judged_as_in_gymnasium(name):
-    pytest.importorskip("mujoco")
-    env = gym.make(name, disable_env_checker=True)
-    robots = PlanarRobots(env, planar_robot(env), 2000, 1)
-    generator = np.random.default_rng(0)
-    robots.velocities[:] = generator.normal(0, 1, robots.velocities.shape) * generator.choice([1, 50], (2000, 1))
-    robots.positions[:] = generator.normal(0, 1, robots.positions.shape) * generator.choice([1, 50], (2000, 1))
-    robots.positions[:, 1] = generator.uniform(0.5, 2.2, 2000)
-    robots.positions[:, 2] = generator.choice([0.1, 1], 2000) * generator.uniform(-1.3, 1.3, 2000)
-    observations, stand = [], []
-    for positions, velocities in zip(robots.positions, robots.velocities):
-        env.unwrapped.data.qpos[:], env.unwrapped.data.qvel[:] = positions, velocities
-        observations.append(env.unwrapped._get_obs())
-        stand.append(getattr(env.unwrapped, "is_healthy", None))
-    assert np.array_equal(robots.observations(np.arange(2000)), observations)
-    if name != "HalfCheetah-v5":
-        assert robots.robot.healthy(robots.positions, robots.velocities).tolist() == stand
-        assert 200 < sum(stand) < 1800
+@pytest.mark.parametrize(
+    ("answers", "parts"),
+    [
+        ({"reward": lambda v: np.array([v, v])}, ["whose step answers with reward array(", "expected a number"]),
+        ({"reward": str}, ["reward '", "expected a number"]),
+        ({"reward": lambda v: None}, ["reward None", "expected a number"]),
+        ({"terminated": int}, ["terminated 0", "expected a boolean"]),
+        ({"truncated": lambda v: np.zeros(2, bool)}, ["truncated array(", "expected a boolean"]),
+        ({"truncated": lambda v: None}, ["truncated None", "expected a boolean"]),
+        ({"observation": lambda v: v[None]}, ["observation of shape (1, 2)", "expected its observation space's (2,)"]),
+        ({"observation": lambda v: v[:1]}, ["observation of shape (1,)"]),
+        ({"first": lambda v: {"a": v}}, ["observation of shape ()"]),
+        ({"first": raises(KeyError("goal"))}, ["whose reset fails (KeyError: 'goal')"]),
+        ({"observation": raises(ValueError("bad\nnumbers"))}, ["whose step fails (ValueError: bad)"]),
+    ],
+)
+def test_wrong_answers_are_named_at_the_check_and_when_played(answers, parts):
+    spec = register(**answers)
+    for line in (line_of(check_environment, spec, **DATA), line_of(run_episodes, still, spec, range(2))):
+        assert line.startswith("--data.env_id: got 'Drift-v0'")
+        assert all(part in line for part in parts), line
 
 
-def test_robots_with_settings_or_wrappers_run_as_gymnasium_has_them():
-    pytest.importorskip("mujoco")
-    paid = replace(gym.spec("Hopper-v5"), kwargs={"healthy_reward": 2.0})
-    wrapper = gym.wrappers.TransformReward(gym.make("Hopper-v5"), lambda reward: 2 * reward).spec
-    act = gentle_policy(11, 3)
-    for spec in (paid, wrapper):
-        assert planar_robot(gym.make(spec, disable_env_checker=True)) is None
-        expected, _ = gymnasium_s_own_loop(act, spec, range(3))
-        assert run_episodes(act, spec, range(3)).tolist() == expected
+@pytest.mark.parametrize(
+    ("answers", "part"),
+    [
+        ({"reward": lambda v: np.nan}, "a reward of nan, expected finite numbers"),
+        ({"observation": lambda v: v / 0}, "observations of "),
+        ({"close": raises(OSError("no display"))}, "whose close fails (OSError: no display)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_what_only_the_check_refuses(answers, part):
+    assert part in line_of(check_environment, register(**answers), **DATA)
 
 
-def test_robots_and_threads_are_released_after_an_error(monkeypatch):
-    hopper = pytest.importorskip("gymnasium.envs.mujoco.hopper_v5")
-    closed, before, steps = [], threading.active_count(), iter(range(3))
-    monkeypatch.setattr(hopper.HopperEnv, "close", lambda env: closed.append(env))
+def test_what_cannot_be_made():
+    for entry_point, reason in ((raises(RuntimeError("no licence")), "no licence"), (object, "gymnasium.Env")):
+        line = line_of(check_environment, register(entry_point=lambda f=entry_point: f(1) if f is not object else f()),
+                       **DATA)  # fmt: skip
+        assert line.startswith("--data.env_id: got 'Drift-v0' (")
+        assert reason in line
+        assert "expected an environment that can be made" in line
+    discrete = register(spaces={"action_space": gym.spaces.Discrete(3)})
+    assert "with the actions Discrete(3), expected a flat Box of real" in line_of(make_environment, discrete)
+    whole = register(spaces={"action_space": gym.spaces.Box(0, 9, (2,), np.int64)})
+    assert "expected a flat Box of real numbers" in line_of(make_environment, whole)
+    assert line_of(make_environment, "Drift-v9", env_id_key="env_id").startswith("--env_id: got 'Drift-v9'")
 
-    def act(observations):
-        next(steps)  # raises at the fourth step, when the threads have started
-        return torch.zeros(len(observations), 3)
 
-    with pytest.raises(StopIteration):
-        run_episodes(act, "Hopper-v5", range(6), threads=3)
-    assert len(closed) == 1
-    assert threading.active_count() == before
+# Descriptions
+
+
+def module_of(tmp_path, monkeypatch, name, source):
+    """Writes a user's own module, which this process has not imported yet."""
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+@pytest.mark.parametrize(
+    "registered",
+    [
+        "entry_point=Drift",
+        "entry_point=lambda **options: Drift(**options)",
+        "entry_point='own_environments:Drift', kwargs={'goal': numpy.zeros(2)}",
+        "entry_point='own_environments:Drift', kwargs={'goal': (1, 2)}",
+        "entry_point='own_environments:Drift'",
+    ],
+)
+def test_any_registration_is_played_described_and_made_again(tmp_path, monkeypatch, registered):
+    source = (
+        "import gymnasium, numpy\nfrom own_environments import Drift\n"
+        f"gymnasium.register('Drift-v0', {registered}, max_episode_steps=20)"
+    )
+    module = module_of(tmp_path, monkeypatch, "own_envs", source)
+    spec = environment_spec(f"{module}:Drift-v0")
+    check_environment(spec, **DATA)
+    expected = run_episodes(still, spec, range(2)).tolist()
+    for description in (describe_environment(spec, f"{module}:Drift-v0"), describe_environment(spec)):
+        assert isinstance(description, str)
+        assert run_episodes(still, environment_from(description), range(2)).tolist() == expected
+    # in a process that has not imported the module
+    description = describe_environment(spec, f"{module}:Drift-v0")
+    del gym.registry["Drift-v0"], sys.modules[module]
+    again = make_environment(environment_from(description)).unwrapped
+    assert type(again).__name__ == "Drift"
+    goal = getattr(again, "goal", None)
+    assert goal is None or type(goal) in (tuple, np.ndarray)
+
+
+def test_descriptions_of_nothing_and_of_another_environment():
+    assert describe_environment(None) is None
+    assert environment_from(None, "Other-v0") == "Other-v0"
+    assert line_of(environment_from, None).startswith("--env_id: got None, expected an environment")
+    spec = gym.wrappers.TimeAwareObservation(gym.make(replace(gym.spec("Pendulum-v1"), kwargs={"g": 1.0}))).spec
+    assert isinstance(environment_from(describe_environment(spec)), EnvSpec)
+    assert environment_from(describe_environment(spec)) == spec
+
+
+def test_specifications_of_names(tmp_path, monkeypatch):
+    line = line_of(environment_spec, "Hoper-v5")
+    assert line.startswith("--data.env_id: got 'Hoper-v5', expected an environment that Gymnasium knows; did you mean")
+    assert "absent_package" in line_of(environment_spec, "absent_package:Drift-v0")
+    module = module_of(tmp_path, monkeypatch, "broken_envs", "1 / 0")
+    assert "to import (division by zero); install or mend it" in line_of(environment_spec, f"{module}:A-v0")

@@ -1,19 +1,17 @@
-"""Evaluation by function and by callback, in an environment whose returns are known on paper."""
+"""Evaluation, in an environment whose returns are known on paper."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import gymnasium as gym
-import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
-from torch import nn
-from torch.utils.data import DataLoader
 
-from dawm.callbacks import EvaluateInEnvironment
+from dawm.agents import TD3BC
 from dawm.data.sources.scores import ReferenceScores
+from dawm.data.transitions import Transitions
 from dawm.errors import UserError
+from dawm.evaluation.environments import warn_once
 from dawm.evaluation.episodes import bootstrap_interval, evaluate, run_episodes, summarize
 
 
@@ -44,7 +42,7 @@ class Counter(gym.Env):
         return self._observation(), {}
 
     def step(self, action):
-        assert not self.over, "stepped behind an episode's end"
+        assert not self.over, "stepped after an episode's end"
         assert action.dtype == np.float32
         self.left, self.steps = self.left - 1, self.steps + 1
         terminated, truncated = bool(action[0] == 9), self.left == 0
@@ -58,12 +56,21 @@ class Counter(gym.Env):
 @pytest.fixture(autouse=True)
 def _clean():
     Counter.made.clear()
+    warn_once.cache_clear()
     torch.manual_seed(0)
 
 
-def still(observations):
-    """Action 0, which is 5 in the environment's units."""
-    return torch.zeros(len(observations), 1)
+def always(action):
+    """A policy, of any number of agents, that knows one action; 0 is 5 in the environment's units."""
+    return lambda observations: torch.full((*observations.shape[:-1], 1), action)
+
+
+still = always(0.0)
+
+
+def units(low, high):
+    """A Box of actions, as of a data set."""
+    return gym.spaces.Box(low, high, (1,), np.float32)
 
 
 # Functions
@@ -78,10 +85,78 @@ def test_returns_of_seeded_episodes(num_envs):
 
 
 def test_actions_are_scaled_to_the_box_and_clipped():
-    assert run_episodes(lambda o: torch.full((len(o), 1), -0.5), Counter, [0], 1).tolist() == [3.0]
-    assert run_episodes(lambda o: torch.full((len(o), 1), -2.0), Counter, [0], 1).tolist() == [1.0]
+    assert run_episodes(always(-0.5), Counter, [0], 1).tolist() == [3.0]
+    assert run_episodes(always(-2.0), Counter, [0], 1).tolist() == [1.0]
     # 9 ends the episode at once
-    assert run_episodes(lambda o: torch.full((len(o), 1), 2.0), Counter, [6], 1).tolist() == [9.0]
+    assert run_episodes(always(2.0), Counter, [6], 1).tolist() == [9.0]
+
+
+def test_actions_are_played_in_the_data_s_units():
+    for action, played in ((-1.0, 2.0), (0.5, 3.5), (1.0, 4.0), (1.5, 4.0)):
+        assert run_episodes(always(action), Counter, [0], action_space=units(2, 4)).tolist() == [played]
+    assert evaluate(always(1.0), Counter, episodes=1, seed=0, action_space=units(2, 4)).returns.tolist() == [4.0]
+
+
+def test_actions_that_the_environment_does_not_take(recwarn):
+    for _ in range(2):
+        assert run_episodes(always(-1.0), Counter, [0], action_space=units(0, 4)).tolist() == [1.0]
+    (warning,) = recwarn
+    assert "'Counter' takes actions from 1 to 9 in entry 0, the data's go from 0 to 4" in str(warning.message)
+    for recorded, part in ((units(-1, 0.5), "from -1 to 0.5"), (gym.spaces.Box(-1, 1, (2,)), "expected 2 as in")):
+        with pytest.raises(UserError, match=f"--data.env_id: got 'Counter' with .*{part}"):
+            run_episodes(still, Counter, [0], action_space=recorded)
+
+
+def test_unbounded_actions_need_the_data_s_units():
+    def make():
+        env = Counter()
+        env.action_space = units(-np.inf, np.inf)
+        return env
+
+    assert run_episodes(always(0.5), make, [0], action_space=units(2, 4)).tolist() == [3.5]
+    with pytest.raises(UserError, match="without finite bounds"):
+        run_episodes(still, make, [0])
+    assert all(env.closed for env in Counter.made)
+
+
+# Agents side by side
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 20])
+def test_agents_side_by_side_earn_what_each_earns_alone(num_envs):
+    spec, asked = replace(gym.spec("Pendulum-v1"), max_episode_steps=30), []
+    agent = TD3BC(3, 1, hidden=[32, 32], seeds=3)
+    agent.fit_normalizers(Transitions(torch.randn(99, 3), *[torch.zeros(99)] * 4))
+
+    def act(observations):
+        asked.append(observations.shape)
+        return agent.act(observations)
+
+    together = run_episodes(act, spec, range(5), num_envs, agents=3)
+    # one call serves all: as many calls as the episodes of one agent take
+    assert len(asked) == 30 * -(-5 // num_envs)
+    assert set(asked) == {(3, 32 if num_envs > 16 else 16, 3)} or num_envs == 20
+    for member, returns in enumerate(together):
+        alone = run_episodes(lambda o, member=member: agent.act(o)[member], spec, range(5), num_envs)
+        assert returns.tolist() == alone.tolist()
+    assert len({*together[:, 0]}) == 3
+    assert evaluate(agent.act, spec, 5, 0, num_envs, seeds=3).returns.tolist() == together.tolist()
+
+
+def test_agents_whose_episodes_end_at_different_times():
+    def act(observations):
+        """The second agent ends every episode at once; the first plays on."""
+        return torch.tensor([0.0, 1.0])[:, None, None].expand(2, observations.shape[1], 1)
+
+    returns = run_episodes(act, Counter, range(7), num_envs=2, agents=2)
+    assert returns.tolist() == [[5.0 * (seed % 7 + 1) for seed in range(7)], [9.0] * 7]
+    assert len(Counter.made) == 4
+    assert all(env.closed for env in Counter.made)
+
+
+def test_a_policy_that_answers_in_another_shape():
+    with pytest.raises(UserError, match=r"--agent: got actions of shape \(16,\) from act, expected \(16, 1\)"):
+        run_episodes(lambda o: torch.zeros(len(o)), Counter, [0])
 
 
 def test_dict_observations_are_flattened_to_float32():
@@ -104,7 +179,7 @@ def test_environments_are_closed_after_an_error():
 
 @pytest.mark.parametrize("environment", ["NoSuchEnvironment-v0", "no_such_module:Env-v0", gym.spec("CartPole-v1")])
 def test_unusable_environment_is_a_user_error(environment):
-    with pytest.raises(UserError, match="data.env_id"):
+    with pytest.raises(UserError, match="--data.env_id"):
         run_episodes(still, environment, [0])
 
 
@@ -128,120 +203,3 @@ def test_summary_gives_scores_where_there_is_a_reference():
     assert result.score_high == pytest.approx(result.high * 2.5)
     assert result.low < 20 < result.high
     assert summarize(np.array([1.0, 2.0])).score is None
-
-
-# Callback
-
-
-class Boring(L.LightningModule):
-    """Counts K updates per training step and does nothing else."""
-
-    def __init__(self, chunk: int = 4) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.chunk = chunk
-        self.layer = nn.Linear(2, 1)
-        self.draws: list[float] = []
-
-    def training_step(self, batch, batch_idx):
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        progress.total.completed += self.chunk
-        self.draws.append(torch.rand(()).item())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def act(self, observations):
-        assert not self.training
-        torch.rand(5)  # a policy that draws
-        return still(observations)
-
-
-class Data(L.LightningDataModule):
-    """What the callback asks of the data module."""
-
-    def __init__(self, reference=None, env_spec=Counter, updates_per_step: int = 4) -> None:
-        super().__init__()
-        self.reference, self.env_spec, self.updates_per_step = reference, env_spec, updates_per_step
-
-    def train_dataloader(self):
-        return DataLoader(torch.zeros(1000, 1), batch_size=1)
-
-
-def fit(tmp_path, callback, data, max_steps, ckpt_path=None, agent=None):
-    agent = Boring() if agent is None else agent
-    trainer = L.Trainer(
-        max_steps=max_steps,
-        accelerator="cpu",
-        callbacks=[] if callback is None else [callback],
-        logger=CSVLogger(tmp_path),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(agent, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    return trainer, agent
-
-
-@pytest.mark.filterwarnings("ignore")  # Lightning's advice about workers
-def test_callback_fires_at_crossings_logs_and_leaves_training_alone(tmp_path):
-    callback = EvaluateInEnvironment(every_n_steps=8, episodes=7, seed=0, num_envs=2)
-    torch.manual_seed(3)
-    trainer, agent = fit(tmp_path, callback, Data(ReferenceScores(0.0, 40.0, "paper")), 28)
-    assert [entry["step"] for entry in callback.history] == [8, 16, 24]
-    assert callback.history[0]["return"] == 20.0
-    assert callback.history[0]["score"] == 50.0
-    assert agent.training
-    assert trainer.callback_metrics["eval/normalized_score"] == 50.0
-
-    table = np.genfromtxt(trainer.logger.experiment.metrics_file_path, delimiter=",", names=True)
-    assert table["step"].tolist() == [8, 16, 24]
-    assert {"evalreturn", "evalnormalized_score", "evalnormalized_score_low", "evalnormalized_score_high"} < set(
-        table.dtype.names
-    )
-
-    torch.manual_seed(3)
-    _, undisturbed = fit(tmp_path, None, Data(), 28)
-    assert agent.draws == undisturbed.draws
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_callback_goes_on_where_a_checkpoint_left_it(tmp_path):
-    callback = EvaluateInEnvironment(every_n_steps=8, episodes=2)
-    trainer, _ = fit(tmp_path, callback, Data(updates_per_step=2), 10, agent=Boring(chunk=2))
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    resumed = EvaluateInEnvironment(every_n_steps=8, episodes=2)
-    # 10, 14, 18, 22: the multiple 16 is crossed, not met
-    fit(tmp_path, resumed, Data(), 22, ckpt_path=tmp_path / "last.ckpt")
-    assert [entry["step"] for entry in resumed.history] == [8, 18]
-    assert resumed.history[0] == callback.history[0]
-    assert "score" not in resumed.history[0]  # no reference
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_callback_names_the_settings_that_do_not_fit(tmp_path):
-    with pytest.raises(UserError, match=r"every_n_steps \(6\).*data.updates_per_step"):
-        fit(tmp_path, EvaluateInEnvironment(every_n_steps=6), Data(), 12)
-    with pytest.raises(UserError, match="data.env_id"):
-        fit(tmp_path, EvaluateInEnvironment(every_n_steps=8), Data(env_spec=None), 12)
-    with pytest.raises(UserError, match="episodes"):
-        EvaluateInEnvironment(episodes=0)
-
-
-def test_ranks_share_the_episodes():
-    total = np.zeros(5)
-    for rank in range(2):
-        callback = EvaluateInEnvironment(episodes=5, seed=3)
-        parts = []
-
-        def reduce(tensor, reduce_op, parts=parts):
-            parts.append(tensor)
-            return tensor
-
-        strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
-        datamodule = SimpleNamespace(env_spec=Counter, reference=None)
-        trainer = SimpleNamespace(global_rank=rank, world_size=2, strategy=strategy, datamodule=datamodule)
-        callback.evaluate(trainer, Boring())
-        total += parts[0].numpy()
-        assert np.count_nonzero(parts[0]) == (3, 2)[rank]
-    assert total.tolist() == run_episodes(still, Counter, range(3, 8)).tolist()

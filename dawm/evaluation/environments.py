@@ -1,54 +1,190 @@
-"""Environments that take their steps together, each at its own time of its own episode.
+"""Environments as they are made, and several of them that take their steps together.
 
-Symbols: N environments, B of them that take a step, O observation size, A action size, P positions, V velocities.
+Symbols: N environments, B of them that take a step, O observation size.
 
-``GymnasiumEnvironments`` are of any kind and take their steps one after the other. Gymnasium's own vector environments
-step finished episodes on or start others in their place; here a finished environment is left alone until its reset.
-
-``PlanarRobots`` are Gymnasium's planar MuJoCo robots: the physics runs in threads, everything else for all robots at
-once. Every robot has an ``MjData`` of its own, on which ``mj_step`` does what it does in Gymnasium's environment: each
-number is the same to the last bit. ``mujoco.rollout`` does not allow that. It simulates many robots with one ``MjData``
-per thread, and hands back their states but not the accelerations from which the next step's solver would start. Its
-observations differ in the last bits, and contacts magnify these into another episode.
+Whatever an environment's own code raises, or answers with instead of what Gymnasium asks for, becomes one line that
+names the environment.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.wrappers import OrderEnforcing, TimeLimit
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 
-__all__ = ["GymnasiumEnvironments", "PlanarRobot", "PlanarRobots", "planar_robot"]
+from dawm.errors import UserError, first_line, require
+
+__all__ = [
+    "ENV_ID",
+    "Environment",
+    "GymnasiumEnvironments",
+    "Named",
+    "make_environment",
+    "time_limit",
+    "warn_once",
+]
+
+Environment = str | EnvSpec | Callable[[], gym.Env]
+
+ENV_ID = "data.env_id"
+"""The setting that names the environment."""
+
+ENDLESS = 100_000
+"""Steps after which an episode is cut if the environment has no time limit."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """An environment's name and the setting it comes from, for messages.
+
+    Args:
+        name: Its id; the class or function of one that has none.
+        key: The setting, as typed.
+    """
+
+    name: str
+    key: str = ENV_ID
+
+    @classmethod
+    def of(cls, environment: Environment | gym.Env, key: str = ENV_ID) -> "Named":
+        """The name of an environment, made or still to be made."""
+        if isinstance(environment, gym.Env):
+            spec = environment.unwrapped.spec
+            return cls(type(environment.unwrapped).__name__ if spec is None else spec.id, key)
+        if isinstance(environment, str):
+            return cls(environment, key)
+        name = environment.id if isinstance(environment, EnvSpec) else getattr(environment, "__name__", "a function")
+        return cls(name, key)
+
+    @property
+    def limit_key(self) -> str:
+        """The setting that gives the environment a time limit."""
+        return self.key.replace("env_id", "max_episode_steps")
+
+    def error(self, has: str, expected: str, remedy: str = "mend it or name another environment") -> UserError:
+        """The error that says what is wrong with the environment.
+
+        Args:
+            has: What it has or does.
+            expected: What would be right.
+            remedy: What to do about it.
+        """
+        return UserError(f"--{self.key}: got {self.name!r} {has}, expected {expected}; {remedy}")
+
+    @contextmanager
+    def guard(self, method: str) -> Iterator[None]:
+        """Turns whatever the environment's code raises into a UserError.
+
+        Args:
+            method: What is done, such as ``step``.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"[:160]
+            raise self.error(f"whose {method} fails ({reason})", "one that works") from error
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Warns of something only once in a process, however often evaluations come.
+
+    Args:
+        text: One line.
+    """
+    warnings.warn(text, stacklevel=3)
+
+
+def make_environment(
+    environment: Environment, max_episode_steps: int | None = None, env_id_key: str = ENV_ID
+) -> gym.Env:
+    """One environment with flat observations and a flat Box of actions.
+
+    Args:
+        environment: A Gymnasium id, a specification, or a function that makes the environment.
+        max_episode_steps: Its time limit; None leaves it the one it has.
+        env_id_key: The setting that names the environment, for messages.
+
+    Raises:
+        UserError: It cannot be made, or its actions are not such a Box.
+    """
+    named, limit = Named.of(environment, env_id_key), max_episode_steps
+    require(named.limit_key, limit, limit is None or limit >= 1, "a whole number of at least 1")
+    try:
+        if not callable(environment):
+            # checking every step takes as long as a policy does
+            env = gym.make(environment, limit, disable_env_checker=True)
+        else:
+            env = environment() if limit is None else TimeLimit(environment(), limit)
+    except Exception as error:  # Gymnasium lets through whatever the environment's own package raises
+        reason = first_line(error)[:160]
+        remedy = "install what it needs or name another environment"
+        raise named.error(f"({reason})", "an environment that can be made", remedy) from error
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
+        env.close()
+        raise named.error(f"with the actions {space}"[:160], "a flat Box of real numbers", "name another environment")
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        sorted_space = _sorted_keys(env.observation_space)
+        with named.guard("observation space"):
+            flat = gym.spaces.flatten_space(sorted_space)
+        env = gym.wrappers.TransformObservation(env, lambda values: gym.spaces.flatten(sorted_space, values), flat)
+    return env
+
+
+def _sorted_keys(space: gym.Space) -> gym.Space:
+    """A space whose observations are laid out as in data sets: Dicts by sorted keys, whatever order they were given."""
+    if not isinstance(space, gym.spaces.Dict):
+        return space
+    return gym.spaces.Dict([(key, _sorted_keys(part)) for key, part in sorted(space.spaces.items())])
+
+
+def time_limit(env: gym.Env) -> int | None:
+    """Steps after which an environment's ``TimeLimit`` ends its episodes; None if it has none."""
+    limits = []
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, TimeLimit):
+            limits.append(env._max_episode_steps)
+        env = env.env
+    return min(limits, default=None)
 
 
 class GymnasiumEnvironments:
-    """N environments of any kind with flat observations.
+    """N environments of any kind with flat observations, which take their steps one after the other.
+
+    Gymnasium's own vector environments go on stepping finished episodes or start others in their place; here a finished
+    environment is left alone until its reset.
 
     Args:
         envs: The environments.
+        env_id_key: The setting that names the environment, for messages.
+
+    Attributes:
+        observations: The newest observation of each, shape (N, O).
     """
 
-    def __init__(self, envs: Sequence[gym.Env]) -> None:
-        self.env, self.envs = envs[0], envs
-        assert isinstance(self.env.observation_space, gym.spaces.Box)
-        self.current = np.zeros((len(envs), *self.env.observation_space.shape))
+    def __init__(self, envs: Sequence[gym.Env], env_id_key: str = ENV_ID) -> None:
+        self.env, self.envs, self.named = envs[0], envs, Named.of(envs[0], env_id_key)
+        assert self.env.observation_space.shape is not None
+        self.observations = np.zeros((len(envs), *self.env.observation_space.shape))
+        self.endless = time_limit(self.env) is None
+        self.ages = np.zeros(len(envs), dtype=np.int64)
 
     def reset(self, slot: int, seed: int) -> None:
         """Starts the episode of a seed in one of the environments."""
-        self.current[slot], _ = self.envs[slot].reset(seed=seed)
-
-    def observations(self, slots: NDArray) -> NDArray:
-        """Observations, shape (B, O).
-
-        Args:
-            slots: Numbers of the environments, shape (B,).
-        """
-        return self.current[slots]
+        with self.named.guard("reset"):
+            observation, _ = self.envs[slot].reset(seed=seed)
+            self._observe(slot, observation)
+        self.ages[slot] = 0
 
     def step(self, slots: NDArray, actions: NDArray) -> tuple[NDArray, NDArray]:
         """Rewards and whether the episodes are over, by termination or truncation; both of shape (B,).
@@ -58,139 +194,29 @@ class GymnasiumEnvironments:
             actions: Their actions, shape (B, A).
         """
         rewards, over = np.zeros(len(slots)), np.zeros(len(slots), dtype=bool)
-        for row, (slot, action) in enumerate(zip(slots, actions)):
-            self.current[slot], reward, terminated, truncated, _ = self.envs[slot].step(action)
-            rewards[row], over[row] = float(reward), terminated or truncated
+        with self.named.guard("step"):
+            for index, (slot, action) in enumerate(zip(slots, actions)):
+                observation, reward, terminated, truncated, _ = self.envs[slot].step(action)
+                self._observe(slot, observation)
+                rewards[index] = self._single("reward", reward, "a number", "biuf")
+                over[index] = self._single("terminated", terminated, "a boolean", "b")
+                over[index] |= self._single("truncated", truncated, "a boolean", "b")
+        self.ages[slots] += 1
+        if self.endless and (cut := self.ages[slots] >= ENDLESS).any():
+            key, name = self.named.limit_key, self.named.name
+            warn_once(f"--{key}: {name!r} has no time limit and did not end in {ENDLESS} steps; cut there, so set one")
+            over |= cut
         return rewards, over
 
+    def _observe(self, slot: int, observation: Any) -> None:
+        if np.shape(observation) != self.observations.shape[1:]:
+            shapes = np.shape(observation), self.observations.shape[1:]
+            raise self.named.error(f"with an observation of shape {shapes[0]}", f"its observation space's {shapes[1]}")
+        self.observations[slot] = observation
 
-@dataclass(frozen=True)
-class PlanarRobot:
-    """What tells one robot from another; the numbers are the defaults of Gymnasium's environments.
-
-    Args:
-        control_cost: Weight of the squared action in the reward.
-        velocity_limit: Bound of the observed velocities.
-        healthy: Positions, shape (B, P), and velocities, shape (B, V), to whether the robot stands, shape (B,), which
-            earns 1 a step; None where it cannot fall.
-    """
-
-    control_cost: float
-    velocity_limit: float = np.inf
-    healthy: Callable[[NDArray, NDArray], NDArray] | None = None
-
-
-def _hopper_stands(positions: NDArray, velocities: NDArray) -> NDArray:
-    state = np.concatenate([positions[:, 2:], velocities], axis=1)
-    return (np.abs(state) < 100).all(axis=1) & (positions[:, 1] > 0.7) & (np.abs(positions[:, 2]) < 0.2)
-
-
-def _walker_stands(positions: NDArray, velocities: NDArray) -> NDArray:
-    return (positions[:, 1] > 0.8) & (positions[:, 1] < 2.0) & (np.abs(positions[:, 2]) < 1.0)
-
-
-ROBOTS = {
-    "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv": PlanarRobot(control_cost=0.1),
-    "gymnasium.envs.mujoco.hopper_v5:HopperEnv": PlanarRobot(1e-3, 10.0, _hopper_stands),
-    "gymnasium.envs.mujoco.walker2d_v5:Walker2dEnv": PlanarRobot(1e-3, 10.0, _walker_stands),
-}
-
-
-def planar_robot(env: Any) -> PlanarRobot | None:
-    """The robot of an environment made by ``gym.make``; None where it is another one, or has settings or wrappers.
-
-    Args:
-        env: The Gymnasium environment.
-    """
-    if type(env) is not TimeLimit or type(env.env) is not OrderEnforcing or env.env.env is not env.unwrapped:
-        return None
-    entry_point = None if env.spec is None or env.spec.kwargs else env.spec.entry_point
-    return ROBOTS.get(entry_point) if isinstance(entry_point, str) else None
-
-
-class PlanarRobots:
-    """N environments of one robot.
-
-    Args:
-        env: The Gymnasium environment, which starts the episodes of all of them.
-        robot: What ``planar_robot`` says of it.
-        count: Number of environments N.
-        threads: Threads that share the physics; no result depends on their number.
-    """
-
-    def __init__(self, env: Any, robot: PlanarRobot, count: int, threads: int) -> None:
-        import mujoco  # type: ignore[import-untyped]  # here: the package takes long to import
-
-        self.mujoco, self.env, self.robot, self.threads = mujoco, env, robot, threads
-        self.model, self.template = env.unwrapped.model, env.unwrapped.data
-        self.frame_skip, self.seconds = env.unwrapped.frame_skip, env.unwrapped.dt
-        self.time_limit = env.spec.max_episode_steps
-        self.data = [mujoco.MjData(self.model) for _ in range(count)]
-        # views into MuJoCo's memory, kept because making one takes longer than copying what it shows
-        self.views = [(data.qpos, data.qvel, data.ctrl) for data in self.data]
-        self.positions, self.velocities = np.zeros((count, self.model.nq)), np.zeros((count, self.model.nv))
-        self.ages = np.zeros(count, dtype=np.int64)
-        self.pool = ThreadPoolExecutor(max(1, threads - 1))
-
-    def reset(self, slot: int, seed: int) -> None:
-        """Starts the episode of a seed in one of the environments."""
-        self.env.reset(seed=seed)
-        self.mujoco.mj_copyData(self.data[slot], self.model, self.template)
-        self.positions[slot], self.velocities[slot], _ = self.views[slot]
-        self.ages[slot] = 0
-
-    def observations(self, slots: NDArray) -> NDArray:
-        """Observations, shape (B, O).
-
-        Args:
-            slots: Numbers of the environments, shape (B,).
-        """
-        limit = self.robot.velocity_limit
-        # without the first position: how far the robot has come is not observed
-        return np.concatenate([self.positions[slots, 1:], self.velocities[slots].clip(-limit, limit)], axis=1)
-
-    def step(self, slots: NDArray, actions: NDArray) -> tuple[NDArray, NDArray]:
-        """Rewards and whether the episodes are over, by termination or truncation; both of shape (B,).
-
-        Args:
-            slots: Numbers of the environments that take a step, shape (B,).
-            actions: Their actions, shape (B, A).
-        """
-        starts = self.positions[slots, 0]
-        self.move(slots.tolist(), actions)
-        positions, velocities = self.positions[slots], self.velocities[slots]
-        self.ages[slots] += 1
-        over = self.ages[slots] >= self.time_limit
-        # sums in Gymnasium's order, and the cost in the actions' single precision: the last bit counts
-        rewards = (positions[:, 0] - starts) / self.seconds
-        if self.robot.healthy is not None:
-            stands = self.robot.healthy(positions, velocities)
-            rewards, over = rewards + stands, over | ~stands
-        return rewards - self.robot.control_cost * np.square(actions).sum(axis=1), over
-
-    def move(self, slots: list[int], actions: NDArray) -> None:
-        """Simulates one step of B environments, whose arguments are those of ``step``."""
-        waiting = deque(zip(slots, actions))
-        # waking a thread takes as long as one robot's physics
-        helpers = [self.pool.submit(self._simulate, waiting) for _ in range(min(self.threads, len(slots) // 2) - 1)]
-        self._simulate(waiting)
-        for helper in helpers:
-            # where other programs use the processor, a helper may find nothing left to do
-            if not helper.cancel():
-                helper.result()
-
-    def _simulate(self, waiting: deque[tuple[int, NDArray]]) -> None:
-        """Simulates one robot after the other until none waits."""
-        while waiting:
-            try:
-                slot, action = waiting.pop()
-            except IndexError:  # another thread has taken the last one
-                return
-            positions, velocities, control = self.views[slot]
-            control[:] = action
-            self.mujoco.mj_step(self.model, self.data[slot], self.frame_skip)  # lets the other threads run
-            self.positions[slot], self.velocities[slot] = positions, velocities
-
-    def close(self) -> None:
-        """Ends the threads; the Gymnasium environment stays open."""
-        self.pool.shutdown()
+    def _single(self, what: str, value: Any, expected: str, kinds: str) -> Any:
+        """The one entry of a scalar or an array of one entry, whose type is of one of NumPy's kinds."""
+        array = np.asarray(value)
+        if array.size != 1 or array.dtype.kind not in kinds:
+            raise self.named.error(f"whose step answers with {what} {' '.join(repr(value).split())}"[:160], expected)
+        return array.item()

@@ -13,27 +13,23 @@ from dataclasses import dataclass
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvSpec
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dawm.errors import UserError
-from dawm.evaluation.environments import GymnasiumEnvironments, PlanarRobots, planar_robot
+from dawm.evaluation.actions import play, recorded_box
+from dawm.evaluation.environments import ENV_ID, Environment, GymnasiumEnvironments, make_environment
 
 __all__ = [
-    "Environment",
     "Evaluation",
     "Policy",
     "bootstrap_interval",
     "evaluate",
-    "make_environment",
-    "policies",
     "run_episodes",
     "summarize",
 ]
 
 Policy = Callable[[Tensor], Tensor]
-Environment = str | EnvSpec | Callable[[], gym.Env]
 
 # A matrix product may round differently for another number of rows, and a simulation with contacts magnifies the last
 # bit into another episode. Rows are padded to a multiple of this, which keeps every row's result the same where layers
@@ -73,39 +69,37 @@ def evaluate(
     normalize: Callable[[float], float] | None = None,
     device: torch.device | str = "cpu",
     seeds: int = 1,
+    action_space: gym.spaces.Box | None = None,
+    max_episode_steps: int | None = None,
+    env_id_key: str = ENV_ID,
 ) -> Evaluation:
     """Runs episodes with the seeds ``seed, seed + 1, ...`` and summarises their returns.
 
     Args:
-        act: The policy: observations, shape (B, O), to actions in [-1, 1], shape (B, A).
+        act: As in `run_episodes`, and so are the other settings that are not named here.
         environment: A Gymnasium id, a specification, or a function that makes the environment.
         episodes: Number of episodes E.
         seed: Seed of the first episode.
         num_envs: Environments side by side.
         normalize: Turns a return into a score, such as ``ReferenceScores.normalize``.
         device: Where the policy's observations go.
-        seeds: Agents trained side by side S, each of which plays all episodes; with more than one, ``act`` answers
-            with actions of shape (S, B, A).
+        seeds: Agents trained side by side S, each of which plays all episodes.
+        action_space: The data's Box of actions.
+        max_episode_steps: The environment's time limit.
+        env_id_key: The setting that names the environment.
     """
-    returns = [
-        run_episodes(policy, environment, range(seed, seed + episodes), num_envs, device)
-        for policy in policies(act, seeds)
-    ]
-    return summarize(np.stack(returns) if seeds > 1 else returns[0], normalize)
-
-
-def policies(act: Policy, seeds: int) -> list[Policy]:
-    """The policy of each of the agents trained side by side.
-
-    Args:
-        act: Observations, shape (B, O), to actions, shape (B, A), or of several agents (S, B, A).
-        seeds: Their number S.
-    """
-
-    def policy(member: int) -> Policy:
-        return lambda observations: act(observations)[member]
-
-    return [act] if seeds == 1 else [policy(member) for member in range(seeds)]
+    returns = run_episodes(
+        act,
+        environment,
+        range(seed, seed + episodes),
+        num_envs,
+        device,
+        agents=seeds,
+        action_space=action_space,
+        max_episode_steps=max_episode_steps,
+        env_id_key=env_id_key,
+    )
+    return summarize(returns, normalize)
 
 
 def summarize(returns: NDArray[np.float64], normalize: Callable[[float], float] | None = None) -> Evaluation:
@@ -127,67 +121,91 @@ def run_episodes(
     seeds: Sequence[int],
     num_envs: int = 10,
     device: torch.device | str = "cpu",
-    threads: int | None = None,
+    agents: int = 1,
+    action_space: gym.spaces.Box | None = None,
+    max_episode_steps: int | None = None,
+    env_id_key: str = ENV_ID,
 ) -> NDArray[np.float64]:
-    """Undiscounted return of one episode per seed, shape (E,).
+    """Undiscounted return of one episode per seed, shape (E,); of S agents trained side by side (S, E).
+
+    Each agent has environments of its own, and every call of ``act`` serves all agents.
 
     Args:
-        act: The policy: observations, shape (B, O), to actions in [-1, 1], shape (B, A).
+        act: The policy: observations, shape (B, O), to actions in [-1, 1], shape (B, A); of several agents (S, B, O)
+            to (S, B, A).
         environment: A Gymnasium id, a specification, or a function that makes the environment.
         seeds: Seed of each episode's reset; its length is E.
-        num_envs: Environments side by side; no more are made than there are episodes.
+        num_envs: Environments side by side, of each agent; no more are made than there are episodes.
         device: Where the policy's observations go.
-        threads: Threads that share the physics of ``PlanarRobots``; None takes as many as PyTorch has. The returns do
-            not depend on it.
+        agents: Agents trained side by side S.
+        action_space: The data's Box of actions, in whose units the policy acts; None takes the environment's.
+        max_episode_steps: The environment's time limit; None leaves it the one it has.
+        env_id_key: The setting that names the environment, for messages.
     """
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-    returns, count = np.zeros(len(seeds)), min(num_envs, len(seeds))
-    if not count:
-        return returns
+    returns, count = np.zeros((agents, len(seeds))), min(num_envs, len(seeds))
     with ExitStack() as stack:
-        envs = _side_by_side(environment, count, threads, stack)
-        waiting = iter(enumerate(seeds))
-        episodes = np.zeros(count, dtype=np.int64)
-        for slot in range(count):
-            episodes[slot], seed = next(waiting)
-            envs.reset(slot, seed)
-        policy = _in_units(act, envs.env.action_space, device)
-        running = np.arange(count)
-        while len(running):
-            rewards, over = envs.step(running, policy(envs.observations(running)))
-            returns[episodes[running]] += rewards
-            for slot in running[over]:
-                following = next(waiting, None)
-                if following is None:
-                    running = running[running != slot]
-                else:
-                    episodes[slot], seed = following
-                    envs.reset(slot, seed)
-    return returns
+        made = [
+            stack.enter_context(closing(make_environment(environment, max_episode_steps, env_id_key)))
+            for _ in range(agents * count)
+        ]
+        if made:
+            envs = GymnasiumEnvironments(made, env_id_key)
+            units = recorded_box(action_space, envs.env, envs.named)
+            _play(act, envs, units, seeds, returns, torch.device(device))
+    return returns if agents > 1 else returns[0]
 
 
-def _side_by_side(
-    environment: Environment, count: int, threads: int | None, stack: ExitStack
-) -> GymnasiumEnvironments | PlanarRobots:
-    """Environments that take their steps together, in the fastest way there is for their kind.
+def _play(
+    act: Policy,
+    envs: GymnasiumEnvironments,
+    units: gym.spaces.Box,
+    seeds: Sequence[int],
+    returns: NDArray[np.float64],
+    device: torch.device,
+) -> None:
+    """Plays the episodes of all agents.
 
     Args:
-        environment: A Gymnasium id, a specification, or a function that makes the environment.
-        count: Number of environments.
-        threads: Threads that share the physics; None takes as many as PyTorch has.
-        stack: Closes whatever has been opened.
+        act: The policy.
+        envs: The agents' environments: first those of the first agent, and so on.
+        units: The Box in whose units the policy acts.
+        seeds: Seed of each episode.
+        returns: Where the returns go, shape (S, E).
+        device: Where the policy's observations go.
     """
+    agents, allowed = len(returns), envs.env.action_space
+    assert isinstance(allowed, gym.spaces.Box)
+    slots = len(envs.envs)
+    count = slots // agents
+    waiting = [iter(enumerate(seeds)) for _ in range(agents)]
+    episodes = np.zeros(slots, dtype=np.int64)
 
-    def make() -> gym.Env:
-        return stack.enter_context(closing(make_environment(environment)))
+    def start(slot: int) -> bool:
+        """Starts the next episode of the environment's agent, if there is one left."""
+        episode = next(waiting[slot // count], None)
+        if episode is not None:
+            episodes[slot], seed = episode
+            envs.reset(slot, seed)
+        return episode is not None
 
-    first = make()
-    # a function may make a different environment each time, or change what it has made
-    robot = None if callable(environment) else planar_robot(first)
-    if robot is None:
-        return GymnasiumEnvironments([first] + [make() for _ in range(count - 1)])
-    return stack.enter_context(closing(PlanarRobots(first, robot, count, threads or torch.get_num_threads())))
+    running = np.array([slot for slot in range(slots) if start(slot)])
+    # finished environments stay in the batch, so that it always has the same shape
+    padded = torch.zeros(agents, -(-count // ROWS) * ROWS, envs.observations.shape[1])
+    while len(running):
+        padded[:, :count] = torch.from_numpy(envs.observations).view(agents, count, -1)
+        observations = padded.clone() if agents > 1 else padded[0].clone()
+        with torch.no_grad():
+            answer = act(observations.to(device))
+        expected = (*observations.shape[:-1], *allowed.shape)
+        if answer.shape != expected:
+            answered = tuple(answer.shape)
+            raise UserError(f"--agent: got actions of shape {answered} from act, expected {expected}; mend its act")
+        actions = play(answer.cpu().view(*padded.shape[:2], -1)[:, :count].flatten(0, 1), units, allowed)
+        rewards, over = envs.step(running, actions[running])
+        returns[running // count, episodes[running]] += rewards
+        running = np.array([slot for slot, ended in zip(running, over) if not ended or start(slot)], dtype=np.int64)
 
 
 def bootstrap_interval(
@@ -216,62 +234,3 @@ def bootstrap_interval(
         means = values[drawn, generator.integers(episodes, size=(resamples, seeds, episodes))].mean(axis=(1, 2))
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def make_environment(environment: Environment) -> gym.Env:
-    """One environment with flat observations.
-
-    Args:
-        environment: A Gymnasium id, a specification, or a function that makes the environment.
-
-    Raises:
-        UserError: It cannot be made, or its actions are not a Box.
-    """
-    try:
-        # checking every step takes as long as a policy does
-        env = environment() if callable(environment) else gym.make(environment, disable_env_checker=True)
-    except Exception as error:  # gymnasium lets through whatever the environment's own package raises
-        name = environment if isinstance(environment, str) else getattr(environment, "id", environment)
-        raise UserError(
-            f"data.env_id: the environment {name!r} cannot be made ({error}); "
-            "install what it needs or set --data.env_id"
-        ) from error
-    if not isinstance(env.action_space, gym.spaces.Box):
-        env.close()
-        raise UserError(f"data.env_id: {env.action_space} is not a Box of actions; choose another --data.env_id")
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        space = _sorted_keys(env.observation_space)
-        env = gym.wrappers.TransformObservation(
-            env, lambda observation: gym.spaces.flatten(space, observation), gym.spaces.flatten_space(space)
-        )
-    return env
-
-
-def _sorted_keys(space: gym.Space) -> gym.Space:
-    """A space whose observations are laid out as in data sets: Dicts by sorted keys, whatever order they were given."""
-    if not isinstance(space, gym.spaces.Dict):
-        return space
-    return gym.spaces.Dict([(key, _sorted_keys(part)) for key, part in sorted(space.spaces.items())])
-
-
-def _in_units(act: Policy, space: gym.Space, device: torch.device | str) -> Callable[[NDArray], NDArray]:
-    """The policy in the environment's own units: observations, shape (B, O), to actions, shape (B, A).
-
-    Args:
-        act: The policy.
-        space: The environment's Box of actions.
-        device: Where the policy's observations go.
-    """
-    assert isinstance(space, gym.spaces.Box)
-    # centre and half-width: exact where the Box is [-1, 1] already
-    centre, half_width = (space.high + space.low) / 2, (space.high - space.low) / 2
-
-    def policy(observations: NDArray) -> NDArray:
-        count, size = observations.shape
-        padded = np.zeros((-(-count // ROWS) * ROWS, size), dtype=np.float32)
-        padded[:count] = observations
-        with torch.no_grad():
-            actions = act(torch.from_numpy(padded).to(device))[:count].cpu().numpy()
-        return (centre + half_width * actions.astype(np.float64)).clip(space.low, space.high).astype(space.dtype)
-
-    return policy

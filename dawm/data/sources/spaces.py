@@ -80,16 +80,22 @@ def environment_spec(env_id: str) -> EnvSpec:
         env_id: Its name; ``module:Name-v0`` imports the module that registers it first, as ``gymnasium.make`` does.
     """
     module, _, name = env_id.rpartition(":")
-    try:
-        if module:
+    if module:
+        try:
             importlib.import_module(module)
+        except Exception as error:  # the module's own code runs
+            raise UserError(
+                f"--data.env_id: got {env_id!r}, expected the module {module!r} to import ({first_line(error)}); "
+                "install or mend it"
+            ) from error
+    try:
         return gym.spec(name)
     except (gym.error.Error, ImportError) as error:
-        if module and isinstance(error, ImportError):
-            raise UserError(f"data.env_id: {env_id} needs the module {module} ({error}); install it") from error
         near = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "`module:Name-v0` imports the package that registers it"
-        raise UserError(f"data.env_id: Gymnasium knows no environment {env_id!r}; {hint}") from error
+        raise UserError(
+            f"--data.env_id: got {env_id!r}, expected an environment that Gymnasium knows; {hint}"
+        ) from error
 
 
 def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tuple[gym.spaces.Box, gym.spaces.Box]:
@@ -101,11 +107,11 @@ def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tupl
         sizes: Sizes of observations and actions in the data, (O, A).
     """
     try:
-        environment = gym.make(spec)
-    except (gym.error.Error, ImportError) as error:
-        line = first_line(error)
+        environment = gym.make(spec, disable_env_checker=True)
+    except Exception as error:  # Gymnasium lets through whatever the environment's own package raises
         raise UserError(
-            f"data.env_id: {spec.id} cannot be made ({line}); install what it needs, or name another environment"
+            f"--data.env_id: got {spec.id!r} ({first_line(error)[:160]}), expected an environment that can be made; "
+            "install what it needs or name another environment"
         ) from error
     described = f"the environment {spec.id}"
     observation_space = observation_box(environment.observation_space, described)
@@ -114,8 +120,8 @@ def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tupl
     expected = (observation_space.shape[0], action_space.shape[0])
     if sizes != expected:
         raise UserError(
-            f"data.env_id: {spec.id} has observations and actions of sizes {expected}, but {name} has {sizes}; "
-            "name the environment that the data came from"
+            f"--data.env_id: got {spec.id!r} with observations and actions of sizes {expected}, "
+            f"expected the {sizes} of {name}; name the environment that the data came from"
         )
     return observation_space, action_space
 
