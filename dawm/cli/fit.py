@@ -108,7 +108,7 @@ def fit(parser: ArgumentParser, config: Namespace, console: Console) -> None:
     results = collect_results(
         data.episodes, modules["model"]["class_path"], evaluation, experiment.results, config.seed_everything
     )
-    write_files(output_dir, results, settings)
+    write_files(output_dir, results, settings, f"python -m dawm fit --config {output_dir / 'config.yaml'}")
     show_results(console, output_dir, results)
 
 

@@ -16,9 +16,9 @@ SECONDS = 30.0  # between two plain lines
 class StageProgress(ProgressBar):
     """Stage, updates done and to do, updates per second, time left, the newest metrics; from the first rank alone.
 
-    On a terminal that is a bar. Elsewhere (a log file, a cluster job) it is a plain line at the start and the end of the
-    stage, every 30 seconds, and at each validation or evaluation. A callback's evaluation is noticed by its metrics,
-    logged as ``eval/...`` with ``prog_bar=True``.
+    On a terminal that is a bar. Elsewhere (a log file, a cluster job) it is a plain line at the start and the end of
+    the stage, every 30 seconds, and at each validation or evaluation. A callback's evaluation is noticed by its
+    metrics, logged as ``eval/...`` with ``prog_bar=True``.
 
     Args:
         stage: What is being trained, as shown.
