@@ -1,25 +1,28 @@
-"""The end of a run: score the agent, write ``results.json``, print the table, draw the curves."""
+"""The end of a run: its results as ``results.json``, a table, and scores in the loggers."""
 
-import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dawm import __version__
+from dawm.cli.curves import draw_curves
+from dawm.cli.html import write_report
 from dawm.data.episodes import Episodes
 from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError
 from dawm.evaluation.episodes import Evaluation
-from dawm.training.checkpoints import write_whole
+from dawm.files import write_whole
 from dawm.training.experiment import StageResult
 
-__all__ = ["collect_results", "read_curve", "read_results", "show_evaluation", "show_results", "write_files"]
+__all__ = ["collect_results", "log_summary", "read_results", "show_evaluation", "show_results", "write_files"]
 
 
 def collect_results(
@@ -62,42 +65,51 @@ def collect_results(
 
 
 def show_results(console: Console, output_dir: Path, results: Mapping[str, Any]) -> None:
-    """Prints the final table.
+    """Prints the final table and where the report is.
 
     Args:
         console: Where to print.
         output_dir: Folder of the run.
         results: What `collect_results` made.
     """
-    data, agent, stages = results["data"], results["agent"], results["stages"]
-    table = Table(title=f"{agent['class'].split('.')[-1]} on {data['dataset']}", show_header=False, title_style="bold")
+    title = f"{results['agent']['class'].split('.')[-1]} on {results['data']['dataset']}"
+    table = Table(title=escape(title), show_header=False, title_style="bold")
     table.add_column(style="cyan")
     table.add_column()
+    for label, value in _rows(results):
+        table.add_row(label, escape(value), style="bold" if label == "agent's score" else None)
+    console.print(table)
+    files = f"{output_dir}/report.html (beside it results.json, curves.png, config.yaml, checkpoints and logs by stage)"
+    console.print(f"report: {files}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The final table, label and value of each row."""
+    data, agent, stages = results["data"], results["agent"], results["stages"]
+    rows = []
     if data["normalized_score"] is not None:
         reference = data["reference"]
-        score = agent["normalized_score"]
-        table.add_row("data's mean score", f"{data['normalized_score']:.1f}  ({data['episodes']} episodes)")
-        table.add_row(
-            "agent's score",
-            f"[bold]{score['mean']:.1f}[/]  (95 % interval {score['low']:.1f} to {score['high']:.1f}, "
-            f"{_played(agent['returns'])})",
-        )
-        table.add_row(
-            "scale",
-            f"0 = {reference['minimum']:.1f}, 100 = {reference['maximum']:.1f} ({reference['source']})",
-        )
-    returns = agent["return"]
-    table.add_row("data's mean return", f"{data['return']:.1f}")
-    interval = f"95 % interval {returns['low']:.1f} to {returns['high']:.1f}"
-    table.add_row("agent's return", f"{returns['mean']:.1f}  ({interval})")
+        rows += [
+            ("data's mean score", f"{data['normalized_score']:.1f}  ({data['episodes']} episodes)"),
+            (
+                "agent's score",
+                f"{_with_interval(agent['normalized_score'])[:-1]}, {_played(agent['returns'])})",
+            ),
+            ("scale", f"0 = {reference['minimum']:.1f}, 100 = {reference['maximum']:.1f} ({reference['source']})"),
+        ]
+    rows += [("data's mean return", f"{data['return']:.1f}"), ("agent's return", _with_interval(agent["return"]))]
     for label, key, stage in HELD_OUT:
         if stage in stages and key in stages[stage]["metrics"]:
-            table.add_row(label, f"{stages[stage]['metrics'][key]:.4g}")
+            rows.append((label, f"{stages[stage]['metrics'][key]:.4g}"))
     for name, stage in stages.items():
-        note = "reused" if stage["reused"] else f"{stage['seconds']:.1f} s for {stage['steps']} updates"
-        table.add_row(f"stage {name.replace('_', ' ')}", note)
-    table.add_row("files", f"{output_dir}/ (results.json, curves.png, config.yaml, checkpoints and logs by stage)")
-    console.print(table)
+        work = f"{stage['steps']} {stage.get('unit', 'updates')}"
+        note = f"{work}, reused" if stage["reused"] else f"{stage['seconds']:.1f} s for {work}"
+        rows.append((f"stage {name.replace('_', ' ')}", note))
+    return rows
+
+
+def _with_interval(value: Mapping[str, float]) -> str:
+    return f"{value['mean']:.1f}  (95 % interval {value['low']:.1f} to {value['high']:.1f})"
 
 
 HELD_OUT = (
@@ -154,72 +166,38 @@ def read_results(run: Path) -> dict[str, Any]:
     return results
 
 
-def read_curve(stage_folder: Path, metric: str) -> tuple[list[int], list[float]]:
-    """One metric over the updates of a stage, from its CSV logs (one per start of the run).
-
-    Args:
-        stage_folder: Folder of the stage.
-        metric: Name of the metric.
-    """
-    curve: dict[int, float] = {}
-    for path in sorted(stage_folder.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row.get(metric) and row.get("step"):  # a killed run may leave half a row
-                    curve[int(float(row["step"]))] = float(row[metric])
-    steps = sorted(curve)
-    return steps, [curve[step] for step in steps]
-
-
-def draw_curves(output_dir: Path, results: Mapping[str, Any]) -> None:
-    """Draws the learning curves of all stages into ``curves.png``.
-
-    Args:
-        output_dir: Folder of the run.
-        results: What `collect_results` made.
-    """
-    import matplotlib as mpl  # slow to import, and needed only here
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    score = "eval/return" if results["data"]["normalized_score"] is None else "eval/normalized_score"
-    panels = [
-        ("world_model", ["world_model/validation_observation_error/step_1",
-                         "world_model/regression_observation_error/step_1"], True),
-        ("inverse_dynamics", ["inverse_dynamics/validation_error"], True),
-        ("agent", [score], False),
-    ]  # fmt: skip
-    panels = [panel for panel in panels if panel[0] in results["stages"]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="constrained")
-    for axis, (stage, metrics, logarithmic) in zip(axes[0], panels):
-        folder = Path(results["stages"][stage]["checkpoint"]).parent
-        for metric in metrics:
-            steps, values = read_curve(folder, metric)
-            axis.plot(steps, values, marker=".", label=metric.removeprefix(f"{stage}/"))
-        if logarithmic:
-            axis.set_yscale("log")
-        if stage == "agent":
-            low, high = (read_curve(folder, f"{score}_{end}") for end in ("low", "high"))
-            if low[0] and low[0] == high[0]:
-                axis.fill_between(low[0], low[1], high[1], alpha=0.2, label="95 % interval")
-            level = results["data"]["normalized_score" if score == "eval/normalized_score" else "return"]
-            axis.axhline(level, color="grey", linestyle="--", label="the data's mean")
-        axis.set(title=stage.replace("_", " "), xlabel="updates")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small")
-    figure.savefig(output_dir / "curves.png", dpi=120)
-    plt.close(figure)
-
-
-def write_files(output_dir: Path, results: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Writes ``results.json``, ``config.yaml`` (which ``fit --config`` takes again) and ``curves.png``.
+def write_files(output_dir: Path, results: Mapping[str, Any], settings: Mapping[str, Any], command: str) -> None:
+    """Writes ``results.json``, ``config.yaml`` (which ``fit --config`` takes), ``curves.png`` and ``report.html``.
 
     Args:
         output_dir: Folder of the run.
         results: What `collect_results` made.
         settings: All settings as plain values.
+        command: Command line that repeats the run.
     """
     write_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     write_whole(output_dir / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
     draw_curves(output_dir, results)
+    write_report(output_dir, results, settings, command, _rows(results))
+
+
+def log_summary(loggers: Iterable[Logger], results: Mapping[str, Any]) -> None:
+    """Writes the final scores to loggers, as ``final/return``, ``final/normalized_score`` and the bounds of both.
+
+    W&B and MLflow show the last value of a metric as the run's summary.
+
+    Args:
+        loggers: Any Lightning loggers.
+        results: What `collect_results` made.
+    """
+    ends = {"": "mean", "_low": "low", "_high": "high"}
+    metrics = {
+        f"final/{key}{end}": results["agent"][key][name]
+        for key in ("return", "normalized_score")
+        for end, name in ends.items()
+        if results["agent"][key][name] is not None
+    }
+    for logger in loggers:
+        logger.log_metrics(metrics, step=results["stages"]["agent"]["steps"])
+        logger.save()
+        logger.finalize("success")

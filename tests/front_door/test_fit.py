@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dawm.agents import TD3BC
+from dawm.cli.curves import read_curve
 from dawm.cli.main import main
-from dawm.cli.report import read_curve
 from dawm.training.build import load_module
 from dawm.world_model import DiffusionWorldModel
 

@@ -1,0 +1,225 @@
+"""Curves of a run, read from the CSV logs of its stages and drawn with matplotlib."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["draw_curves", "imagined_figures", "learning_figures", "read_curve", "read_logs"]
+
+Curve = tuple[list[int], list[float]]  # updates, and the metric's value at each
+
+FATES = ("kept", "after_end", "out_of_range", "uncertain", "non_finite")  # of imagined steps
+COLORS = ("#4477aa", "#bbbbbb", "#ee6677", "#ccbb44", "#aa3377")  # told apart by the colour-blind too
+REQUIRED = {"kept", "rejected_share", "reward_drift", "termination_rate", "termination_drift"}
+POINTS = 500  # of a curve in the report; longer ones are averaged
+
+
+def read_logs(stage_folder: Path) -> dict[str, Curve]:
+    """All metrics over the updates of a stage, from its CSV logs (one per start of the run).
+
+    Args:
+        stage_folder: Folder of the stage.
+    """
+    curves: dict[str, dict[int, float]] = {}
+    for path in sorted(stage_folder.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                with suppress(KeyError, TypeError, ValueError):  # a killed run may leave half a row
+                    step = int(float(row.pop("step")))
+                    for metric, value in row.items():
+                        if value:
+                            curves.setdefault(metric, {})[step] = float(value)
+    return {metric: (sorted(curve), [curve[s] for s in sorted(curve)]) for metric, curve in sorted(curves.items())}
+
+
+def read_curve(stage_folder: Path, metric: str) -> Curve:
+    """One metric over the updates of a stage.
+
+    Args:
+        stage_folder: Folder of the stage.
+        metric: Name of the metric.
+    """
+    return read_logs(stage_folder).get(metric, ([], []))
+
+
+def stage_logs(results: Mapping[str, Any]) -> dict[str, dict[str, Curve]]:
+    """The logs of the stages that ran.
+
+    Args:
+        results: What `dawm.cli.report.collect_results` made.
+    """
+    return {name: read_logs(Path(stage["checkpoint"]).parent) for name, stage in results["stages"].items()}
+
+
+def draw_curves(output_dir: Path, results: Mapping[str, Any]) -> None:
+    """Draws what the held-out data and the environment say of each stage into ``curves.png``.
+
+    Args:
+        output_dir: Folder of the run.
+        results: What `dawm.cli.report.collect_results` made.
+    """
+    from matplotlib.figure import Figure  # slow to import, and needed only here
+
+    panels = _main_panels(results, stage_logs(results))
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    for axis, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        draw(axis)
+    figure.savefig(output_dir / "curves.png", dpi=120)
+
+
+def learning_figures(results: Mapping[str, Any]) -> dict[str, str]:
+    """The learning curves of all stages, as SVG by description: those of ``curves.png``, then the training losses.
+
+    Args:
+        results: What `dawm.cli.report.collect_results` made.
+    """
+    logs = stage_logs(results)
+    captions = {
+        "world_model": "Error of the first imagined observation on held-out data. Lower is better.",
+        "inverse_dynamics": "Squared error of the inferred actions on held-out data. Lower is better.",
+        "agent": "What the agent earns in its environment. Higher is better.",
+    }
+    panels = _main_panels(results, logs)[::-1]  # the agent first
+    figures = {captions[stage]: _svg(draw) for stage, draw in zip(reversed(results["stages"]), panels)}
+    for curves in reversed(logs.values()):
+        for metric in curves:
+            if "loss" in metric:
+                figures[f"Training: {metric}."] = _svg(_lines(metric, {"": _thinned(curves[metric])}, legend=False))
+    return figures
+
+
+def imagined_figures(curves: Mapping[str, Curve], limits: Mapping[str, float]) -> dict[str, str]:
+    """What imagined data were like over the agent's updates, as SVG by description; empty where nothing was imagined.
+
+    Args:
+        curves: Logs of the agent's stage.
+        limits: Limits of the callback that refills the data: ``max_rejected`` and the like.
+    """
+    logged = {name.removeprefix("synthetic/"): curve for name, curve in curves.items() if name.startswith("synthetic/")}
+    if not logged.keys() >= REQUIRED:
+        return {}
+    rejected, reward, rate = (logged[name] for name in ("rejected_share", "reward_drift", "termination_rate"))
+    drift = dict(zip(*logged["termination_drift"]))
+    data_rate = rate[0], [value - drift.get(step, math.nan) for step, value in zip(*rate)]
+    worst = [limits["max_rejected"]] if "max_rejected" in limits else []
+    furthest = [limits["max_reward_drift"], -limits["max_reward_drift"]] if "max_reward_drift" in limits else []
+    last = max(curve[0][-1] for curve in curves.values())
+    return {
+        "Fate of all imagined steps at each refill.": _svg(_fates(logged, last)),
+        "Steps rejected, out of those up to the imagined end.": _svg(
+            _lines("rejected fraction", {"rejected": rejected}, held=True, limits=worst)
+        ),
+        "Mean imagined reward minus the data's, in standard deviations of the data's rewards.": _svg(
+            _lines("reward drift", {"drift": reward}, held=True, limits=furthest)
+        ),
+        "Terminations per step. The distance between the two is the termination drift.": _svg(
+            _lines("terminations per step", {"imagined": rate, "the data": data_rate}, held=True)
+        ),
+    }
+
+
+def _main_panels(results: Mapping[str, Any], logs: Mapping[str, Mapping[str, Curve]]) -> list[Callable[[Any], None]]:
+    """One drawing for each stage that ran, in order."""
+    scored = results["data"]["normalized_score"] is not None
+    metrics = {
+        "world_model": ("validation_observation_error/step_1", "regression_observation_error/step_1"),
+        "inverse_dynamics": ("validation_error",),
+    }
+    panels = []
+    for stage, curves in logs.items():
+        if stage in metrics:
+            lines = {m: curves[f"{stage}/{m}"] for m in metrics[stage] if f"{stage}/{m}" in curves}
+            panels.append(_lines(stage.replace("_", " "), lines, logarithmic=True))
+        else:
+            name = "eval/normalized_score" if scored else "eval/return"
+            level = results["data"]["normalized_score" if scored else "return"]
+            panels.append(_score(name, curves, level))
+    return panels
+
+
+def _lines(
+    title: str,
+    lines: Mapping[str, Curve],
+    legend: bool = True,
+    logarithmic: bool = False,
+    held: bool = False,
+    limits: Sequence[float] = (),
+) -> Callable[[Any], None]:
+    """A drawing of some metrics; ``held`` where a value holds until the next one."""
+
+    def draw(axis: Any) -> None:
+        for label, (steps, values) in lines.items():
+            axis.plot(steps, values, marker=".", label=label, drawstyle="steps-post" if held else None)
+        for number, limit in enumerate(limits):
+            axis.axhline(limit, color="#ee6677", linestyle="--", label="warning beyond" if number == 0 else None)
+        if logarithmic:
+            axis.set_yscale("log")
+        _finish(axis, title, legend)
+
+    return draw
+
+
+def _score(metric: str, curves: Mapping[str, Curve], level: float) -> Callable[[Any], None]:
+    """A drawing of the agent's evaluations."""
+
+    def draw(axis: Any) -> None:
+        steps, values = curves.get(metric, ([], []))
+        axis.plot(steps, values, marker=".", label=metric)
+        (low_steps, low), (high_steps, high) = (curves.get(f"{metric}_{end}", ([], [])) for end in ("low", "high"))
+        if low_steps and low_steps == high_steps:
+            axis.fill_between(low_steps, low, high, alpha=0.2, label="95 % interval")
+        axis.axhline(level, color="grey", linestyle="--", label="the data's mean")
+        _finish(axis, "agent", True)
+
+    return draw
+
+
+def _fates(logged: Mapping[str, Curve], last: int) -> Callable[[Any], None]:
+    """A drawing of the imagined steps by fate, each refill's fractions until the next or the last update."""
+
+    def draw(axis: Any) -> None:
+        steps = logged["kept"][0]
+        counts = {fate: dict(zip(*logged[fate])) for fate in FATES if fate in logged}
+        fractions = np.array([[curve.get(step, 0) for step in steps] for curve in counts.values()])
+        fractions = fractions / fractions.sum(axis=0)
+        axis.stackplot(
+            [*steps, max(last, steps[-1] + 1)],
+            np.column_stack([fractions, fractions[:, -1]]),
+            step="post",
+            colors=COLORS,
+            labels=[fate.replace("_", " ") for fate in counts],
+        )
+        axis.set(ylim=(0, 1))
+        axis.margins(x=0)
+        _finish(axis, "fate of imagined steps", True)
+
+    return draw
+
+
+def _finish(axis: Any, title: str, legend: bool) -> None:
+    axis.set(title=title, xlabel="updates")
+    if legend and axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="small")
+
+
+def _thinned(curve: Curve) -> Curve:
+    """The means of neighbouring points where there are too many to draw."""
+    block = -(-len(curve[0]) // POINTS)
+    starts = range(0, len(curve[0]), block)
+    return [curve[0][s] for s in starts], [float(np.mean(curve[1][s : s + block])) for s in starts]
+
+
+def _svg(draw: Callable[[Any], None]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    draw(figure.subplots())
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()

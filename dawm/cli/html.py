@@ -1,0 +1,200 @@
+"""``report.html``: all there is to know about a run, in one file that needs no network and no script."""
+
+import base64
+import datetime
+import html
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dawm import __version__
+from dawm.cli.curves import Curve, imagined_figures, learning_figures, read_logs
+from dawm.files import write_whole
+
+__all__ = ["write_report"]
+
+LIBRARIES = ("torch", "lightning", "gymnasium", "minari", "mujoco", "numpy")
+
+STYLE = """
+:root { color-scheme: light; --ink: #1d2733; --soft: #5b6876; --line: #dde3e9; --blue: #2b5f8f; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f5f7f9; color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 1rem 0 .25rem; }
+h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
+p { margin: .25rem 0 .75rem; } .soft { color: var(--soft); }
+section { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; margin: 1rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
+.cards div { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem; }
+.cards b { display: block; font-size: 1.6rem; line-height: 1.2; color: var(--blue); }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
+figure { margin: 0; } img { display: block; width: 100%; max-width: 100%; height: auto; }
+figcaption, .cards span { color: var(--soft); font-size: .875rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .375rem .75rem .375rem 0; border-top: 1px solid var(--line); }
+tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--soft); min-width: 8rem; }
+td { overflow-wrap: normal; min-width: 6rem; font-variant-numeric: tabular-nums; }
+pre { overflow-x: auto; background: #f5f7f9; border-radius: .375rem; padding: .75rem; margin: .5rem 0;
+  font-size: .85rem; }
+pre.wrap { white-space: pre-wrap; } summary { cursor: pointer; color: var(--blue); }
+"""
+
+
+def write_report(
+    output_dir: Path,
+    results: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    command: str,
+    rows: Iterable[Sequence[str]],
+) -> None:
+    """Writes ``report.html``.
+
+    Args:
+        output_dir: Folder of the run.
+        results: What `dawm.cli.report.collect_results` made.
+        settings: All settings as plain values.
+        command: Command line that repeats the run.
+        rows: The final table, label and value of each row.
+    """
+    title = f"{results['agent']['class'].split('.')[-1]} on {results['data']['dataset']}"
+    logs = read_logs(Path(results["stages"]["agent"]["checkpoint"]).parent)
+    limits = _limits(settings)
+    imagined = imagined_figures(logs, limits)
+    sections = [
+        _section("Results", _table(rows), _seeds(results)),
+        _section("Learning curves", _figures(learning_figures(results))),
+    ]
+    if imagined:
+        sections.append(_section("Imagined data", _figures(imagined), _refills(logs, limits)))
+    else:
+        sections.append(_section("Imagined data", "<p>None: the agent learnt from real data alone.</p>"))
+    sections += [
+        _section(
+            "Repeat it",
+            f'<pre class="wrap">{html.escape(command)}</pre>',
+            '<p class="soft">Complete stages in the run\'s folder are reused; another <code>--output_dir</code> trains '
+            "them all.</p>",
+            f"<details><summary>All settings (config.yaml)</summary><pre>"
+            f"{html.escape(yaml.safe_dump(dict(settings), sort_keys=False))}</pre></details>",
+        ),
+        _section("Versions and hardware", _table(_versions()), f"<p>{html.escape(_hardware())}</p>"),
+    ]
+    when = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    write_whole(
+        output_dir / "report.html",
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">\n"
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f'<h1>{html.escape(title)}</h1>\n<p class="soft">Seed {results["seed"]}, written {when}</p>\n'
+        f"{_cards(results)}\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n",
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """A table whose first column names the rows; it scrolls in a box of its own where it is too wide."""
+    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)] if head else []
+    for label, *cells in rows:
+        values = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        lines.append(f"<th>{html.escape(label)}</th>{values}")
+    return '<div class="scroll"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+
+
+def _figures(figures: Mapping[str, str]) -> str:
+    """SVG images with their descriptions; as images, since the ids inside two inlined drawings would meet."""
+    parts = []
+    for caption, svg in figures.items():
+        text, data = html.escape(caption), base64.b64encode(svg.encode()).decode()
+        parts.append(
+            f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>'
+        )
+    return '<div class="figures">' + "\n".join(parts) + "</div>"
+
+
+def _cards(results: Mapping[str, Any]) -> str:
+    """The figures one looks for first."""
+    scored = results["data"]["normalized_score"] is not None
+    key, word = ("normalized_score", "score") if scored else ("return", "return")
+    agent, seconds = results["agent"][key], sum(stage["seconds"] for stage in results["stages"].values())
+    cards = [
+        (f"{agent['mean']:.1f}", f"agent's {word}, 95 % interval {agent['low']:.1f} to {agent['high']:.1f}"),
+        (f"{results['data'][key]:.1f}", f"data's mean {word}, {results['data']['episodes']:,} episodes"),
+        (str(datetime.timedelta(seconds=round(seconds))), "training time of all stages"),
+    ]
+    return '<div class="cards">' + "".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in cards) + "</div>"
+
+
+def _seeds(results: Mapping[str, Any]) -> str:
+    """The mean return of each of several seeds."""
+    returns = results["agent"]["returns"]
+    if not isinstance(returns[0], list):
+        return ""
+    rows = [
+        (str(seed), f"{sum(each) / len(each):.1f}", f"{min(each):.1f}", f"{max(each):.1f}")
+        for seed, each in enumerate(returns)
+    ]
+    return _table(rows, ("seed", "mean return", "lowest", "highest"))
+
+
+def _limits(settings: Mapping[str, Any]) -> dict[str, float]:
+    """What the agent's callbacks were told to warn of, such as ``max_reward_drift``."""
+    limits = {}
+    for callback in settings["stages"]["agent"]["callbacks"] or []:
+        for key, value in (callback.get("init_args") or {}).items():
+            if key.startswith("max_") and isinstance(value, int | float):
+                limits[key] = float(value)
+    return limits
+
+
+def _refills(logs: Mapping[str, Curve], limits: Mapping[str, float]) -> str:
+    """What the first and the last refill were like."""
+    warned = {
+        "rejected_share": "max_rejected",
+        "reward_drift": "max_reward_drift",
+        "termination_drift": "max_termination_drift",
+    }
+    rows = []
+    for metric, (_, values) in logs.items():
+        if metric.startswith("synthetic/"):
+            name = metric.removeprefix("synthetic/")
+            limit = limits.get(warned.get(name, ""))
+            rows.append((name.replace("_", " "), f"{values[0]:.4g}", f"{values[-1]:.4g}", _limit(limit)))
+    return _table(rows, ("of one refill", "first", "last", "warning beyond"))
+
+
+def _limit(limit: float | None) -> str:
+    return "" if limit is None else f"{limit:g}"
+
+
+def _versions() -> list[tuple[str, str]]:
+    """Versions of all that a result may depend on."""
+    rows = [("dawm", __version__), ("python", platform.python_version())]
+    for library in LIBRARIES:
+        try:
+            rows.append((library, metadata.version(library)))
+        except metadata.PackageNotFoundError:
+            rows.append((library, "not installed"))
+    return rows
+
+
+def _hardware() -> str:
+    """Processor, cores and GPU of this machine, in one line."""
+    try:
+        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    processor = names[0] if names else platform.processor() or platform.machine()
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join([f"{processor}, {os.cpu_count()} cores", *(gpus or ["no GPU"]), platform.platform()])
