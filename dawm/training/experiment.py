@@ -216,7 +216,7 @@ class Experiment:
         data, episodes, real = self.data, self.data.episodes, self.data.episodes.transitions
         if name == "agent":
             if isinstance(module, OfflineAgent):
-                module.fit_normalizers(real[episodes.sample_rows()], episodes.returns())
+                module.fit_normalizers(real[episodes.sample_rows()], episodes.episode_returns)
             return
         rows = episodes.sample_rows(data.training_episodes)
         if name == "world_model":
