@@ -200,7 +200,7 @@ def flags(values: NDArray, name: str, key: str, start: int = 0) -> NDArray[np.bo
         return values
     if values.dtype.kind in "iuf":
         good = (values == 0) | (values == 1)
-        good = good if good.all() else (values == 0) | (values == 255)
+        good = good | ((values == 0) | (values == 255)).all()
     else:
         good = np.zeros(len(values), bool)
     if not good.all():

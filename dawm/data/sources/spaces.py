@@ -1,6 +1,6 @@
 """Which spaces can be used, and how observations and actions are laid out as flat rows.
 
-Observations are flat Boxes, or Dicts of them (goal environments), whose entries stand side by side with the keys
+Observations are flat Boxes, or Dicts of them (goal environments), whose entries are put side by side with the keys
 sorted, nested Dicts likewise. So does Gymnasium's ``FlattenObservation``, unless an environment was given an order of
 its own, which Minari does not keep. Actions are a flat Box with finite bounds.
 """
@@ -47,8 +47,8 @@ def observation_leaves(space: gym.Space, name: str) -> list[tuple[tuple[str, ...
         return [((), space)]
     kind = f"Box of shape {space.shape}" if isinstance(space, gym.spaces.Box) else type(space).__name__
     raise UserError(
-        f"data.dataset: {name} has observations of the kind {kind}; "
-        "only flat Boxes and Dicts of them can be used, so choose another data set"
+        f"--data.dataset: got {name} with observations of the kind {kind}, expected flat Boxes or Dicts of them; "
+        "choose another data set"
     )
 
 
@@ -63,12 +63,12 @@ def action_box(space: gym.Space, name: str) -> gym.spaces.Box:
     """The action Box itself, or a UserError where it cannot be scaled to [-1, 1]."""
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
         raise UserError(
-            f"data.dataset: {name} has the action space {space}; "
-            "only a flat Box of real numbers can be used, so choose another data set"
+            f"--data.dataset: got {name} with the action space {space}, expected a flat Box of real numbers; choose "
+            "another data set"
         )
     if not (np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()):
         raise UserError(
-            f"data.dataset: {name} has no finite action bounds ({space}); give its action space real bounds"
+            f"--data.dataset: got {name} with the action space {space}, expected finite bounds; record them in it"
         )
     return space
 
@@ -86,10 +86,12 @@ def environment_spec(env_id: str) -> EnvSpec:
         return gym.spec(name)
     except (gym.error.Error, ImportError) as error:
         if module and isinstance(error, ImportError):
-            raise UserError(f"data.env_id: {env_id} needs the module {module} ({error}); install it") from error
+            raise UserError(
+                f"--data.env_id: got {env_id}, expected the module {module} ({error}); install it"
+            ) from error
         near = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "`module:Name-v0` imports the package that registers it"
-        raise UserError(f"data.env_id: Gymnasium knows no environment {env_id!r}; {hint}") from error
+        raise UserError(f"--data.env_id: got {env_id}, expected an environment that Gymnasium knows; {hint}") from error
 
 
 def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tuple[gym.spaces.Box, gym.spaces.Box]:
@@ -103,9 +105,9 @@ def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tupl
     try:
         environment = gym.make(spec)
     except (gym.error.Error, ImportError) as error:
-        line = first_line(error)
         raise UserError(
-            f"data.env_id: {spec.id} cannot be made ({line}); install what it needs, or name another environment"
+            f"--data.env_id: got {spec.id}, which cannot be made ({first_line(error)}), expected an environment; "
+            "install what it needs, or name another"
         ) from error
     described = f"the environment {spec.id}"
     observation_space = observation_box(environment.observation_space, described)
@@ -114,8 +116,8 @@ def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tupl
     expected = (observation_space.shape[0], action_space.shape[0])
     if sizes != expected:
         raise UserError(
-            f"data.env_id: {spec.id} has observations and actions of sizes {expected}, but {name} has {sizes}; "
-            "name the environment that the data came from"
+            f"--data.env_id: got {spec.id} with observations and actions of sizes {expected}, expected {sizes}, as in "
+            f"{name}; name the environment that the data came from"
         )
     return observation_space, action_space
 
