@@ -11,6 +11,7 @@ from minari.data_collector import EpisodeBuffer
 
 from dawm.data.episodes import load_episodes, unscale_actions
 from dawm.data.sources import minari as minari_files
+from dawm.data.sources.catalog import local_datasets
 from dawm.data.sources.scores import ReferenceScores, d4rl_scores, reference_scores
 from dawm.errors import UserError
 from dawm.evaluation.episodes import run_episodes
@@ -98,7 +99,7 @@ def test_every_number_stays_in_its_row():
     assert episodes.starts.tolist() == [0, 3]
     assert episodes.lengths.tolist() == [3, 2]
     assert episodes.truncated.tolist() == [False, True]
-    assert episodes.returns().tolist() == [3, 21]
+    assert episodes.episode_returns.tolist() == [3, 21]
     assert episodes.next_observed.all()
 
 
@@ -140,11 +141,13 @@ def test_a_d4rl_file_without_next_observations(tmp_path):
 
 
 def test_a_d4rl_file_without_timeouts(tmp_path):
-    columns = d4rl_columns(rows=9) | {"next_observations": np.ones((9, 2), np.float32)}
+    columns = d4rl_columns(rows=9)
+    columns["next_observations"] = columns["observations"] + 2
     columns["terminals"] = np.arange(9) == 1
     del columns["timeouts"]
     path = write_d4rl(tmp_path / "a.hdf5", **columns)
-    assert load_episodes(path).ends.tolist() == [2, 9]
+    with pytest.warns(UserWarning, match="cut at terminals alone"):
+        assert load_episodes(path).ends.tolist() == [2, 9]
     assert load_episodes(path, env_id="Line-v0").ends.tolist() == [2, 5, 8, 9]  # the time limit is three steps
 
 
@@ -198,7 +201,7 @@ def test_a_plus_in_a_path_does_not_join(tmp_path):
     assert len(load_episodes(write_d4rl(tmp_path / "a+b.hdf5", **d4rl_columns()))) == 4
 
 
-def test_goal_observations_stand_with_their_keys_sorted():
+def test_goal_observations_have_their_keys_sorted():
     goal = {"z": spaces.Box(-7, 7, (1,), np.float32), "a": spaces.Box(-8, 8, (1,), np.float64)}
     parts = {"observation": spaces.Box(-9, 9, (2,), np.float64), "desired_goal": spaces.Dict(goal)}
     steps = [spaces.Dict(parts).sample() for _ in range(4)]
@@ -281,7 +284,7 @@ def test_unknown_names_get_the_nearest(monkeypatch):
 
     monkeypatch.setattr(minari, "download_dataset", no_network)
     message = error_of("mujoco/hopper/medium-v0")
-    assert message.startswith("data.dataset: mujoco/hopper/medium-v0")
+    assert message.startswith("--data.dataset: got mujoco/hopper/medium-v0")
     assert "Name or service not known" in message
     assert "connect to the network" in message
     assert "nearest names are mujoco/hopper/medium-v0" in error_of("mujoco/hoper/medium-v0")
@@ -309,22 +312,22 @@ def test_a_missing_data_set_is_downloaded(monkeypatch):
 def test_unusable_observations(space):
     write_minari("toy/odd-v0", [], observation_space=space)
     message = error_of("toy/odd-v0")
-    assert message.startswith("data.dataset: toy/odd-v0 has observations of the kind")
-    assert "only flat Boxes" in message
+    assert message.startswith("--data.dataset: got toy/odd-v0 with observations of the kind")
+    assert "expected flat Boxes" in message
 
 
 def test_unusable_actions():
     write_minari("toy/discrete-v0", [], action_space=spaces.Discrete(3))
-    assert "only a flat Box of real numbers" in error_of("toy/discrete-v0")
+    assert "expected a flat Box of real numbers" in error_of("toy/discrete-v0")
     write_minari("toy/unbounded-v0", [], action_space=spaces.Box(-np.inf, np.inf, (2,)))
-    assert "no finite action bounds" in error_of("toy/unbounded-v0")
+    assert "expected finite bounds" in error_of("toy/unbounded-v0")
 
 
 def test_empty_data(tmp_path):
     write_minari("toy/empty-v0", [])
-    assert "toy/empty-v0 is empty" in error_of("toy/empty-v0")
+    assert "got toy/empty-v0, expected complete steps, but it is empty" in error_of("toy/empty-v0")
     path = write_d4rl(tmp_path / "a.hdf5", **{key: values[:0] for key, values in d4rl_columns().items()})
-    assert "is empty" in error_of(path)
+    assert "it is empty" in error_of(path)
 
 
 def test_values_that_are_not_finite(tmp_path):
@@ -341,21 +344,21 @@ def test_values_that_are_not_finite(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     assert "does not exist" in error_of(str(tmp_path / "absent.hdf5"))
     (tmp_path / "text.hdf5").write_text("no")
-    assert "not a readable HDF5 file" in error_of(str(tmp_path / "text.hdf5"))
+    assert "expected a readable HDF5 file" in error_of(str(tmp_path / "text.hdf5"))
     columns = d4rl_columns()
     del columns["rewards"]
-    assert "has no rewards" in error_of(write_d4rl(tmp_path / "a.hdf5", **columns))
+    assert "without rewards, expected observations" in error_of(write_d4rl(tmp_path / "a.hdf5", **columns))
     columns = d4rl_columns() | {"rewards": np.zeros(5)}
-    assert "has rewards of shape (5,), where 6 rows" in error_of(write_d4rl(tmp_path / "b.hdf5", **columns))
+    assert "with rewards of shape (5,), expected 6 rows" in error_of(write_d4rl(tmp_path / "b.hdf5", **columns))
 
 
 def test_a_damaged_minari_data_set(datasets_path):
     write_minari("toy/line-v0", [episode(0, 3, terminated=True)])
     with h5py.File(datasets_path / "toy/line-v0/data/main_data.hdf5", "a") as file:
         del file["episode_0/rewards"]
-    assert "toy/line-v0 is damaged" in error_of("toy/line-v0")
+    assert "got toy/line-v0, expected whole data, but it is damaged" in error_of("toy/line-v0")
     (datasets_path / "toy/line-v0/data/metadata.json").unlink()
-    assert "Minari cannot open toy/line-v0" in error_of("toy/line-v0")
+    assert "got toy/line-v0, which Minari cannot open" in error_of("toy/line-v0")
 
 
 def test_actions_in_other_units(tmp_path):
@@ -367,14 +370,18 @@ def test_actions_in_other_units(tmp_path):
 
 def test_wrong_environments(tmp_path):
     path = write_d4rl(tmp_path / "a.hdf5", **d4rl_columns())
-    assert error_of(path, "Hoper-v5").startswith("data.env_id: Gymnasium knows no environment 'Hoper-v5'; did you mean")
-    assert "Hopper-v5 has observations and actions of sizes (11, 3)" in error_of(path, "Hopper-v5")
+    assert error_of(path, "Hoper-v5").startswith(
+        "--data.env_id: got Hoper-v5, expected an environment that Gymnasium knows; did you mean"
+    )
+    assert "got Hopper-v5 with observations and actions of sizes (11, 3), expected (2, 2)" in error_of(
+        path, "Hopper-v5"
+    )
 
 
 def test_joined_data_sets_that_disagree(tmp_path):
     write_minari("toy/one-v0", [episode(0, 3, terminated=True)])
     write_minari("toy/two-v0", [episode(0, 3, terminated=True)], action_space=spaces.Box(-4, 4, (2,)))
-    assert "their spaces differ" in error_of("toy/one-v0+toy/two-v0")
+    assert "expected the same spaces" in error_of("toy/one-v0+toy/two-v0")
     columns = d4rl_columns(size=11, actions=3)
     old = write_d4rl(tmp_path / "hopper_medium-v2.hdf5", **columns)
     new = write_d4rl(tmp_path / "own.hdf5", **columns)
@@ -387,3 +394,140 @@ def test_an_unusable_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "file" / "minari"))
     assert "set MINARI_DATASETS_PATH" in error_of("toy/line-v0")
     assert "set MINARI_DATASETS_PATH" in error_of("embedded/hopper/medium")
+
+
+def write_columns(path, **columns):
+    """Replaces columns of the first episode of a Minari data set."""
+    with h5py.File(path / "data/main_data.hdf5", "a") as file:
+        for key, values in columns.items():
+            del file[f"episode_0/{key}"]
+            file[f"episode_0/{key}"] = values
+
+
+def test_columns_of_one_number_a_row_may_have_two_dimensions(datasets_path):
+    write_minari("toy/line-v0", [episode(0, 3, terminated=True), episode(10, 2, terminated=False)])
+    before = load_episodes("toy/line-v0").fingerprint
+    ended = np.array([[0.0], [0.0], [1.0]])
+    write_columns(datasets_path / "toy/line-v0", rewards=np.arange(3.0)[:, None], terminations=ended)
+    assert load_episodes("toy/line-v0").fingerprint == before
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"rewards": np.zeros((3, 2))}, "rewards of shape (3, 2) in the episode of row 0, expected (3,)"),
+        ({"actions": np.zeros((3, 1))}, "actions of shape (3, 1) in the episode of row 0, expected (3, 2)"),
+        ({"observations": np.zeros((3, 2))}, "observations of shape (3, 2) in the episode of row 0, expected (4, 2)"),
+        ({"rewards": np.ones(3, np.complex64)}, "rewards of type complex64, expected real numbers"),
+        ({"rewards": np.array([b"1", b"2", b"3"])}, "rewards of type |S1, expected real numbers"),
+        ({"terminations": np.array([b"False"] * 3)}, "3 terminations that are no flags, the first b'False' in row 0"),
+        ({"terminations": np.array([0, np.nan, 0])}, "1 terminations that are no flags, the first nan in row 1"),
+    ],
+)
+def test_good_data_of_another_form_are_never_called_damaged(datasets_path, column, message):
+    write_minari("toy/line-v0", [episode(0, 3, terminated=True)])
+    write_columns(datasets_path / "toy/line-v0", **{key: values for key, values in column.items()})
+    error = error_of("toy/line-v0")
+    assert message in error.replace("episode_0/", "")
+    assert "delete" not in error
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"terminals": np.array([b"False"] * 6)}, "6 terminals that are no flags, the first b'False' in row 0"),
+        ({"timeouts": np.array([0, 0, np.nan, 0, 1, 0])}, "1 timeouts that are no flags, the first nan in row 2"),
+        ({"terminals": np.array([0, 1, 2, 0, 0, 0])}, "1 terminals that are no flags, the first 2 in row 2"),
+        ({"terminals": np.array([0, 0, 255, 1, 0, 0])}, "that are no flags"),
+        ({"terminals": np.zeros(6, complex)}, "6 terminals that are no flags"),
+        ({"rewards": np.ones(6, complex)}, "rewards of type complex128, expected real numbers"),
+        ({"observations": np.array([[b"1", b"2"]] * 6)}, "observations of type |S1, expected real numbers"),
+    ],
+)
+def test_columns_of_other_kinds(tmp_path, column, message):
+    assert message in error_of(write_d4rl(tmp_path / "a.hdf5", **d4rl_columns() | column))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float64, np.int64])
+def test_flags_are_ones_or_all_255(tmp_path, kind):
+    columns = d4rl_columns()
+    expected = load_episodes(write_d4rl(tmp_path / "a.hdf5", **columns)).fingerprint
+    for name, true in (("b", 1), ("c", 255)):
+        flags = {key: columns[key].astype(kind) * true for key in ("terminals", "timeouts")}
+        assert load_episodes(write_d4rl(tmp_path / f"{name}.hdf5", **columns | flags)).fingerprint == expected
+
+
+def walk(rows=200, size=4):
+    steps = np.random.default_rng(0).normal(size=(rows + 1, size)) * 0.1
+    return steps.cumsum(axis=0)
+
+
+@pytest.mark.parametrize("form", ["d4rl", "minari"])
+def test_a_jump_inside_an_episode_is_refused(tmp_path, form):
+    """Two episodes were joined without a flag; a single dimension may jump, and a glitch may come back."""
+    observations = walk()
+    observations[50:, 0] += 100
+    observations[70] += 100
+    flags = {"terminals": np.zeros(200, bool), "timeouts": np.arange(200) == 149}
+    space = spaces.Box(-np.inf, np.inf, (4,))
+
+    def name(jumped):
+        rows = {"actions": walk(size=2)[:200] / 10, "rewards": np.arange(200.0)}
+        if form == "d4rl":
+            return write_d4rl(
+                tmp_path / f"jump{int(np.sum(jumped))}.hdf5", observations=jumped + observations[:200], **rows, **flags
+            )
+        ended = np.arange(200) == 199
+        buffer = EpisodeBuffer(observations=jumped + observations, **rows, terminations=0 * ended, truncations=ended)
+        return write_minari(f"toy/jump{int(np.sum(jumped))}-v0", [buffer], space, UNIT)
+
+    assert len(load_episodes(name(0.0))) > 190
+    message = error_of(name(10.0 * (np.arange(200 + (form == "minari")) >= 120)[:, None]))
+    assert "with 1 jumps of the observations inside episodes, the first after row 119" in message
+
+
+def test_next_observations_that_do_not_lead_on_end_the_episode(tmp_path):
+    columns = d4rl_columns(rows=9)
+    columns["next_observations"] = columns["observations"] + 2
+    columns["next_observations"][6] += 1
+    columns["next_observations"][7] += 1e-6  # rounding
+    path = write_d4rl(tmp_path / "a.hdf5", **columns)
+    with pytest.warns(UserWarning, match="next_observations: 1 are not .* first in row 6; another episode begins"):
+        episodes = load_episodes(path)
+    assert episodes.ends.tolist() == [3, 5, 7, 9]
+    assert episodes.truncated.tolist() == [False, True, True, True]
+    assert len(episodes) == 9
+
+
+def test_a_local_data_set_wins_over_d4rls_name():
+    write_minari("hopper-medium-v2", [episode(0, 3, terminated=True)])
+    assert len(load_episodes("hopper-medium-v2")) == 3
+
+
+def test_paths_expand(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", str(tmp_path))
+    path = write_d4rl(tmp_path / "a.hdf5", **d4rl_columns())
+    expected = load_episodes(path).fingerprint
+    assert load_episodes("~/a.hdf5").fingerprint == load_episodes("$DATA/a.hdf5").fingerprint == expected
+    assert len(load_episodes("~/a.hdf5+${DATA}/a.hdf5")) == 8
+    assert "does not exist" in error_of("$ABSENT/a.hdf5")
+    load_episodes(path, cache_dir="$DATA/rows", memory_limit=0.0)
+    assert (tmp_path / "rows").is_dir()
+
+
+def test_the_data_keep_their_own_action_bounds():
+    """Whatever environment they are evaluated in: the policy's +1 is the data's largest action."""
+    write_minari("toy/line-v0", [episode(0, 3, terminated=True)])
+    episodes = load_episodes("toy/line-v0", env_id="Line-v0")
+    assert episodes.env_spec.id == "Line-v0"
+    assert episodes.action_space == ACTIONS != Line.action_space
+
+
+def test_linked_folders_are_found(datasets_path, tmp_path):
+    write_minari("toy/line-v0", [episode(0, 3, terminated=True)])
+    (datasets_path / "toy").rename(tmp_path / "elsewhere ü")
+    (datasets_path / "linked").symlink_to(tmp_path / "elsewhere ü")
+    (tmp_path / "elsewhere ü/up").symlink_to(tmp_path)  # a circle
+    assert list(local_datasets()) == ["linked/line-v0"]
+    assert "linked/line-v0" in error_of("linked/lime")

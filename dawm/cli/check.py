@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.text import Text
 
 from dawm.data.episodes import read_recordings
-from dawm.data.sources.d4rl import breaks
+from dawm.data.sources.jumps import jumps
 from dawm.data.sources.source import Recording
 
 __all__ = ["check_dataset", "find_defects"]
 
 _ROUNDING = 1e-3  # of a bound, in halves of the Box's width
-_BLOCK = 100_000  # rows to compare at once
+_JUMP = 25.0  # usual steps; half of what is refused by `fit`
 
 
 def check_dataset(console: Console, dataset: str) -> int:
@@ -53,7 +53,7 @@ def find_defects(recording: Recording) -> Iterator[str]:
     yield from _not_finite(recording)
     yield from _outside("observations", recording.observations, recording.observation_space)
     yield from _outside("actions", recording.actions, recording.action_space)
-    yield from _not_leading_on(recording)
+    yield from _jumps(recording)
     yield from _constant(recording)
     yield from _too_long(recording)
     yield from _repeated(recording)
@@ -74,7 +74,7 @@ def _not_finite(recording: Recording) -> Iterator[str]:
         values = getattr(recording, key)
         bad = ~np.isfinite(values).reshape(len(values), -1)
         if key == "next_observations" and bad.any():
-            # Those that were observed in the row behind are told of already.
+            # Those that were observed in the next row are reported already.
             bad[:-1] &= ~(~np.isfinite(recording.observations[1:]) & _inside(recording)[:, None])
             if recording.next_observed is not None:
                 bad[~recording.next_observed] = False
@@ -97,17 +97,14 @@ def _outside(key: str, values: NDArray, box: Box) -> Iterator[str]:
         )
 
 
-def _not_leading_on(recording: Recording) -> Iterator[str]:
-    count, inside = len(recording.rewards), _inside(recording)
-    broken = np.zeros(count - 1, bool)
-    for start in range(0, count - 1, _BLOCK):
-        block = slice(start, start + _BLOCK + 1)
-        broken[start : start + _BLOCK] = breaks(recording.observations[block], recording.next_observations[block])
-    rows = np.flatnonzero(broken & inside)
+def _jumps(recording: Recording) -> Iterator[str]:
+    last = np.zeros(len(recording.rewards), bool)
+    last[recording.ends - 1] = True
+    rows = jumps(recording.observations, recording.next_observations, last, _JUMP)
     if len(rows):
         yield (
-            f"next_observations: {len(rows)} are not the observations of the next row of the same episode, "
-            f"the first in row {rows[0]}"
+            f"observations: {len(rows)} jumps inside episodes, of {_JUMP:.0f} times the usual step or more, the first "
+            f"after row {rows[0]}; perhaps an episode ends there"
         )
 
 

@@ -3,30 +3,26 @@
 Symbols: E episodes.
 """
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import minari
 import numpy as np
-from gymnasium.spaces import Box
-from minari.data_collector import EpisodeBuffer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from dawm.data.episodes import read_recordings
-from dawm.data.sources.catalog import EMBEDDED, REMOTE, dataset_folder, local_datasets
-from dawm.data.sources.d4rl import D4RLFile
+from dawm.data.sources.catalog import EMBEDDED, REMOTE, dataset_folder, local_datasets, local_path
+from dawm.data.sources.d4rl import D4RLSource
 from dawm.data.sources.embedded import STEPS, build
 from dawm.data.sources.minari import REPEATED, SOURCE
 from dawm.data.sources.scores import ReferenceScores
 from dawm.data.sources.source import Recording
-from dawm.data.store.staging import check_output, datasets_path, progress_bar, staged
-from dawm.errors import UserError, first_line
+from dawm.data.store.minari_writer import in_episodes, write_dataset
+from dawm.data.store.staging import check_output, progress_bar
+from dawm.errors import UserError, first_line, require
 
 __all__ = ["build_dataset", "import_file", "list_datasets", "show_dataset"]
 
@@ -54,7 +50,7 @@ def list_datasets(console: Console, remote: bool = False) -> None:
             where = "built here" if name.startswith("embedded/") else "here"
             table.add_row(Text(name), where, f"{metadata['total_episodes']:,}", f"{metadata['total_steps']:,}", size)
         else:
-            table.add_row(Text(name), "here, but damaged", "", "", size)
+            table.add_row(Text(name), "here, but not readable", "", "", size)
     table.add_section()
     for name in EMBEDDED:
         if f"{name}-v0" not in local:
@@ -73,8 +69,9 @@ def _server() -> dict[str, dict[str, Any]]:
     try:
         return minari.list_remote_datasets()
     except Exception as error:  # the server's client raises errors of many libraries
-        reason = first_line(error)
-        raise UserError(f"remote: Minari's server does not answer ({reason}); leave --remote out") from error
+        raise UserError(
+            f"--remote: got no answer ({first_line(error)}), expected Minari's server; leave --remote out"
+        ) from error
 
 
 def show_dataset(console: Console, dataset: str) -> None:
@@ -127,35 +124,33 @@ def import_file(
         reference_maximum: Return that scores 100.
         overwrite: Replace a data set of that name.
     """
-    path = file.expanduser()
+    path = local_path(str(file))
     reference = _given_reference(reference_minimum, reference_maximum)
     check_output(output, overwrite)
-    if not path.is_file():
-        raise UserError(f"file: {file} does not exist; check the path")
-    with D4RLFile(path, str(file), env_id) as source:
-        reference = reference or source.reference
-        try:
-            with (
-                staged(output, overwrite) as folder,
-                progress_bar(f"Importing {path.name}", len(source.last), visible=True) as bar,
-            ):
-                if folder is None:
-                    raise _taken(output)
-                episodes, steps = _write(folder, output, source, path.name, reference, bar)
-        except OSError as error:
-            raise UserError(
-                f"output: {output} cannot be written in {dataset_folder()} ({error}); "
-                "set MINARI_DATASETS_PATH to a folder you can write to"
-            ) from error
+    require("file", str(file), path.is_file(), "a file", "check the path")
+    source = D4RLSource(path, str(file), env_id)
+    require("file", str(file), source.count > 0, "a complete step, but it has none", "record some")
+    metadata: dict[str, Any] = {} if source.has_next_observations else {REPEATED: True}
+    if reference := reference or source.reference:
+        metadata |= {"ref_min_score": reference.minimum, "ref_max_score": reference.maximum, SOURCE: reference.source}
+    with progress_bar(f"Importing {path.name}", source.count, visible=True) as bar:
+        episodes, steps = write_dataset(
+            output,
+            in_episodes(source),
+            env_spec=source.env_spec,
+            observation_space=source.observation_space,
+            action_space=source.action_space,
+            metadata=metadata,
+            description=f"Imported from {path.name}, an HDF5 file in D4RL's layout.",
+            author=None,
+            overwrite=overwrite,
+            report=lambda done: bar.update(bar.task_ids[0], completed=done),
+        )
     console.print(Text(f"{output}: {episodes:,} episodes, {steps:,} steps in {dataset_folder(output)}"))
-    if source.has_next_observations and (cut := episodes - int(source.last.sum())):
-        console.print(f"cut at {cut:,} places inside episodes where next_observations do not lead on", highlight=False)
+    for defect in source.defects:
+        console.print(Text(defect))
     if reference is None:
         console.print("it has no reference scores: set --reference_minimum and --reference_maximum", highlight=False)
-
-
-def _taken(output: str) -> UserError:
-    return UserError(f"output: {output} is there already; choose another name, or --overwrite true")
 
 
 def _given_reference(minimum: float | None, maximum: float | None) -> ReferenceScores | None:
@@ -164,51 +159,10 @@ def _given_reference(minimum: float | None, maximum: float | None) -> ReferenceS
         return None
     if minimum is None or maximum is None or not minimum < maximum:
         raise UserError(
-            f"reference_minimum: {minimum} and reference_maximum {maximum} span no scale; "
-            "give both, the smaller one first"
+            f"--reference_minimum: got {minimum}, and {maximum} as --reference_maximum, expected a lower and a higher "
+            "return; give both"
         )
     return ReferenceScores(minimum, maximum, source="given when imported")
-
-
-def _write(
-    folder: Path, output: str, source: D4RLFile, file_name: str, reference: ReferenceScores | None, bar: Progress
-) -> tuple[int, int]:
-    """Write the file's episodes as a Minari data set below a folder; returns the numbers of episodes and steps."""
-    box = source.observation_space
-    with datasets_path(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari's wishes for an author and a link
-        dataset = minari.create_dataset_from_buffers(
-            output,
-            [],
-            env=source.env_spec,
-            observation_space=Box(box.low.astype(np.float32), box.high.astype(np.float32), dtype=np.float32),
-            action_space=source.action_space,
-            description=f"Imported from {file_name}, an HDF5 file in D4RL's layout.",
-        )
-        metadata: dict[str, Any] = {} if source.has_next_observations else {REPEATED: True}
-        if reference is not None:
-            metadata["ref_min_score"], metadata["ref_max_score"] = reference.minimum, reference.maximum
-            metadata[SOURCE] = reference.source
-        dataset.storage.update_metadata(metadata)
-        dataset.storage.update_episodes(_buffers(source, bar))
-    if not dataset.storage.total_episodes:
-        raise UserError(f"file: {file_name} has no complete step, so there is nothing to import")
-    bar.update(bar.task_ids[0], completed=len(source.last))
-    return dataset.storage.total_episodes, dataset.storage.total_steps
-
-
-def _buffers(source: D4RLFile, bar: Progress) -> Iterator[EpisodeBuffer]:
-    """The file's episodes in Minari's form, one at a time."""
-    for observations, actions, rewards, terminated in source.episodes():
-        ended = np.arange(1, len(rewards) + 1) == len(rewards)
-        yield EpisodeBuffer(
-            observations=observations,
-            actions=actions,
-            rewards=rewards,
-            terminations=ended & terminated,
-            truncations=ended & (not terminated),
-        )
-        bar.advance(bar.task_ids[0], len(rewards))
 
 
 def _facts(recording: Recording) -> Table:
@@ -263,10 +217,10 @@ def _histogram(returns: NDArray[np.float64]) -> Table:
     finite = returns[np.isfinite(returns)]
     if not len(finite):
         return table
-    spread = finite.max() > finite.min()
-    counts, edges = np.histogram(finite, bins=_BINS if spread else 1)
+    varied = finite.max() > finite.min()
+    counts, edges = np.histogram(finite, bins=_BINS if varied else 1)
     for count, low, high in zip(counts, edges, edges[1:]):
-        span = f"{low:,.1f} to {high:,.1f}" if spread else f"{finite[0]:,.1f}"
+        span = f"{low:,.1f} to {high:,.1f}" if varied else f"{finite[0]:,.1f}"
         table.add_row(Text(span, justify="right"), "█" * -(-_BAR * count // counts.max()), Text(f"{count:,}"))
     return table
 

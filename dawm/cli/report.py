@@ -38,7 +38,7 @@ def collect_results(
         seed: Seed of the run.
     """
     reference = episodes.reference
-    data_return = float(episodes.returns().mean())
+    data_return = float(episodes.episode_returns.mean())
     data: dict[str, Any] = {
         "dataset": episodes.name,
         "episodes": len(episodes.ends),

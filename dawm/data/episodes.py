@@ -10,14 +10,13 @@ A data set is named by
 * the path of an HDF5 file in D4RL's layout (``hopper_medium-v2.hdf5``),
 * several of these joined with ``+`` (``mujoco/hopper/medium-v0+mujoco/hopper/expert-v0``).
 
-All N steps stay in order. Actions are scaled from the environment's Box to [-1, 1]. The simulators behind such Boxes
-clamp the actions they are given, so a recorded action outside is clipped to what was executed, with a warning if it is
-more than rounding. One further out than half the Box's width was recorded in other units and is an error.
+All N steps stay in order. Actions are scaled from the data's own Box to [-1, 1]. The simulators behind such Boxes clamp
+the actions they are given, so a recorded action outside is clipped to what was executed, with a warning if it is more
+than rounding. One further out than half the Box's width was recorded in other units and is an error.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import gymnasium as gym
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from dawm.data.batches import Ranges
 from dawm.data.returns import returns_to_go
-from dawm.data.sources.catalog import EMBEDDED
+from dawm.data.sources.catalog import EMBEDDED, dataset_folder, local_path
 from dawm.data.sources.d4rl import D4RLSource, is_d4rl_name
 from dawm.data.sources.embedded import build
 from dawm.data.sources.minari import MinariSource
@@ -34,59 +33,47 @@ from dawm.data.sources.scores import ReferenceScores
 from dawm.data.sources.source import Recording, Source
 from dawm.data.sources.spaces import scale_actions, unscale_actions
 from dawm.data.store.cache import MEMORY_LIMIT, load_table, mapped_returns_to_go
+from dawm.data.store.table import Table
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
 
 __all__ = ["Episodes", "load_episodes", "read_recordings", "scale_actions", "unscale_actions"]
+
 STATISTICS_ROWS = 1 << 20
 
 
-@dataclass(frozen=True)
-class Episodes:
-    """Recorded steps in order, and where their episodes end.
+@dataclass(frozen=True, kw_only=True)
+class Episodes(Table):
+    """Recorded steps in order, and all that is known of them.
 
     Args:
         name: The data set as the user named it.
-        rows: All steps in order, packed (`Transitions.pack`), float32 on the CPU, actions in [-1, 1], shape (N, D).
-            Never write to them: of a large data set they are a mapped file.
-        ends: Exclusive end row of each episode, shape (E,), int64.
-        terminated: Whether each episode ended with a termination, shape (E,), bool.
-        end_observed: False where the last ``s_{t+1}`` of an episode was not recorded and is filled with ``s_t``, shape
-            (E,), bool. Only terminated rows of files without ``next_observations`` are so; they serve one-step TD,
-            because they never bootstrap, but must not teach the dynamics or the inverse dynamics.
-        episode_returns: Undiscounted return of each episode, shape (E,).
-        observation_low: Lowest value of each observation dimension, shape (O,).
-        observation_high: Highest value, shape (O,).
         observation_space: Flat Box of the observations.
-        action_space: The environment's own Box of actions.
+        action_space: The data's own Box of actions, in the units they were recorded in: +1 in ``rows`` is its upper
+            bound. A Minari data set stores it, whatever environment ``env_id`` names; of an HDF5 file it is the
+            environment's, or [-1, 1] where no environment is known.
         env_spec: The environment to evaluate in; None if not known.
         reference: Reference scores; None if not known.
-        fingerprint: Hash of rows, ends and action bounds: the same for the same data in another file format.
-        cache: Folder of the cache whose file the rows are mapped from; None: they stand in memory.
     """
 
     name: str
-    rows: Tensor
-    ends: Tensor
-    terminated: Tensor
-    end_observed: Tensor
-    episode_returns: Tensor
-    observation_low: Tensor
-    observation_high: Tensor
     observation_space: gym.spaces.Box
     action_space: gym.spaces.Box
     env_spec: EnvSpec | None
     reference: ReferenceScores | None
-    fingerprint: str
-    cache: Path | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Observation size and action size, (O, A)."""
+        return self.observation_space.shape[0], self.action_space.shape[0]
+
+    @property
     def transitions(self) -> Transitions:
         """Views of the rows' columns, fields of shape (N, ...)."""
-        return Transitions.unpack(self.rows, self.observation_space.shape[0], self.action_space.shape[0])
+        return Transitions.unpack(self.rows, *self.sizes)
 
     @property
     def starts(self) -> Tensor:
@@ -105,14 +92,10 @@ class Episodes:
 
     @property
     def next_observed(self) -> Tensor:
-        """False where ``s_{t+1}`` was not recorded, shape (N,), bool; made anew at each call."""
+        """False where ``s_{t+1}`` was not recorded, shape (N,), bool; made again at each call."""
         observed = torch.ones(len(self), dtype=torch.bool)
         observed[self.ends - 1] = self.end_observed
         return observed
-
-    def returns(self) -> Tensor:
-        """Undiscounted return of each episode, shape (E,)."""
-        return self.episode_returns
 
     def returns_to_go(self, discount: float, window: int | None = None) -> Tensor:
         """Return-to-go of every row, shape (N,); mapped where the rows are.
@@ -156,24 +139,17 @@ def load_episodes(
     """
     sources = [_open(part, env_id) for part in _split(dataset)]
     for source in sources:
-        source.check()
+        if not source.count:
+            raise UserError(f"--data.dataset: got {source.name}, expected complete steps, but it is empty; record some")
     _check_agreement(sources)
     first, table = sources[0], load_table(sources, cache_dir, memory_limit)
     return Episodes(
+        **vars(table),
         name=dataset,
-        rows=table.rows,
-        ends=table.ends,
-        terminated=table.terminated,
-        end_observed=table.end_observed,
-        episode_returns=table.returns,
-        observation_low=table.low,
-        observation_high=table.high,
         observation_space=first.observation_space,
         action_space=first.action_space,
         env_spec=next((source.env_spec for source in sources if source.env_spec is not None), None),
         reference=next((source.reference for source in sources if source.reference is not None), None),
-        fingerprint=table.fingerprint,
-        cache=table.folder,
     )
 
 
@@ -189,23 +165,23 @@ def read_recordings(dataset: str, env_id: str | None = None) -> list[Recording]:
 
 def _split(dataset: str) -> list[str]:
     """The names that are joined with ``+``; an existing file may have a ``+`` in its path."""
-    if Path(dataset).expanduser().is_file():
+    if local_path(dataset).is_file():
         return [dataset]
     parts = [part.strip() for part in dataset.split("+")]
     if not all(parts):
-        raise UserError(f"data.dataset: {dataset!r} has an empty part; write a name on both sides of every +")
+        raise UserError(f"--data.dataset: got {dataset!r}, expected a name on both sides of every +; write them")
     return parts
 
 
 def _open(name: str, env_id: str | None) -> Source:
     """One data set by name."""
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_file():
         return D4RLSource(path, name, env_id)
-    if name.startswith((".", "/", "~")) or path.suffix in (".hdf5", ".h5"):
-        raise UserError(f"data.dataset: the file {name} does not exist; check the path")
-    if is_d4rl_name(name):
-        raise UserError(f"data.dataset: {name} is one of D4RL's names; give the path of its HDF5 file instead")
+    if name.startswith((".", "/", "~", "$")) or path.suffix in (".hdf5", ".h5"):
+        raise UserError(f"--data.dataset: got {name}, expected a file, but it does not exist; check the path")
+    if is_d4rl_name(name) and not dataset_folder(name).exists():
+        raise UserError(f"--data.dataset: got {name}, one of D4RL's names, expected a file; give its HDF5 file's path")
     dataset_id = build(name) if name.removesuffix("-v0") in EMBEDDED else name
     return MinariSource(dataset_id, name, env_id)
 
@@ -215,24 +191,25 @@ def _check_agreement(sources: Sequence[Source]) -> None:
     first = sources[0]
     scored = [part for part in sources if part.reference is not None]
     for other in sources[1:]:
+        joined = f"got {first.name}+{other.name}"
         if _sizes_and_bounds(first) != _sizes_and_bounds(other):
             raise UserError(
-                f"data.dataset: {first.name} and {other.name} cannot be joined, their spaces differ "
-                f"({first.observation_space.shape[0]} observations, actions {first.action_space}, against "
-                f"{other.observation_space.shape[0]}, {other.action_space}); join data sets of one environment"
+                f"--data.dataset: {joined}, expected the same spaces, but they differ "
+                f"({first.sizes[0]} observations, actions {first.action_space}, against {other.sizes[0]}, "
+                f"{other.action_space}); join data sets of one environment"
             )
         if first.env_spec and other.env_spec and first.env_spec.id != other.env_spec.id:
             raise UserError(
-                f"data.env_id: {first.name} and {other.name} come from {first.env_spec.id} and {other.env_spec.id}; "
-                "name the environment to evaluate in"
+                f"--data.env_id: {joined}, which come from {first.env_spec.id} and {other.env_spec.id}, expected one "
+                "environment; name the one to evaluate in"
             )
     for other in scored[1:]:
         ours, theirs = scored[0].reference, other.reference
         if ours and theirs and not ours.agrees_with(theirs):
             raise UserError(
-                f"data.dataset: {scored[0].name} and {other.name} have different reference scores "
+                f"--data.dataset: got {scored[0].name}+{other.name}, which have different reference scores "
                 f"({ours.minimum:g} to {ours.maximum:g}, {ours.source}; {theirs.minimum:g} to {theirs.maximum:g}, "
-                f"{theirs.source}); join data sets with the same ones"
+                f"{theirs.source}), expected the same; join data sets of one scale"
             )
 
 

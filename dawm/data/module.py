@@ -1,26 +1,29 @@
-"""TransitionDataModule: real and imagined transitions, mixed while batches are drawn.
+"""TransitionDataModule: real and synthetic transitions, mixed while batches are drawn.
 
-All data stand in memory as tensors on the training device and are drawn there, in the main process: a gather of packed
-rows is far cheaper than worker processes, and a refill of the imagined rows is visible in the next batch. Rows beyond
+All data are held as tensors on the training device and are drawn there, in the main process: a gather of packed rows is
+far cheaper than worker processes, and a refill of the synthetic rows is visible in the next batch. Rows beyond
 ``memory_limit`` stay in a mapped file of the cache (`dawm.data.store.cache`), and are gathered from it on the CPU.
 
 Symbols: N real rows, B batch size, K batches drawn at once, H horizon, O observation size, A action size.
 """
 
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
-from dawm.data.batches import BatchLoader, FixedBatches, Ranges, RowStream, derive_seed, take
+from dawm.data.batches import BatchLoader, FixedBatches, Ranges, RowStream, derive_seed
 from dawm.data.episodes import Episodes, load_episodes
+from dawm.data.mixture import Mixture
 from dawm.data.segments import SegmentTable
 from dawm.data.sources.scores import ReferenceScores
 from dawm.data.store.cache import MEMORY_LIMIT
-from dawm.data.transitions import Segments, Transitions
-from dawm.errors import UserError
+from dawm.data.transitions import Transitions
+from dawm.errors import require
 
 __all__ = ["TransitionDataModule"]
 
@@ -29,7 +32,11 @@ VALIDATION_BATCH = 1024
 
 
 class TransitionDataModule(L.LightningDataModule):
-    """Loads a data set and draws batches for the three stages.
+    """Loads a data set and draws batches for whatever is trained.
+
+    A module may say what it trains on with ``train_loader(data, updates, rank)`` and
+    ``validation_loader(data, rank, world_size)``, as the world model, the inverse dynamics and the agents do. Any other
+    LightningModule gets batches of transitions, one per training step.
 
     Args:
         dataset: Minari id, embedded id, path of a D4RL-layout HDF5 file, or several of them joined with ``+``.
@@ -39,9 +46,9 @@ class TransitionDataModule(L.LightningDataModule):
         return_window: Rewards summed in the return-to-go; None sums to the episode's end.
         batch_size: Transitions per update and per rank (agent and inverse dynamics).
         segment_batch_size: Segments per update and per rank (world model).
-        synthetic_fraction: Share of imagined rows in an agent's batch, in [0, 1]. 0 trains on real data alone.
+        synthetic_fraction: Fraction of synthetic rows in an agent's batch, in [0, 1]. 0 trains on real data alone.
         updates_per_step: Batches drawn at once K. Saves Lightning's cost per step; results do not depend on it.
-        validation_fraction: Share of the episodes held out from the world model and the inverse dynamics, in (0, 1).
+        validation_fraction: Fraction of the episodes held out from world model and inverse dynamics, in (0, 1).
         seed: Seed of the split and of all draws; ranks draw different rows from it.
         cache_dir: Folder for the cache of large data sets; None: ``$DAWM_CACHE``, else ``~/.cache/dawm``.
         memory_limit: GiB of real rows to hold in memory, and on the training device, per process; the rows of a larger
@@ -65,29 +72,16 @@ class TransitionDataModule(L.LightningDataModule):
         memory_limit: float = MEMORY_LIMIT,
     ) -> None:
         super().__init__()
-        _check("synthetic_fraction", synthetic_fraction, 0 <= synthetic_fraction <= 1, "a number from 0 to 1")
-        _check("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "a number between 0 and 1")
-        _check("memory_limit", memory_limit, memory_limit >= 0, "a number of GiB, at least 0")
-        _check("discount", discount, 0 <= discount <= 1, "a number from 0 to 1")
-        sizes = {"horizon": horizon, "batch_size": batch_size, "segment_batch_size": segment_batch_size}
-        sizes |= {"updates_per_step": updates_per_step, "return_window": 1 if return_window is None else return_window}
-        for key, value in sizes.items():
-            _check(key, value, value >= 1, "a whole number of at least 1")
-        self.dataset = dataset
-        self.env_id = env_id
-        self.horizon = horizon
-        self.discount = discount
-        self.return_window = return_window
-        self.batch_size = batch_size
-        self.segment_batch_size = segment_batch_size
-        self.synthetic_fraction = synthetic_fraction
-        self.updates_per_step = updates_per_step
-        self.validation_fraction = validation_fraction
-        self.seed = seed
-        self.cache_dir = cache_dir
-        self.memory_limit = memory_limit
+        self.dataset, self.env_id = dataset, env_id
+        self.horizon, self.discount, self.return_window = horizon, discount, return_window
+        self.batch_size, self.segment_batch_size = batch_size, segment_batch_size
+        self.synthetic_fraction, self.updates_per_step = synthetic_fraction, updates_per_step
+        self.validation_fraction, self.seed = validation_fraction, seed
+        self.cache_dir, self.memory_limit = cache_dir, memory_limit
+        _check(self)
         self._episodes: Episodes | None = None
-        self._synthetic_count = 0
+        # agents are scored in their environment, and Lightning warns where there is no validation
+        warnings.filterwarnings("ignore", ".*have no `validation_step`.*")
 
     # The data set
 
@@ -97,15 +91,11 @@ class TransitionDataModule(L.LightningDataModule):
             return
         episodes = load_episodes(self.dataset, self.env_id, self.cache_dir, self.memory_limit)
         longest = int(episodes.lengths.max())
-        if longest < self.horizon:
-            raise UserError(
-                f"horizon: {self.horizon} steps, but the longest episode of {self.dataset!r} has {longest}; "
-                f"set --horizon to {longest} or less"
-            )
+        expected = f"at most {longest}, the steps of the longest episode of {self.dataset}"
+        require("data.horizon", self.horizon, self.horizon <= longest, expected, "set --horizon")
         self._episodes = episodes
-        self._real_rows = episodes.rows
+        self._mixture = Mixture(episodes.rows, episodes.sizes, mapped=episodes.cache is not None)
         self.returns_to_go = episodes.returns_to_go(self.discount, self.return_window)
-        self._synthetic_rows = torch.empty(0, self._real_rows.shape[1])
         order = torch.randperm(len(episodes.ends), generator=torch.Generator().manual_seed(self.seed))
         held_out = min(max(1, round(self.validation_fraction * len(order))), len(order) - 1)
         self.validation_episodes, self.training_episodes = order[:held_out].sort()[0], order[held_out:].sort()[0]
@@ -122,12 +112,12 @@ class TransitionDataModule(L.LightningDataModule):
     @property
     def observation_size(self) -> int:
         """O."""
-        return self.episodes.observation_space.shape[0]
+        return self.episodes.sizes[0]
 
     @property
     def action_size(self) -> int:
         """A."""
-        return self.episodes.action_space.shape[0]
+        return self.episodes.sizes[1]
 
     @property
     def env_spec(self) -> EnvSpec | None:
@@ -140,193 +130,126 @@ class TransitionDataModule(L.LightningDataModule):
         return self.episodes.reference
 
     def to(self, device: torch.device | str) -> None:
-        """Moves what batches are drawn from; loaders made after this draw there.
+        """Moves what batches are drawn from to the training device; loaders made after this draw there."""
+        self.setup()
+        self._mixture.to(device)
 
-        Args:
-            device: The training device.
-        """
-        self._synthetic_rows = self._synthetic_rows.to(device)
-        if self.episodes.cache is None:
-            self._real_rows = self._real_rows.to(device)
+    # What Lightning asks for
 
-    # Stage 1: segments for the world model
+    def train_dataloader(self) -> Iterable[Any]:
+        """What the module that is trained asks for; for a plain module the mixture, fields of shape (B, ...)."""
+        assert self.trainer is not None
+        module, updates, rank = self.trainer.lightning_module, self.trainer.max_steps, self.trainer.global_rank
+        require("trainer.max_steps", updates, updates >= 0, "a number of updates", "give it to the Trainer")
+        self.to(self.trainer.strategy.root_device)
+        if (ask := getattr(module, "train_loader", None)) is not None:
+            return ask(self, updates, rank)
+        require("data.updates_per_step", self.updates_per_step, self.updates_per_step == 1,
+                "1, as a plain LightningModule trains on one batch per step",
+                "set it to 1, or derive the agent from dawm.agents.OfflineAgent")  # fmt: skip
+        return self.mixed_loader(updates, rank, squeeze=True)
+
+    def val_dataloader(self) -> Iterable[Any]:
+        """What the module that is trained asks to be validated on; nothing where it does not ask."""
+        assert self.trainer is not None
+        self.to(self.trainer.strategy.root_device)
+        ask = getattr(self.trainer.lightning_module, "validation_loader", None)
+        loader = ask(self, self.trainer.global_rank, self.trainer.world_size) if ask is not None else None
+        return [] if loader is None else loader
+
+    # Segments for the world model
 
     def segment_loader(self, updates: int, rank: int = 0) -> BatchLoader:
-        """Random segments of the training episodes: `Segments` with fields of shape (K, B, ...).
-
-        Args:
-            updates: Updates to draw for.
-            rank: The process that draws; each draws different rows.
-        """
-        table = self._segment_table(self.training_episodes)
-        stream = RowStream(derive_seed(self.seed, rank, "segments"))
-
-        def draw(count: int) -> Segments:
-            return table.gather(stream.draw(len(table), count, self.segment_batch_size)).to(self._synthetic_rows.device)
-
-        return BatchLoader(draw, [(stream, self.segment_batch_size)], updates, self.updates_per_step)
+        """Random segments of the training episodes: `Segments` with fields of shape (K, B, ...)."""
+        return self._loader(self._segments(self.training_episodes), "segments", self.segment_batch_size, updates, rank)
 
     def validation_segment_loader(self, rank: int = 0, world_size: int = 1) -> FixedBatches:
-        """A fixed sample of held-out segments, a share for each rank.
+        """A fixed sample of held-out segments, a part for each rank."""
+        return self._validation_loader(self._segments(self.validation_episodes), rank, world_size)
 
-        Args:
-            rank: This process.
-            world_size: Number of processes.
-        """
-        table = self._segment_table(self.validation_episodes)
-        parts = self._validation_sample(len(table), rank, world_size)
-        return FixedBatches([table.gather(part).to(self._synthetic_rows.device) for part in parts])
+    def _segments(self, episode_ids: Tensor) -> "_Numbered":
+        table = SegmentTable(self.episodes, episode_ids, self._mixture.real, self.returns_to_go, self.horizon)
+        expected = f"segments that fit into the episodes of {self.dataset} chosen for training or validation"
+        require("data.horizon", self.horizon, len(table) > 0, expected, "lower --horizon")
+        return _Numbered(len(table), lambda numbers: table.gather(numbers).to(self._mixture.device))
 
-    def _segment_table(self, episode_ids: Tensor) -> SegmentTable:
-        table = SegmentTable(self.episodes, episode_ids, self._real_rows, self.returns_to_go, self.horizon)
-        if len(table) == 0:
-            raise UserError(
-                f"horizon: no segment of {self.horizon} steps fits into the episodes of {self.dataset!r} chosen for "
-                "training or validation; lower --horizon"
-            )
-        return table
-
-    # Stage 2: pairs of observations for the inverse dynamics
+    # Pairs of observations for the inverse dynamics
 
     def transition_loader(self, updates: int, rank: int = 0) -> BatchLoader:
-        """Random real transitions of the training episodes: `Transitions` with fields of shape (K, B, ...).
-
-        Args:
-            updates: Updates to draw for.
-            rank: The process that draws; each draws different rows.
-        """
-        rows = self._pairs(self.training_episodes)
-        stream = RowStream(derive_seed(self.seed, rank, "transitions"))
-
-        def draw(count: int) -> Transitions:
-            return self._gather(rows.find(stream.draw(len(rows), count, self.batch_size))[0])
-
-        return BatchLoader(draw, [(stream, self.batch_size)], updates, self.updates_per_step)
+        """Random real transitions of the training episodes: `Transitions` with fields of shape (K, B, ...)."""
+        return self._loader(self._pairs(self.training_episodes), "transitions", self.batch_size, updates, rank)
 
     def validation_transition_loader(self, rank: int = 0, world_size: int = 1) -> FixedBatches:
-        """A fixed sample of held-out transitions, a share for each rank.
+        """A fixed sample of held-out transitions, a part for each rank."""
+        return self._validation_loader(self._pairs(self.validation_episodes), rank, world_size)
 
-        Args:
-            rank: This process.
-            world_size: Number of processes.
-        """
-        rows = self._pairs(self.validation_episodes)
-        parts = self._validation_sample(len(rows), rank, world_size)
-        return FixedBatches([self._gather(rows.find(part)[0]) for part in parts])
-
-    def _pairs(self, episode_ids: Tensor) -> Ranges:
+    def _pairs(self, episode_ids: Tensor) -> "_Numbered":
         """Rows whose next observation was recorded: without it nothing can be learnt of the action."""
         lengths = self.episodes.lengths - (~self.episodes.end_observed).long()
         rows = Ranges(self.episodes.starts[episode_ids], lengths[episode_ids])
-        if len(rows) == 0:
-            raise UserError(
-                f"data.dataset: the episodes of {self.dataset!r} chosen for training or validation have no row with a "
-                "recorded next observation, so no action can be learnt from them; record the next observations"
-            )
-        return rows
+        expected = "recorded next observations in the episodes chosen for training and for validation"
+        require("data.dataset", self.dataset, len(rows) > 0, expected, "record them, or add episodes")
+        return _Numbered(len(rows), lambda numbers: self._mixture.gather(rows.find(numbers)[0]))
 
-    # Stage 3: real and imagined transitions for the agent
+    def _loader(self, source: "_Numbered", kind: str, batch_size: int, updates: int, rank: int) -> BatchLoader:
+        stream = RowStream(derive_seed(self.seed, rank, kind))
+        return BatchLoader(
+            lambda count: source.gather(stream.draw(source.size, count, batch_size)),
+            [(stream, batch_size)], updates, self.updates_per_step,
+        )  # fmt: skip
 
-    def train_dataloader(self) -> BatchLoader:
-        """Mixed batches for the agent: `Transitions` with fields of shape (K, B, ...); (B, ...) for a plain module."""
-        assert self.trainer is not None
-        if self.trainer.max_steps < 0:
-            raise UserError("trainer.max_steps is not set, so no updates would be made; set it")
-        self.to(self.trainer.strategy.root_device)
-        module: Any = self.trainer.lightning_module
-        if hasattr(module, "train_loader"):
-            return module.train_loader(self, self.trainer.max_steps, self.trainer.global_rank)
-        if self.updates_per_step != 1:
-            raise UserError(
-                f"data.updates_per_step is {self.updates_per_step}, but a plain LightningModule trains on one batch "
-                "per step; set --data.updates_per_step 1, or derive the agent from dawm.agents.OfflineAgent"
-            )
-        return self.mixed_loader(self.trainer.max_steps, self.trainer.global_rank, squeeze=True)
+    def _validation_loader(self, source: "_Numbered", rank: int, world_size: int) -> FixedBatches:
+        """A sample that is drawn once and divided among the ranks."""
+        numbers = torch.randperm(source.size, generator=torch.Generator().manual_seed(self.seed))[:VALIDATION_ROWS]
+        return FixedBatches([source.gather(part) for part in numbers[rank::world_size].split(VALIDATION_BATCH)])
 
-    def val_dataloader(self) -> Any:
-        """TEMPORARY in this branch."""
-        assert self.trainer is not None
-        trainer = self.trainer
-        module: Any = trainer.lightning_module
-        loader = None
-        if hasattr(module, "validation_loader"):
-            loader = module.validation_loader(self, trainer.global_rank, trainer.world_size)
-        return [] if loader is None else loader
+    # Real and synthetic transitions for the agent
 
     def mixed_loader(self, updates: int, rank: int = 0, squeeze: bool = False, seeds: int = 1) -> BatchLoader:
-        """Batches of ``round(batch_size * synthetic_fraction)`` imagined rows, the rest real.
+        """Batches of ``round(batch_size * synthetic_fraction)`` synthetic rows, the rest real.
 
         Until the first refill all rows are real.
 
         Args:
             updates: Updates to draw for.
             rank: The process that draws; each draws different rows.
-            squeeze: Leave out the first dimension of one batch.
+            squeeze: One batch at a time, fields of shape (B, ...) instead of (K, B, ...).
             seeds: Agents trained side by side S, each with batches of its own: fields of shape (K, S, B, ...). The
                 first agent's batches are those of a run with one.
         """
-        streams = [self._mixed_streams(rank, seed) for seed in range(seeds)]
-        synthetic_size = round(self.batch_size * self.synthetic_fraction)
-
-        def draw(count: int) -> Transitions:
-            # Each stream gives as many numbers per update whatever the mixture, so that resuming can skip them and
-            # the real rows of a run do not depend on its imagined ones.
-            size = max(self._synthetic_count, 1), count, max(synthetic_size, 1)
-            real_rows = [real.draw(len(self._real_rows), count, self.batch_size) for real, _ in streams]
-            synthetic_rows = [synthetic.draw(*size) for _, synthetic in streams]
-            imagined = synthetic_size if self._synthetic_count else 0
-            rows = self._take_real(_side_by_side(real_rows)[..., : self.batch_size - imagined])
-            if imagined:
-                rows = torch.cat([rows, take(self._synthetic_rows, _side_by_side(synthetic_rows))], dim=-2)
-            rows = rows.squeeze(0) if squeeze else rows
-            return Transitions.unpack(rows, self.observation_size, self.action_size)
-
-        sizes = self.batch_size, max(synthetic_size, 1)
-        counted = [(stream, size) for pair in streams for stream, size in zip(pair, sizes)]
-        return BatchLoader(draw, counted, updates, self.updates_per_step)
-
-    def _mixed_streams(self, rank: int, seed: int) -> tuple[RowStream, RowStream]:
-        """The streams of real and of imagined rows of one of the agents trained side by side."""
-        own = (seed,) if seed > 0 else ()
-        return tuple(RowStream(derive_seed(self.seed, rank, kind, *own)) for kind in ("real", "synthetic"))  # type: ignore[return-value]
+        self.setup()
+        parts = [(self.seed, rank, *((number,) if number else ())) for number in range(seeds)]
+        chunk = None if squeeze else self.updates_per_step
+        return self._mixture.loader(self.batch_size, self.synthetic_fraction, updates, chunk, parts)
 
     def refill(self, transitions: Transitions) -> None:
-        """Replaces the imagined rows in place; the next batch draws from them.
-
-        Args:
-            transitions: Imagined transitions, fields of shape (M, ...).
-        """
-        rows = transitions.pack().to(self._synthetic_rows.device)
-        if len(self._synthetic_rows) < len(rows):
-            self._synthetic_rows = torch.empty_like(rows)
-        self._synthetic_rows[: len(rows)].copy_(rows)
-        self._synthetic_count = len(rows)
+        """Replaces the synthetic rows in place, fields of shape (M, ...); the next batch draws from them."""
+        self.setup()
+        self._mixture.refill(transitions)
 
     @property
     def synthetic(self) -> Transitions:
-        """The imagined rows now in use (views), fields of shape (M, ...)."""
-        rows = self._synthetic_rows[: self._synthetic_count]
-        return Transitions.unpack(rows, self.observation_size, self.action_size)
-
-    # Drawing
-
-    def _take_real(self, rows: Tensor) -> Tensor:
-        return take(self._real_rows, rows).to(self._synthetic_rows.device)
-
-    def _gather(self, rows: Tensor) -> Transitions:
-        return Transitions.unpack(self._take_real(rows), self.observation_size, self.action_size)
-
-    def _validation_sample(self, size: int, rank: int, world_size: int) -> tuple[Tensor, ...]:
-        """Batches of row numbers below `size`, drawn once; the ranks share them out."""
-        rows = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))[:VALIDATION_ROWS]
-        return rows[rank::world_size].split(VALIDATION_BATCH)
+        """The synthetic rows now in use (views), fields of shape (M, ...)."""
+        self.setup()
+        return self._mixture.synthetic
 
 
-def _check(key: str, value: float, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise UserError(f"data.{key} is {value}, but must be {wanted}; set --data.{key}")
+class _Numbered(NamedTuple):
+    """Something to draw from by number: how many there are, and how to gather them."""
+
+    size: int
+    gather: Callable[[Tensor], Any]
 
 
-def _side_by_side(rows: list[Tensor]) -> Tensor:
-    """Row numbers of several seeds, shape (K, S, B); of one alone (K, B)."""
-    return rows[0] if len(rows) == 1 else torch.stack(rows, dim=1)
+def _check(data: TransitionDataModule) -> None:
+    """Raises a UserError for a setting that is out of its range."""
+    for key, holds, expected in (
+        ("synthetic_fraction", 0 <= data.synthetic_fraction <= 1, "a number from 0 to 1"),
+        ("validation_fraction", 0 < data.validation_fraction < 1, "a number between 0 and 1"),
+        ("memory_limit", data.memory_limit >= 0, "a number of GiB, at least 0"),
+        ("discount", 0 <= data.discount <= 1, "a number from 0 to 1"),
+        *((key, getattr(data, key) >= 1, "a whole number of at least 1")
+          for key in ("horizon", "batch_size", "segment_batch_size", "updates_per_step")),
+        ("return_window", data.return_window is None or data.return_window >= 1, "a whole number of at least 1"),
+    ):  # fmt: skip
+        require(f"data.{key}", getattr(data, key), holds, expected)

@@ -8,9 +8,9 @@ from typing import Any
 
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from dawm.errors import UserError
+from dawm.errors import UserError, first_line
 
-__all__ = ["EMBEDDED", "REMOTE", "dataset_folder", "local_datasets", "unknown_dataset"]
+__all__ = ["EMBEDDED", "REMOTE", "dataset_folder", "local_datasets", "local_path", "unknown_dataset"]
 
 EMBEDDED = ("embedded/hopper/medium-replay", "embedded/hopper/medium", "embedded/hopper/expert")
 """Data sets that are built on this machine from behaviour policies inside the package."""
@@ -21,8 +21,8 @@ _ANTMAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-p
 _POINTMAZES = ("open", "umaze", "medium", "large")
 
 REMOTE = (
-    *(f"mujoco/{robot}/{kind}-v0" for robot in _MUJOCO_THREE for kind in ("simple", "medium", "expert")),
-    *(f"mujoco/{robot}/{kind}-v0" for robot in _MUJOCO_TWO for kind in ("medium", "expert")),
+    *(f"mujoco/{task}/{kind}-v0" for task in _MUJOCO_THREE for kind in ("simple", "medium", "expert")),
+    *(f"mujoco/{task}/{kind}-v0" for task in _MUJOCO_TWO for kind in ("medium", "expert")),
     *(f"D4RL/antmaze/{maze}-v1" for maze in _ANTMAZES),
     *(
         f"D4RL/{task}/{kind}-v2"
@@ -35,25 +35,32 @@ REMOTE = (
 """Ids of vector-valued data sets on Minari's server, for suggestions only: the server may have more."""
 
 
+def local_path(name: str) -> Path:
+    """A path as it was typed, with ``~`` and environment variables put in."""
+    return Path(os.path.expanduser(os.path.expandvars(name)))
+
+
 def dataset_folder(dataset_id: str = "") -> Path:
     """Where Minari keeps a data set (without an id: all of them); a UserError if the place cannot be used."""
     try:
         return get_dataset_path(dataset_id)
     except OSError as error:
         raise UserError(
-            f"data.dataset: Minari's folder cannot be used ({error}); "
-            "set MINARI_DATASETS_PATH to a folder you can write to"
+            f"--data.dataset: got {dataset_id!r}, expected a folder for Minari's data sets, but it cannot be used "
+            f"({error}); set MINARI_DATASETS_PATH to a folder you can write to"
         ) from error
 
 
 def local_datasets() -> dict[str, dict[str, Any]]:
-    """Metadata of the Minari data sets on this machine by id, sorted; empty for those that are damaged.
+    """Metadata of the Minari data sets on this machine by id, sorted; empty for those that cannot be read.
 
     Minari's own list fails for all data sets if one of them has a name without a version.
     """
     found, root = {}, dataset_folder()
-    for path, folders, _ in os.walk(root):
-        if "data" in folders:
+    for path, folders, _ in os.walk(root, followlinks=True):
+        if os.path.realpath(path) in map(os.path.realpath, Path(path).parents):  # a link to a folder above it
+            folders.clear()
+        elif "data" in folders:
             name = Path(path).relative_to(root).as_posix()
             found[name] = _metadata(Path(path, "data", "metadata.json"))
             folders.clear()
@@ -76,15 +83,13 @@ def unknown_dataset(name: str, cause: Exception | None = None) -> UserError:
         name: The id asked for.
         cause: Why downloading failed; None: it was not tried.
     """
-    line = (str(cause).splitlines() or [""])[0] or type(cause).__name__
-    tried = f" and could not be downloaded ({line})" if cause is not None else ""
+    tried = f" and could not be downloaded ({first_line(cause)})" if cause is not None else ""
+    got = f"--data.dataset: got {name}, which is not on this machine{tried}, expected"
     if name in REMOTE:
         mend = 'run `pip install "minari[hf]"`' if isinstance(cause, ImportError) else "connect to the network"
-        return UserError(
-            f"data.dataset: {name} is not on this machine{tried}; {mend}, or copy it into MINARI_DATASETS_PATH"
-        )
-    # Damaged ones are no help.
+        return UserError(f"{got} to find it on Minari's server; {mend}, or copy it into MINARI_DATASETS_PATH")
+    # Those that cannot be read are no help.
     here = [other for other, metadata in local_datasets().items() if metadata]
     here = [other for other in here if other.removesuffix("-v0") not in EMBEDDED]
     near = difflib.get_close_matches(name, [*EMBEDDED, *here, *REMOTE], n=3, cutoff=0.4) or list(EMBEDDED)
-    return UserError(f"data.dataset: {name!r} is not on this machine{tried}; the nearest names are {', '.join(near)}")
+    return UserError(f"{got} the name of a data set; the nearest names are {', '.join(near)}")

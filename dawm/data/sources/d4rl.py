@@ -6,6 +6,7 @@
   truncated episode has none and is dropped, because it would have to bootstrap from a made-up ``s_{t+1}``. The last row
   of a terminated episode is kept: it alone says that the task ends there, and it never bootstraps. Its ``s_{t+1}`` is
   filled with ``s_t`` and marked in ``Block.next_observed``; it can teach neither dynamics nor inverse dynamics.
+* ``next_observations[t]`` is not ``observations[t + 1]`` inside an episode: the episode is truncated at row t.
 * ``timeouts`` missing: an episode is cut at the environment's time limit where the environment is known, and the
   file's end truncates the last one.
 
@@ -29,11 +30,11 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from dawm.data.sources.scores import ReferenceScores, d4rl_scores, reference_scores
-from dawm.data.sources.source import BLOCK, Block, Source, columns
+from dawm.data.sources.source import BLOCK, Block, Source, columns, flags, require_numbers
 from dawm.data.sources.spaces import environment_spaces, environment_spec, unbounded
 from dawm.errors import UserError
 
-__all__ = ["D4RLFile", "D4RLSource", "breaks", "is_d4rl_name"]
+__all__ = ["D4RLFile", "D4RLSource", "is_d4rl_name"]
 
 _LOCOMOTION_KINDS = "(random|medium|expert|mixed|medium-replay|full-replay|medium-expert)"
 _LOCOMOTION = re.compile(rf"(?P<family>hopper|walker2d|halfcheetah)-{_LOCOMOTION_KINDS}-v\d+")
@@ -53,17 +54,6 @@ def is_d4rl_name(name: str) -> bool:
     return _LOCOMOTION.fullmatch(name) is not None or _OTHERS.fullmatch(name) is not None
 
 
-def breaks(observations: NDArray, next_observations: NDArray) -> NDArray[np.bool_]:
-    """Where an episode's ``next_observations[t]`` is not ``observations[t + 1]`` but for rounding, shape (T - 1,).
-
-    Args:
-        observations: Observations in order, shape (T, O).
-        next_observations: What the file says came next, shape (T, O).
-    """
-    leads_on = np.isclose(next_observations[:-1], observations[1:], rtol=1e-4, atol=1e-5, equal_nan=True)
-    return ~leads_on.all(axis=1)
-
-
 class D4RLSource(Source):
     """One file.
 
@@ -79,13 +69,14 @@ class D4RLSource(Source):
         with D4RLFile(path, name, env_id) as file:
             self.observation_space, self.action_space = file.observation_space, file.action_space
             self.env_spec, self.reference, self.defects = file.env_spec, file.reference, file.defects
+            self.has_next_observations = file.has_next_observations
             self.count = int(_kept(file).sum())
         self.settings = "; ".join(self.defects)  # where it was cut
 
     def blocks(self) -> Iterator[Block]:
         """All rows in order."""
         with D4RLFile(self.path, self.name, self._env_id) as file:
-            terminations, last, keep = file.terminations, file.last, _kept(file)
+            terminations, last, keep, cuts = file.terminations, file.last, _kept(file), [np.zeros(0, np.int64)]
             # A truncated episode ends one row earlier; where it was only that one row, the episode before ends there.
             last = np.append(last[:-1] | ~keep[1:], last[-1:])
             for start in range(0, len(last), BLOCK):
@@ -99,12 +90,37 @@ class D4RLSource(Source):
                 parts.terminations[:] = terminations[part]
                 if file.has_next_observations:
                     parts.next_observations[:] = file.read("next_observations", start, start + BLOCK)
+                    cut = _breaks(observations, parts.next_observations, last[part])
+                    last[start + cut] = True
+                    cuts.append(start + cut)
                     yield Block(rows, last[part])
                     continue
                 parts.next_observations[: len(observations) - 1] = observations[1:]
                 parts.next_observations[terminations[part]] = parts.observations[terminations[part]]
                 kept = keep[part]
                 yield Block(rows[kept], last[part][kept], ~terminations[part][kept])
+            found = np.concatenate(cuts)
+            self.defects = file.defects
+            if len(found):
+                self.defects += (
+                    f"next_observations: {len(found)} are not the observations of the next row of the same episode, "
+                    f"the first in row {found[0]}; another episode begins there",
+                )
+
+
+def _breaks(observations: NDArray, next_observations: NDArray, last: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rows inside an episode whose ``s_{t+1}`` is not the next row's ``s_t`` but for rounding.
+
+    Args:
+        observations: Observations of the rows and of the one after them, if there is one, shape (N + 1, O) or (N, O).
+        next_observations: What the file says came next, shape (N, O).
+        last: Whether each row is the last of its episode, shape (N,).
+    """
+    following = observations[1:]
+    next_observations, last = next_observations[: len(following)], last[: len(following)]
+    rows = np.flatnonzero((next_observations != following).any(axis=1) & ~last)  # few: the exact comparison is cheap
+    leads_on = np.isclose(next_observations[rows], following[rows], rtol=1e-4, atol=1e-5, equal_nan=True)
+    return rows[~leads_on.all(axis=1)]
 
 
 def _kept(file: "D4RLFile") -> NDArray[np.bool_]:
@@ -113,7 +129,7 @@ def _kept(file: "D4RLFile") -> NDArray[np.bool_]:
 
 
 class D4RLFile:
-    """An open file, checked: what surrounds its rows, and the rows themselves, in whole or by episodes.
+    """An open file, checked: what surrounds its rows, and its columns.
 
     Args:
         path: The file.
@@ -150,63 +166,42 @@ class D4RLFile:
         self._file.close()
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> NDArray:
-        """Rows of one column: numbers as float32, flags as they are.
+        """Rows of one column: numbers as float32, flags as booleans.
 
         Args:
             key: Name of the column.
             start: First row.
-            stop: Row behind the last; None: to the end.
+            stop: Row after the last; None: to the end.
         """
         with self._reading():
             values = self._file[key][start:stop]
         if _RANKS[key] == 1:
             values = values.reshape(-1)  # some files store (N, 1)
-        return values if key in ("terminals", "timeouts") else values.astype(np.float32, copy=False)
-
-    def episodes(self, block: int = 50_000) -> Iterator[tuple[NDArray, NDArray, NDArray, bool]]:
-        """Episodes that need no ``next_observations``: T + 1 observations, T actions, T rewards, whether it terminated.
-
-        Their steps are those of `D4RLSource`, in the same order. An episode is cut where its observations do not lead
-        on. No more than a block of rows, or one episode, is in memory at a time.
-
-        Args:
-            block: Rows to read at once.
-        """
-        ends = np.flatnonzero(self.last) + 1
-        starts = np.concatenate([[0], ends])
-        keys = ("observations", "actions", "rewards", *(["next_observations"] if self.has_next_observations else []))
-        first = 0
-        while first < len(ends):
-            # whole episodes, as many as a block holds
-            behind = max(first + 1, int(np.searchsorted(ends, starts[first] + block, side="right")))
-            offset = starts[first]
-            columns = {key: self.read(key, offset, ends[behind - 1]) for key in keys}
-            for episode in range(first, behind):
-                rows = slice(starts[episode] - offset, ends[episode] - offset)
-                terminated = bool(self.terminations[ends[episode] - 1])
-                yield from _whole({key: values[rows] for key, values in columns.items()}, terminated)
-            first = behind
+        if key in ("terminals", "timeouts"):
+            return flags(values, self._name, key, start)
+        return values.astype(np.float32, copy=False)
 
     def _check_columns(self) -> tuple[int, int]:
         """Check the columns for presence, rank and length; returns the sizes of observations and actions."""
         with self._reading():
-            missing = [key for key in _REQUIRED if not isinstance(self._file.get(key), h5py.Dataset)]
-            shapes = {key: self._file[key].shape for key in _RANKS if isinstance(self._file.get(key), h5py.Dataset)}
-        if missing:
-            raise UserError(
-                f"data.dataset: {self._name} has no {', '.join(missing)}; D4RL's layout needs {', '.join(_REQUIRED)}"
-            )
+            found = {key: self._file.get(key) for key in _RANKS}
+            shapes = {key: column.shape for key, column in found.items() if isinstance(column, h5py.Dataset)}
+        got = f"--data.dataset: got {self._name} with"
+        if missing := ", ".join(key for key in _REQUIRED if key not in shapes):
+            raise UserError(f"{got}out {missing}, expected {', '.join(_REQUIRED)}, D4RL's layout; add {missing}")
+        for key in shapes:
+            if key not in ("terminals", "timeouts"):
+                require_numbers(found[key].dtype, self._name, key)
         rows = shapes["observations"][0] if shapes["observations"] else 0
         for key, shape in shapes.items():
             rank = _RANKS[key]
             if shape[:1] != (rows,) or (len(shape) != rank and not (rank == 1 and shape == (rows, 1))):
-                raise UserError(
-                    f"data.dataset: {self._name} has {key} of shape {shape}, where {rows} rows of "
-                    f"{'vectors' if rank == 2 else 'numbers'} are needed; mend the file"
-                )
+                kind = "vectors" if rank == 2 else "numbers"
+                raise UserError(f"{got} {key} of shape {shape}, expected {rows} rows of {kind}; mend the file")
         if shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
             raise UserError(
-                f"data.dataset: {self._name} has next_observations of another width than observations; mend the file"
+                f"{got} next_observations of shape {shapes['next_observations']}, expected {shapes['observations']}, "
+                "the shape of observations; mend the file"
             )
         self.has_next_observations = "next_observations" in shapes
         self._has_timeouts = "timeouts" in shapes
@@ -232,9 +227,9 @@ class D4RLFile:
     def _cut(self) -> None:
         """Where episodes end."""
         self.defects: tuple[str, ...] = ()
-        self.terminations: NDArray[np.bool_] = self.read("terminals").astype(bool)
+        self.terminations: NDArray[np.bool_] = self.read("terminals")
         if self._has_timeouts:
-            timeouts = self.read("timeouts").astype(bool)
+            timeouts = self.read("timeouts")
         else:
             timeouts = _time_limits(self.terminations, self.env_spec)
             limit = self.env_spec.max_episode_steps if self.env_spec is not None else None
@@ -250,29 +245,8 @@ class D4RLFile:
             yield
         except OSError as error:
             raise UserError(
-                f"data.dataset: {self._name} is not a readable HDF5 file ({error}); get it again"
+                f"--data.dataset: got {self._name}, expected a readable HDF5 file ({error}); get it again"
             ) from error
-
-
-def _whole(columns: dict[str, NDArray], terminated: bool) -> Iterator[tuple[NDArray, NDArray, NDArray, bool]]:
-    """One episode as `D4RLFile.episodes` gives it: none, one, or the parts it is cut into.
-
-    Args:
-        columns: The episode's rows by column.
-        terminated: Whether the task ended at its end.
-    """
-    observations, actions, rewards = (columns[key] for key in ("observations", "actions", "rewards"))
-    recorded = columns.get("next_observations")
-    if recorded is None:
-        if terminated:
-            yield np.concatenate([observations, observations[-1:]]), actions, rewards, True
-        elif len(observations) > 1:
-            yield observations, actions[:-1], rewards[:-1], False
-        return
-    cuts = [0, *np.flatnonzero(breaks(observations, recorded)) + 1, len(observations)]
-    for start, stop in zip(cuts, cuts[1:]):
-        part = np.concatenate([observations[start:stop], recorded[stop - 1 : stop]])
-        yield part, actions[start:stop], rewards[start:stop], terminated and stop == len(observations)
 
 
 def _time_limits(terminations: NDArray[np.bool_], env_spec: EnvSpec | None) -> NDArray[np.bool_]:
@@ -282,7 +256,7 @@ def _time_limits(terminations: NDArray[np.bool_], env_spec: EnvSpec | None) -> N
     if limit is not None:
         starts = np.concatenate([[0], np.flatnonzero(terminations) + 1])
         times = np.diff(starts, append=len(terminations)) // limit
-        # the first, second, ... time that the limit is reached behind each start
+        # the first, second, ... time that the limit is reached after each start
         nth = np.arange(times.sum()) - np.repeat(times.cumsum() - times, times) + 1
         reached[np.repeat(starts, times) + nth * limit - 1] = True
     return reached

@@ -1,21 +1,33 @@
 """Embedded data sets: real rollouts, built on this machine from behaviour policies inside the package.
 
-No download is needed. Each data set is a true Minari data set, and after its building like any other
+No download is needed. Each data set is a true Minari data set, and once built like any other
 (``minari show embedded/hopper/medium-replay-v0``). `dawm.data.sources.behaviour` says what is in them,
 `dawm.data.store.staging` how a build stays invisible until it is complete.
 """
 
+import contextlib
 import sys
 
-from dawm.data.sources.behaviour import record
-from dawm.data.sources.catalog import EMBEDDED, dataset_folder, unknown_dataset
-from dawm.data.store.staging import is_complete, progress_bar, staged
-from dawm.errors import UserError
+import gymnasium as gym
+
+from dawm.data.sources.behaviour import MIXTURES, play
+from dawm.data.sources.catalog import EMBEDDED, unknown_dataset
+from dawm.data.sources.spaces import unbounded
+from dawm.data.store.minari_writer import write_dataset
+from dawm.data.store.staging import OutputExists, is_complete, progress_bar
 
 __all__ = ["STEPS", "build"]
 
 STEPS = 40_000
 """Steps of each data set; the last episode is played to its end."""
+
+_ABOUT = {
+    # means over 100 episodes of uniformly random actions and over 30 of the deterministic expert, in Hopper-v5
+    "ref_min_score": 18.783593655902184,
+    "ref_max_score": 3276.3575732459253,
+    "num_episodes_average_score": 30,
+    "requirements": ["gymnasium>=1.1", "mujoco>=3.1"],
+}
 
 
 def build(
@@ -40,20 +52,23 @@ def build(
     variant = (f"-seed{seed}" if seed else "") + (f"-steps{steps}" if steps != STEPS else "")
     # Minari 0.5 demands a version: it fails on every data set of the machine if one of them has none.
     dataset_id = f"{name}{variant}-v0"
-    if overwrite or not is_complete(dataset_id):
-        try:
-            _build(name, dataset_id, seed, steps, sys.stderr.isatty() if progress is None else progress, overwrite)
-        except OSError as error:
-            raise UserError(
-                f"data.dataset: {name} cannot be built in {dataset_folder()} ({error}); "
-                "set MINARI_DATASETS_PATH to a folder you can write to"
-            ) from error
+    if is_complete(dataset_id) and not overwrite:
+        return dataset_id
+    fractions = ", ".join(f"{policy} {fraction:.0%}" for policy, fraction in MIXTURES[name].items())
+    with (
+        contextlib.suppress(OutputExists),  # another process has built it while this one waited
+        progress_bar(f"Building {name}", steps, sys.stderr.isatty() if progress is None else progress) as bar,
+    ):
+        write_dataset(
+            dataset_id,
+            play(name, seed, steps),
+            env_spec=gym.spec("Hopper-v5"),
+            observation_space=unbounded(11),
+            action_space=gym.spaces.Box(-1.0, 1.0, (3,)),
+            metadata=_ABOUT,
+            description=f"Rollouts of the behaviour policies in dawm, actions sampled, seed {seed}: {fractions}.",
+            algorithm_name="TQC expert" if "expert" in MIXTURES[name] else "SAC",
+            overwrite=overwrite,
+            report=lambda played: bar.update(bar.task_ids[0], completed=min(played, steps)),
+        )
     return dataset_id
-
-
-def _build(name: str, dataset_id: str, seed: int, steps: int, progress: bool, overwrite: bool) -> None:
-    with staged(dataset_id, overwrite) as folder:
-        if folder is None:
-            return
-        with progress_bar(f"Building {name}", steps, progress) as bar:
-            record(folder, name, dataset_id, seed, steps, lambda played: bar.update(bar.task_ids[0], completed=played))

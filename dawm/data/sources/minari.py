@@ -22,7 +22,7 @@ from rich.console import Console
 
 from dawm.data.sources.catalog import dataset_folder, unknown_dataset
 from dawm.data.sources.scores import ReferenceScores, reference_scores
-from dawm.data.sources.source import BLOCK, Block, Source, columns
+from dawm.data.sources.source import BLOCK, Block, Source, columns, flags, require_numbers
 from dawm.data.sources.spaces import (
     action_box,
     environment_spaces,
@@ -30,12 +30,12 @@ from dawm.data.sources.spaces import (
     observation_box,
     observation_leaves,
 )
-from dawm.errors import UserError
+from dawm.errors import UserError, first_line
 
 __all__ = ["REPEATED", "SOURCE", "MinariSource"]
 
 REPEATED = "last_observation_repeated"
-"""Key of the metadata: true if last observations behind terminations were not recorded and repeat the ones before."""
+"""Key of the metadata: true if last observations after terminations were not recorded and repeat the ones before."""
 
 SOURCE = "ref_score_source"
 """Key of the metadata: where the reference scores come from."""
@@ -51,14 +51,16 @@ class MinariSource(Source):
     Args:
         dataset_id: Minari's id.
         name: What the user calls it, for messages.
-        env_id: The environment to evaluate in; None: the one the data set names.
+        env_id: The environment to evaluate in; None: the one the data set names. Another one's actions may be in other
+            units: ``action_space`` is always the data's own.
     """
 
     def __init__(self, dataset_id: str, name: str, env_id: str | None = None) -> None:
         dataset = _open(dataset_id)
         self.name = name
         self._dataset = dataset
-        self._paths = [path for path, _ in observation_leaves(dataset.observation_space, name)]
+        leaves = observation_leaves(dataset.observation_space, name)
+        self._paths, self._widths = [path for path, _ in leaves], [box.low.size for _, box in leaves]
         self.observation_space = observation_box(dataset.observation_space, name)
         self.action_space = action_box(dataset.action_space, name)
         if env_id is None:
@@ -79,13 +81,12 @@ class MinariSource(Source):
     def blocks(self) -> Iterator[Block]:
         """All rows in order."""
         read = _read_hdf5 if self._dataset.storage.FORMAT == "hdf5" else _read_any
-        empty, going_on, start, filled = 0, _GoingOn(), 0, 0
+        empty, early, start, filled = 0, _EarlyTerminations(), 0, 0
         rows, last = self._buffers(0)
         try:
-            for leaves, actions, rewards, terminations, ends in read(self._dataset, self._paths, self._episodes):
+            for piece in read(self._dataset, self._paths, self._episodes):
+                leaves, actions, rewards, terminations, ends = self._checked(piece, start + filled)
                 steps = len(rewards)
-                if {len(leaf) - 1 for leaf in leaves} | {len(actions), len(terminations)} != {steps}:
-                    raise ValueError(f"columns of unequal length in the episode that begins at row {start + filled}")
                 if filled + steps > len(rows):
                     if start + filled > self.count:
                         break
@@ -95,25 +96,54 @@ class MinariSource(Source):
                 stop, column = filled + steps, 0
                 parts = columns(rows[filled:stop], *self.sizes)
                 for leaf in leaves:
-                    values = leaf.reshape(len(leaf), -1)
-                    place = slice(column, column + values.shape[1])
-                    parts.observations[:, place], parts.next_observations[:, place] = values[:-1], values[1:]
-                    column += values.shape[1]
+                    place = slice(column, column + leaf.shape[1])
+                    parts.observations[:, place], parts.next_observations[:, place] = leaf[:-1], leaf[1:]
+                    column += leaf.shape[1]
                 parts.actions[:], parts.rewards[:], parts.terminations[:] = actions, rewards, terminations
                 last[filled:stop] = terminations
-                going_on.look(terminations[: steps - 1] if ends else terminations, start + filled)
+                early.count_in(terminations[: steps - 1] if ends else terminations, start + filled)
                 if steps and ends:
                     last[stop - 1] = True
                 empty += not steps
                 filled = stop
-            if start + filled != self.count:
-                raise ValueError(f"{start + filled} steps instead of {self.count}")
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, OSError) as error:
             raise UserError(
-                f"data.dataset: {self.name} is damaged ({error}); delete {self.path} and get it again"
+                f"--data.dataset: got {self.name}, expected whole data, but it is damaged ({error}); "
+                f"delete {self.path} and get it again"
             ) from error
-        self.defects = _defects(empty, going_on)
+        if start + filled != self.count:
+            raise UserError(
+                f"--data.dataset: got {self.name} with {start + filled} steps, expected the {self.count} of its "
+                "metadata; correct total_steps there, or get it again"
+            )
+        self.defects = _defects(empty, early)
         yield self._block(rows[:filled], last[:filled])
+
+    def _checked(self, piece: Piece, row: int) -> Piece:
+        """The same steps with leaves and actions of two dimensions, the rest of one; a UserError if they are not so.
+
+        Args:
+            piece: The steps.
+            row: Row of the first.
+        """
+        leaves, actions, rewards, terminations, ends = piece
+        steps = len(rewards)
+
+        def flat(key: str, column: NDArray, count: int, width: int) -> NDArray:
+            if len(column) != count or column.size != count * width:
+                expected = (count, width) if key in ("observations", "actions") else (count,)
+                raise UserError(
+                    f"--data.dataset: got {self.name} with {key} of shape {column.shape} in the episode of row {row}, "
+                    f"expected {expected}, as there are {steps} rewards; record it in that shape"
+                )
+            if key != "terminations":
+                require_numbers(column.dtype, self.name, key)
+            return column.reshape(count, width)
+
+        leaves = [flat("observations", leaf, steps + 1, width) for leaf, width in zip(leaves, self._widths)]
+        actions = flat("actions", actions, steps, self.sizes[1])
+        rewards, terminations = flat("rewards", rewards, steps, 1), flat("terminations", terminations, steps, 1)
+        return leaves, actions, rewards[:, 0], flags(terminations[:, 0], self.name, "terminations", row), ends
 
     def _buffers(self, steps: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Room for a block that begins with so many steps."""
@@ -124,17 +154,17 @@ class MinariSource(Source):
         return Block(rows, last, rows[:, -1] == 0 if self._repeated else None)
 
 
-class _GoingOn:
+class _EarlyTerminations:
     """Terminations that are not the last step of their episode: how many, and the first one's row."""
 
     def __init__(self) -> None:
         self.count, self.first = 0, 0
 
-    def look(self, terminations: NDArray, start: int) -> None:
-        """Look through some steps.
+    def count_in(self, terminations: NDArray, start: int) -> None:
+        """Counts them in some steps.
 
         Args:
-            terminations: Terminations with further steps behind them, shape (T,).
+            terminations: Terminations with further steps after them, shape (T,).
             start: Row of the first.
         """
         if terminations.any():
@@ -143,20 +173,20 @@ class _GoingOn:
             self.count += int(np.count_nonzero(terminations))
 
 
-def _defects(empty: int, going_on: _GoingOn) -> tuple[str, ...]:
+def _defects(empty: int, early: _EarlyTerminations) -> tuple[str, ...]:
     """What an episode should not be.
 
     Args:
         empty: Number of episodes without a step.
-        going_on: Terminations that are not the last step of their episode.
+        early: Terminations that are not the last step of their episode.
     """
     defects = []
     if empty:
         defects.append(f"episodes: {empty} without a step; they are left out")
-    if going_on.count:
+    if early.count:
         defects.append(
-            f"terminations: {going_on.count} with further steps behind them in the same episode, "
-            f"the first in row {going_on.first}; another episode begins there"
+            f"terminations: {early.count} with further steps after them in the same episode, "
+            f"the first in row {early.first}; another episode begins there"
         )
     return tuple(defects)
 
@@ -180,9 +210,11 @@ def _open(dataset_id: str) -> minari.MinariDataset:
     try:
         return minari.load_dataset(dataset_id)
     except Exception as error:  # Minari asserts, raises ValueError, and passes on what JSON and HDF5 throw
-        line = (str(error).splitlines() or [""])[0] or type(error).__name__
-        mend = "install what is missing" if isinstance(error, ImportError) else f"delete {folder} and get it again"
-        raise UserError(f"data.dataset: Minari cannot open {dataset_id} ({line}); {mend}") from error
+        mend = "install what is missing" if isinstance(error, ImportError) else f"put a whole copy in {folder}"
+        raise UserError(
+            f"--data.dataset: got {dataset_id}, which Minari cannot open ({first_line(error)}), expected a Minari data "
+            f"set; {mend}"
+        ) from error
 
 
 def _download(dataset_id: str) -> None:
@@ -219,7 +251,11 @@ def _read_hdf5(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], coun
             selected, memory = column.get_space(), h5py.h5s.create_simple(shape)
             selected.select_hyperslab((start, *(0 for _ in shape[1:])), shape)
         values = np.empty(shape, dtype or column.dtype)  # HDF5 converts numbers; asking for the type is slow
-        column.read(memory, selected, values)
+        try:
+            column.read(memory, selected, values)
+        except (OSError, TypeError):
+            require_numbers(column.dtype, dataset.spec.dataset_id, key.decode())
+            raise
         return values
 
     with h5py.File(dataset.storage.data_path / "main_data.hdf5", "r") as file:

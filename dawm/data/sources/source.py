@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError
 
-__all__ = ["BLOCK", "Block", "Columns", "Recording", "Source", "columns"]
+__all__ = ["BLOCK", "Block", "Columns", "Recording", "Source", "columns", "flags", "require_numbers"]
 
 BLOCK = 1 << 16
 """Rows that a source reads at once."""
@@ -39,7 +39,7 @@ class Columns(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive rows of a data set; an episode may go on in the next block.
+    """Consecutive rows of a data set; an episode may continue in the next block.
 
     Args:
         rows: Packed rows, actions in the environment's units, terminations 0 or 1, shape (N, D).
@@ -168,11 +168,6 @@ class Source(ABC):
             defects=self.defects,
         )
 
-    def check(self) -> None:
-        """Raise a UserError if there are no rows."""
-        if not self.count:
-            raise UserError(f"data.dataset: {self.name} is empty; record some complete steps first")
-
 
 def columns(rows: Floats, observation_size: int, action_size: int) -> Columns:
     """Views into packed rows.
@@ -182,11 +177,48 @@ def columns(rows: Floats, observation_size: int, action_size: int) -> Columns:
         observation_size: O.
         action_size: A.
     """
-    behind = observation_size + action_size
+    reward = observation_size + action_size
     return Columns(
         rows[:, :observation_size],
-        rows[:, observation_size:behind],
-        rows[:, behind],
-        rows[:, behind + 1 : -1],
+        rows[:, observation_size:reward],
+        rows[:, reward],
+        rows[:, reward + 1 : -1],
         rows[:, -1],
     )
+
+
+def flags(values: NDArray, name: str, key: str, start: int = 0) -> NDArray[np.bool_]:
+    """Recorded flags as booleans; a UserError for what is neither 0 nor 1 (nor 255, as some tools write true).
+
+    Args:
+        values: The flags, shape (N,).
+        name: Name of the data set, for the error.
+        key: Name of the column.
+        start: Row of the first.
+    """
+    if values.dtype.kind == "b":
+        return values
+    if values.dtype.kind in "iuf":
+        good = (values == 0) | (values == 1)
+        good = good | ((values == 0) | (values == 255)).all()
+    else:
+        good = np.zeros(len(values), bool)
+    if not good.all():
+        first = int(good.argmin())
+        raise UserError(
+            f"--data.dataset: got {name} with {int((~good).sum())} {key} that are no flags, the first "
+            f"{values[first]} in row {start + first}, expected booleans; convert them"
+        )
+    return values.astype(bool)
+
+
+def require_numbers(kind: np.dtype, name: str, key: str) -> None:
+    """Raises a UserError where a column holds anything but real numbers.
+
+    Args:
+        kind: The column's type.
+        name: Name of the data set, for the error.
+        key: Name of the column.
+    """
+    if kind.kind not in "biuf":
+        raise UserError(f"--data.dataset: got {name} with {key} of type {kind}, expected real numbers; convert them")

@@ -1,6 +1,6 @@
 """Which spaces can be used, and how observations and actions are laid out as flat rows.
 
-Observations are flat Boxes, or Dicts of them (goal environments), whose entries stand side by side with the keys
+Observations are flat Boxes, or Dicts of them (goal environments), whose entries are put side by side with the keys
 sorted, nested Dicts likewise. So does Gymnasium's ``FlattenObservation``, unless an environment was given an order of
 its own, which Minari does not keep. Actions are a flat Box with finite bounds.
 """
@@ -47,8 +47,8 @@ def observation_leaves(space: gym.Space, name: str) -> list[tuple[tuple[str, ...
         return [((), space)]
     kind = f"Box of shape {space.shape}" if isinstance(space, gym.spaces.Box) else type(space).__name__
     raise UserError(
-        f"data.dataset: {name} has observations of the kind {kind}; "
-        "only flat Boxes and Dicts of them can be used, so choose another data set"
+        f"--data.dataset: got {name} with observations of the kind {kind}, expected flat Boxes or Dicts of them; "
+        "choose another data set"
     )
 
 
@@ -63,12 +63,12 @@ def action_box(space: gym.Space, name: str) -> gym.spaces.Box:
     """The action Box itself, or a UserError where it cannot be scaled to [-1, 1]."""
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
         raise UserError(
-            f"data.dataset: {name} has the action space {space}; "
-            "only a flat Box of real numbers can be used, so choose another data set"
+            f"--data.dataset: got {name} with the action space {space}, expected a flat Box of real numbers; choose "
+            "another data set"
         )
     if not (np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()):
         raise UserError(
-            f"data.dataset: {name} has no finite action bounds ({space}); give its action space real bounds"
+            f"--data.dataset: got {name} with the action space {space}, expected finite bounds; record them in it"
         )
     return space
 

@@ -1,12 +1,11 @@
 """Chunks of episodes in files, until there are enough of them for a data set.
 
 They lie in a hidden folder beside the data sets, which lists of data sets pass over, and are written whole or not at
-all: whoever was interrupted finds there what was done, and goes on.
+all: whoever was interrupted finds there what was done, and resumes.
 """
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from dawm.data.sources.catalog import dataset_folder
 from dawm.data.store.minari_writer import EpisodeColumns
 from dawm.errors import UserError, first_line
-from dawm.training.checkpoints import write_whole
+from dawm.files import whole, write_whole
 
 __all__ = ["Parts"]
 
@@ -44,8 +43,8 @@ class Parts:
             other = [key for key in wanted if begun.get(key) != wanted[key]]
             if other and not overwrite:
                 raise UserError(
-                    f"output: {output} was begun with {other[0]} {begun.get(other[0])}, not {wanted[other[0]]}; "
-                    "go on with that, choose another name, or start anew with --overwrite true"
+                    f"--output: got {output}, which was begun with {other[0]} {begun.get(other[0])}, expected "
+                    f"{wanted[other[0]]}; resume with that, choose another name, or start again with --overwrite true"
                 )
             if other:
                 self.remove()
@@ -71,12 +70,8 @@ class Parts:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / "settings.json", self._settings)
         path = self.folder / f"{len(self._paths):06d}.npz"
-        temporary = path.with_suffix(f".{os.getpid()}")
-        with temporary.open("wb") as file:
+        with whole(path) as file:
             np.savez(file, counts=np.array(json.dumps(counts)), **columns._asdict())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
         self._paths.append(path)
         self.counts.update(counts)
 
@@ -92,5 +87,6 @@ def _read(path: Path) -> dict[str, NDArray]:
         with np.load(path, allow_pickle=False) as part:
             return {key: part[key] for key in ("counts", *EpisodeColumns._fields)}
     except (BadZipFile, ValueError, KeyError, EOFError) as error:
-        reason = first_line(error)
-        raise UserError(f"output: {path} is damaged ({reason}); delete {path.parent} to start anew") from None
+        raise UserError(
+            f"--output: got {path}, expected a chunk, but it cannot be read ({first_line(error)}); delete {path.parent}"
+        ) from None

@@ -20,10 +20,17 @@ from rich.text import Text
 from dawm.data.sources.catalog import dataset_folder
 from dawm.errors import UserError
 
-__all__ = ["check_output", "datasets_path", "is_complete", "lock", "progress_bar", "staged"]
+__all__ = ["OutputExists", "check_output", "datasets_path", "is_complete", "lock", "progress_bar", "staged"]
 
 _PREFIX = ".dawm-build-"
 _PATIENCE = 120.0  # seconds to wait for another process, which needs a tenth of them
+
+
+class OutputExists(UserError):
+    """A data set of that id is there already, and shall not be replaced."""
+
+    def __init__(self, output: str) -> None:
+        super().__init__(f"--output: got {output}, expected a new id; choose another name, or --overwrite true")
 
 
 def check_output(output: str, overwrite: bool) -> None:
@@ -36,11 +43,11 @@ def check_output(output: str, overwrite: bool) -> None:
     try:
         parse_dataset_id(output)
     except (ValueError, TypeError) as error:  # a TypeError where the version is missing
-        raise UserError(f"output: {output!r} is not a Minari id; write it as namespace/name-v0") from error
+        raise UserError(f"--output: got {output!r}, expected a Minari id; write it as namespace/name-v0") from error
     if output.startswith("embedded/"):
-        raise UserError(f"output: {output} would look like one of the embedded data sets; choose another namespace")
+        raise UserError(f"--output: got {output}, expected a name unlike embedded data sets; choose another namespace")
     if is_complete(output) and not overwrite:
-        raise UserError(f"output: {output} is there already; choose another name, or --overwrite true")
+        raise OutputExists(output)
 
 
 def is_complete(dataset_id: str) -> bool:
@@ -49,21 +56,22 @@ def is_complete(dataset_id: str) -> bool:
 
 
 @contextlib.contextmanager
-def staged(dataset_id: str, overwrite: bool = False) -> Iterator[Path | None]:
+def staged(dataset_id: str, overwrite: bool = False) -> Iterator[Path]:
     """Yield a folder to write the data set in, and put it in place if the block ends without an error.
+
+    Raises `OutputExists` if the data set is there already and shall not be replaced.
 
     Args:
         dataset_id: Minari's id.
         overwrite: Whether to replace a data set of that id, at the very end.
 
     Yields:
-        The folder that stands for Minari's own; None if the data set is there already and shall not be replaced.
+        The folder that stands for Minari's own.
     """
     root = dataset_folder()
     with lock(root) as locked:
         if is_complete(dataset_id) and not overwrite:  # perhaps another process has built it while this one waited
-            yield None
-            return
+            raise OutputExists(dataset_id)
         _remove_stale(root, older_than=0.0 if locked else 3600.0)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
         try:
@@ -75,7 +83,7 @@ def staged(dataset_id: str, overwrite: bool = False) -> Iterator[Path | None]:
 
 @contextlib.contextmanager
 def datasets_path(folder: Path) -> Iterator[None]:
-    """Point Minari at another folder for a while; it can only be told through the environment variable."""
+    """Point Minari at another folder for a while; its one setting is the environment variable."""
     before = os.environ.get("MINARI_DATASETS_PATH")
     os.environ["MINARI_DATASETS_PATH"] = str(folder)
     try:
@@ -92,7 +100,7 @@ def lock(root: Path, patience: float = _PATIENCE) -> Iterator[bool]:
     """Let one process at a time build in a folder; yields whether the lock was obtained.
 
     The folder itself is locked, so that no lock file stays behind, and the kernel frees the lock when a process is
-    killed. Where such locks do not exist (Windows, some network drives), building goes on without: the rename decides.
+    killed. Where such locks do not exist (Windows, some network drives), nothing is locked: the rename decides.
 
     Args:
         root: The folder.

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dawm.data.sources.jumps import jumps
 from dawm.data.sources.source import Block, Columns, Source, columns
 from dawm.data.sources.spaces import scale_actions
 from dawm.errors import UserError
@@ -30,33 +31,36 @@ _OTHER_UNITS = 1.0
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of a data set, actions in [-1, 1], and what is known of its episodes.
+    """All rows of a data set in order, and where its episodes end.
 
     Args:
-        rows: Packed rows, float32, shape (N, D); never written to.
+        rows: Packed rows (`dawm.data.transitions.Transitions.pack`), float32 on the CPU, actions in [-1, 1], shape
+            (N, D). Never write to them: of a large data set they are a mapped file.
         ends: Exclusive end row of each episode, shape (E,), int64.
         terminated: Whether each episode ended with a termination, shape (E,), bool.
-        end_observed: Whether the last ``s_{t+1}`` of each episode was recorded, shape (E,), bool.
-        returns: Undiscounted return of each episode, shape (E,).
-        low: Lowest value of each observation dimension, shape (O,).
-        high: Highest value, shape (O,).
+        end_observed: False where the last ``s_{t+1}`` of an episode was not recorded and is filled with ``s_t``, shape
+            (E,), bool. Only terminated rows of files without ``next_observations`` are so; they serve one-step TD,
+            because they never bootstrap, but must not teach the dynamics or the inverse dynamics.
+        episode_returns: Undiscounted return of each episode, shape (E,).
+        observation_low: Lowest value of each observation dimension, shape (O,).
+        observation_high: Highest value, shape (O,).
         fingerprint: Hash of rows, ends and action bounds: the same for the same data in another file format.
-        folder: Folder of the cache whose file the rows are mapped from; None: they stand in memory.
+        cache: Folder of the cache whose file the rows are mapped from; None: they are held in memory.
     """
 
     rows: Tensor
     ends: Tensor
     terminated: Tensor
     end_observed: Tensor
-    returns: Tensor
-    low: Tensor
-    high: Tensor
+    episode_returns: Tensor
+    observation_low: Tensor
+    observation_high: Tensor
     fingerprint: str
-    folder: Path | None = None
+    cache: Path | None = None
 
 
 class Assembly:
-    """The rows of one or several sources, one behind the other, checked and with their actions scaled to [-1, 1].
+    """The rows of one or several sources in order, checked and with their actions scaled to [-1, 1].
 
     Args:
         sources: The data sets to join, all of the same sizes and action bounds.
@@ -70,10 +74,10 @@ class Assembly:
         self._episodes: list[tuple[NDArray, ...]] = []
         self._low = np.full(sources[0].sizes[0], np.inf, np.float32)
         self._high = -self._low
-        self._running = 0.0  # return of the episode that goes on in the next block
+        self._running = 0.0  # return of the episode that continues in the next block
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
-        """Packed rows, shape (n, D); a UserError behind a source's last block if its numbers cannot be used."""
+        """Packed rows, shape (n, D); a UserError after a source's last block if its numbers cannot be used."""
         start = 0
         for source in self._sources:
             checks = _Checks(source)
@@ -81,8 +85,8 @@ class Assembly:
                 if not len(block.rows):
                     continue
                 parts = columns(block.rows, *source.sizes)
-                checks.look(block.rows, parts)
-                self._look(block, parts, start)
+                checks.scale_and_check(block, parts)
+                self._record(block, parts, start)
                 self._digest.update(block.rows.data)
                 start += len(block.rows)
                 yield block.rows
@@ -90,12 +94,11 @@ class Assembly:
         if start != self.count:
             raise RuntimeError(f"{start} rows were read, where {self.count} were announced")
 
-    def table(self, rows: Tensor, folder: Path | None = None) -> Table:
-        """What came of it, once all blocks were taken.
+    def table(self, rows: Tensor) -> Table:
+        """The data set, once all blocks were taken.
 
         Args:
             rows: The rows, wherever they were put, shape (N, D).
-            folder: See `Table`.
         """
         ends, terminated, end_observed, returns = (
             torch.from_numpy(np.concatenate(values)) for values in zip(*self._episodes)
@@ -104,10 +107,10 @@ class Assembly:
         digest.update(str((self.count, *self._sources[0].sizes)).encode() + ends.numpy().tobytes())
         digest.update(space.low.astype(np.float64).tobytes() + space.high.astype(np.float64).tobytes())
         low, high = torch.from_numpy(self._low), torch.from_numpy(self._high)
-        return Table(rows, ends, terminated, end_observed, returns, low, high, digest.hexdigest(), folder)
+        return Table(rows, ends, terminated, end_observed, returns, low, high, digest.hexdigest())
 
-    def _look(self, block: Block, parts: Columns, start: int) -> None:
-        """Takes down where episodes end, and the range of the observations."""
+    def _record(self, block: Block, parts: Columns, start: int) -> None:
+        """Records where episodes end, and the range of the observations."""
         last = np.flatnonzero(block.last)
         observed = np.ones(len(last), bool) if block.next_observed is None else block.next_observed[last]
         # in double precision: an episode may sum a thousand rewards
@@ -137,7 +140,7 @@ def read_table(sources: Sequence[Source]) -> Table:
 
 
 class _Checks:
-    """What is wrong in the numbers of a source: told once for all of its rows.
+    """What is wrong in the numbers of a source: reported once for all of its rows.
 
     Args:
         source: The data set.
@@ -147,18 +150,22 @@ class _Checks:
         self._source = source
         self._rows = 0
         self._outside, self._first_outside, self._excess = 0, 0, 0.0
+        self._jumps, self._first_jump = 0, 0
         self._bad: dict[str, tuple[int, int, NDArray[np.bool_]]] = {}  # values, first row, which columns
 
-    def look(self, rows: NDArray[np.float32], parts: Columns) -> None:
-        """Scales the actions of a block in place, and takes down what is wrong in it.
+    def scale_and_check(self, block: Block, parts: Columns) -> None:
+        """Scales the actions of a block in place, and records what is wrong in it.
 
         Args:
-            rows: Packed rows, shape (n, D).
+            block: Packed rows, shape (n, D).
             parts: Their columns.
         """
-        if not np.isfinite(rows).all():
+        if not np.isfinite(block.rows).all():
             for key, values in parts._asdict().items():
-                self._take_down(key, ~np.isfinite(values).reshape(len(values), -1))
+                self._record_not_finite(key, ~np.isfinite(values).reshape(len(values), -1))
+        elif len(jumped := jumps(parts.observations, parts.next_observations, block.last)):
+            self._first_jump = self._first_jump if self._jumps else self._rows + int(jumped[0])
+            self._jumps += len(jumped)
         actions = torch.from_numpy(parts.actions)
         actions.copy_(scale_actions(actions, self._source.action_space))
         excess = actions.abs().amax(dim=-1) - 1.0
@@ -169,30 +176,35 @@ class _Checks:
             self._outside += int(outside.sum())
             self._excess = max(self._excess, float(excess.max()))
         actions.clamp_(-1.0, 1.0)
-        self._rows += len(rows)
+        self._rows += len(block.rows)
 
     def finish(self) -> None:
         """Raises a UserError for what cannot be used, and warns of what was changed."""
-        name, space = self._source.name, self._source.action_space
+        start, space = f"--data.dataset: got {self._source.name} with", self._source.action_space
         for key, (count, first, bad) in self._bad.items():
             which = ", ".join(map(str, np.flatnonzero(bad)[:3]))
             where = f"{key} (column {which})" if key not in ("rewards", "terminations") else key
             raise UserError(
-                f"data.dataset: {name} has {count} NaN or infinite values in {where}, "
-                f"the first in row {first}; remove those episodes from the data set"
+                f"{start} {count} NaN or infinite values in {where}, the first in row {first}, expected finite "
+                "numbers; remove those episodes from the data set"
             )
-        if not self._outside:
-            return
-        where = (
-            f"data.dataset: {name} has {self._outside} actions outside {space}, the first in row {self._first_outside}"
-        )
-        if self._excess > _OTHER_UNITS:
+        if self._jumps:
             raise UserError(
-                f"{where}; name the environment with the right bounds in data.env_id, or clip the recorded actions"
+                f"{start} {self._jumps} jumps of the observations inside episodes, the first after row "
+                f"{self._first_jump}, expected each episode in one piece; end an episode (timeouts, truncations) there"
             )
-        warnings.warn(f"{where}; they are clipped", stacklevel=2)
+        if self._outside:
+            outside = f"{start} {self._outside} actions outside {space}, the first in row {self._first_outside}"
+            if self._excess > _OTHER_UNITS:
+                raise UserError(
+                    f"{outside}, expected actions inside; name the environment with the right bounds in --data.env_id, "
+                    "or clip the recorded actions"
+                )
+            warnings.warn(f"{outside}; they are clipped", stacklevel=2)
+        for defect in self._source.defects:
+            warnings.warn(f"--data.dataset: {self._source.name}: {defect}", stacklevel=2)
 
-    def _take_down(self, key: str, bad: NDArray[np.bool_]) -> None:
+    def _record_not_finite(self, key: str, bad: NDArray[np.bool_]) -> None:
         if not bad.any():
             return
         first = self._rows + int(bad.any(axis=1).argmax())

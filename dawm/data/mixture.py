@@ -1,0 +1,101 @@
+"""Mixture: real rows and the synthetic ones beside them, and how one batch is drawn from both.
+
+Symbols: N real rows, M synthetic rows, D columns of a packed row, K batches drawn at once, S seeds, B batch size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dawm.data.batches import BatchLoader, RowStream, derive_seed, take
+from dawm.data.transitions import Transitions
+
+__all__ = ["Mixture"]
+
+_KINDS = ("real", "synthetic")
+
+
+class Mixture:
+    """Packed rows to draw from, on the training device.
+
+    Args:
+        real: Real rows, shape (N, D).
+        sizes: Observation size and action size.
+        mapped: Whether the real rows are a mapped file: they stay where they are, and are gathered on the CPU.
+    """
+
+    def __init__(self, real: Tensor, sizes: tuple[int, int], mapped: bool) -> None:
+        self.real = real
+        self.device = torch.device("cpu")
+        self._sizes = sizes
+        self._mapped = mapped
+        self._synthetic = real.new_empty(0, real.shape[1])
+        self._count = 0
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves what is drawn from to a device."""
+        self.device = torch.device(device)
+        self._synthetic = self._synthetic.to(device)
+        if not self._mapped:
+            self.real = self.real.to(device)
+
+    def refill(self, transitions: Transitions) -> None:
+        """Replaces the synthetic rows in place."""
+        rows = transitions.pack().to(self.device)
+        if len(self._synthetic) < len(rows):
+            self._synthetic = torch.empty_like(rows)
+        self._synthetic[: len(rows)].copy_(rows)
+        self._count = len(rows)
+
+    @property
+    def synthetic(self) -> Transitions:
+        """The synthetic rows now in use (views), fields of shape (M, ...)."""
+        return Transitions.unpack(self._synthetic[: self._count], *self._sizes)
+
+    def gather(self, rows: Tensor) -> Transitions:
+        """Real rows by number, on the training device, fields of shape (*rows.shape, ...)."""
+        return Transitions.unpack(take(self.real, rows).to(self.device), *self._sizes)
+
+    def loader(
+        self,
+        batch_size: int,
+        fraction: float,
+        updates: int,
+        updates_per_step: int | None,
+        seeds: Sequence[Sequence[int]],
+    ) -> BatchLoader:
+        """Batches of ``round(batch_size * fraction)`` synthetic rows, the rest real; all real until the first refill.
+
+        Args:
+            batch_size: Rows of a batch B.
+            fraction: Fraction of synthetic rows.
+            updates: Updates to draw for.
+            updates_per_step: Batches drawn at once K; None draws single ones, fields of shape (B, ...).
+            seeds: What sets the draws of each agent apart; several agents get fields of shape (K, S, B, ...).
+        """
+        streams = [[RowStream(derive_seed(*parts[:2], kind, *parts[2:])) for kind in _KINDS] for parts in seeds]
+        synthetic_size = round(batch_size * fraction)
+        drawn = batch_size, max(synthetic_size, 1)
+
+        def draw(count: int) -> Transitions:
+            # Each stream gives as many numbers per update whatever the mixture, so that resuming can skip them and
+            # the real rows of a run do not depend on its synthetic ones.
+            real, synthetic = (
+                _side_by_side([pair[kind].draw(high, count, drawn[kind]) for pair in streams])
+                for kind, high in enumerate((len(self.real), max(self._count, 1)))
+            )
+            mixed = synthetic_size if self._count else 0
+            rows = take(self.real, real[..., : batch_size - mixed]).to(self.device)
+            if mixed:
+                rows = torch.cat([rows, take(self._synthetic, synthetic)], dim=-2)
+            rows = rows.squeeze(0) if updates_per_step is None else rows
+            return Transitions.unpack(rows, *self._sizes)
+
+        counted = [(stream, size) for pair in streams for stream, size in zip(pair, drawn)]
+        return BatchLoader(draw, counted, updates, updates_per_step or 1)
+
+
+def _side_by_side(rows: list[Tensor]) -> Tensor:
+    """Row numbers of several seeds, shape (K, S, B); of one alone (K, B)."""
+    return rows[0] if len(rows) == 1 else torch.stack(rows, dim=1)

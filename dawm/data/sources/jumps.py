@@ -1,0 +1,43 @@
+"""Jumps: steps inside an episode that no dynamics explains, as where two episodes were joined without a flag.
+
+Symbols: N rows, O observation size.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["jumps"]
+
+_SAMPLE = 4096  # rows from which to tell how far a usual step goes
+
+
+def jumps(
+    observations: NDArray, next_observations: NDArray, last: NDArray[np.bool_], factor: float = 50.0
+) -> NDArray[np.int64]:
+    """Rows from which the observation jumps, ascending.
+
+    A jump is a single step in which half of the observation's dimensions or more move by ``factor`` times what they
+    usually do (the 95 % quantile), while the steps before and after it are usual ones. So neither contacts, which last
+    or move few dimensions, nor glitches, which come back, nor the start of a movement are jumps.
+
+    Args:
+        observations: ``s_t`` of consecutive rows, shape (N, O).
+        next_observations: ``s_{t+1}``, shape (N, O).
+        last: Whether each row is the last of its episode, shape (N,).
+        factor: How far a jump goes.
+    """
+    count = len(last)
+    with np.errstate(invalid="ignore"):
+        steps = np.abs(next_observations - observations)
+    usual = np.quantile(steps[:: max(1, count // _SAMPLE)], 0.95, axis=0)
+    moving = usual > 0
+    if not moving.any():
+        return np.zeros(0, np.int64)
+    scale = np.where(moving, 1.0 / np.maximum(usual, 1e-30), 0.0)
+    # the mean over the dimensions, which is cheap: where the median is above the factor, it is above half of that
+    size = steps @ (scale / moving.sum()).astype(np.float32)
+    rows = np.flatnonzero(size > factor / 2)
+    rows = rows[np.median(steps[rows][:, moving] * scale[moving], axis=1) > factor] if len(rows) else rows
+    before = np.where((rows > 0) & ~last[rows - 1], size[rows - 1], 0.0)
+    after = np.where(~last[rows] & (rows + 1 < count), size[np.minimum(rows + 1, count - 1)], 0.0)
+    return rows[np.maximum(before, after) < size[rows] / 4]
