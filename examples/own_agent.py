@@ -23,19 +23,21 @@ class FilteredCloning(OfflineAgent):
     def configure_optimizers(self):
         return [self.optimizer]
 
+    def q(self, critic, observations, actions):
+        return critic(torch.cat([observations, actions], dim=-1)).squeeze(-1)
+
     def act(self, observations, deterministic=True):
         return self.actor(self.observation_normalizer(observations)).tanh()
 
     def update(self, batch):
         batch = self.prepare(batch)  # normalised observations
         s, a, next_s = batch.observations, batch.actions, batch.next_observations
-        q = lambda critic, s, a: critic(torch.cat([s, a], dim=-1)).squeeze(-1)
-        policy = self.actor(s).tanh()
+        policy, q = self.actor(s).tanh(), self.q(self.critic, s, a)
         with torch.no_grad():
-            next_q = q(self.target, next_s, self.actor(next_s).tanh())
+            next_q = self.q(self.target, next_s, self.actor(next_s).tanh())
             target = batch.rewards + self.discount * (1 - batch.terminations) * next_q
-            better = q(self.critic, s, a) > q(self.critic, s, policy)
-        critic_loss = (q(self.critic, s, a) - target).square().mean()
+            better = q > self.q(self.critic, s, policy)
+        critic_loss = (q - target).square().mean()
         cloning_loss = (better * (policy - a).square().mean(dim=-1)).mean()
         self.minimize(critic_loss + cloning_loss, self.optimizer)
         self.soft_update(self.target, self.critic, tau=0.005)

@@ -1,6 +1,6 @@
 """The whole path in Python, with plain Lightning Trainers: world model, inverse dynamics, agent.
 
-    python examples/three_stages.py
+python examples/three_stages.py
 """
 
 import lightning as L
