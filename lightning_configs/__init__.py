@@ -1,1 +1,1 @@
-"""Experiments, one YAML file each."""
+"""Experiments, one YAML file each; `methods/` holds overlays to give as a second ``--config``."""

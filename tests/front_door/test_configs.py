@@ -1,44 +1,76 @@
-"""Every shipped config parses, and its data, modules and callbacks instantiate."""
+"""Every shipped config, alone or with each overlay, parses, and trains for a few updates."""
 
 from pathlib import Path
 
 import pytest
+import yaml
 
-from dawm.cli import main as cli
-from dawm.cli.fit import MODULES
-from dawm.training.build import build_module
+from dawm.cli.main import main, make_parser
 
-CONFIGS = sorted((Path(__file__).parents[2] / "lightning_configs").glob("*.yaml"))
-TASKS = {f"{env}-{kind}" for env in ("hopper", "halfcheetah", "walker2d")
-         for kind in ("medium", "medium-replay", "medium-expert")}  # fmt: skip
-
-
-def test_the_nine_locomotion_tasks_and_the_paper_are_there():
-    assert {path.stem for path in CONFIGS} >= TASKS | {"quickstart", "dwm-paper"}
+FOLDER = Path(__file__).parents[2] / "lightning_configs"
+EXPERIMENTS = sorted(FOLDER.glob("*.yaml"))
+OVERLAYS = sorted(FOLDER.glob("methods/*.yaml"))
+COMBINATIONS = [(path, overlay) for path in EXPERIMENTS for overlay in (None, *OVERLAYS)]
+MODULES = ("world_model", "inverse_dynamics", "agent")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_parses_and_instantiates(path, monkeypatch):
-    config = cli.make_parser().parse_args(["fit", "--config", str(path), "--horizon", "5"]).fit
-    modules = {key: config.pop(key) for key in MODULES}
-    config.pop("config")
-    parts = cli.make_fit_parser().instantiate(config)
-    assert parts.data.horizon == 5
-    assert modules["world_model"].init_args.horizon == 5, "the shared number must reach the world model"
-    assert {type(callback).__name__ for callback in parts.stages.agent.callbacks} == {
-        "RegenerateRollouts",
-        "EvaluateInEnvironment",
+def named(combination: tuple[Path, Path | None]) -> str:
+    path, overlay = combination
+    return path.stem if overlay is None else f"{path.stem}+{overlay.stem}"
+
+
+def options(path: Path, overlay: Path | None) -> list[str]:
+    return ["--config", str(path)] + ([] if overlay is None else ["--config", str(overlay)])
+
+
+def test_the_experiments_and_overlays_are_there():
+    assert [path.stem for path in EXPERIMENTS] == ["d4rl-locomotion", "quickstart"]
+    assert [path.stem for path in OVERLAYS] == ["dwm-paper", "iql", "real-only"]
+    assert set(FOLDER.rglob("*.yaml")) == {*EXPERIMENTS, *OVERLAYS}
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=named)
+def test_it_parses(combination):
+    config = make_parser().parse_args(["fit", *options(*combination), "--horizon", "5"]).fit
+    assert config.horizon == 5
+    for callback in config.stages.agent.callbacks:
+        assert callback.init_args.every_n_steps % config.data.updates_per_step == 0
+    overlay = combination[1]
+    if overlay is not None:  # what the overlay says holds
+        for key, value in yaml.safe_load(overlay.read_text()).items():
+            if key in MODULES:
+                assert config[key].class_path.split(".")[-1] == value["class_path"]
+                for name in ("alpha", "expectile", "learning_rate"):
+                    if name in value.get("init_args", {}):
+                        assert config[key].init_args[name] == value["init_args"][name]
+            elif key == "data":
+                assert {name: config.data[name] for name in value} == value
+
+
+def test_the_quickstart_mixes():
+    data = yaml.safe_load((FOLDER / "quickstart.yaml").read_text())["data"]
+    assert 0 < data["synthetic_fraction"] < 1
+
+
+@pytest.mark.parametrize(
+    "combination", [c for c in COMBINATIONS if c[1] is None or c[0].stem == "d4rl-locomotion"], ids=named
+)
+def test_it_trains(combination, hopper, tmp_path):
+    """Few updates of small networks; all else is the config's own."""
+    callbacks = []
+    for path in filter(None, combination):
+        stages = yaml.safe_load(path.read_text()).get("stages", {})
+        callbacks = stages.get("agent", {}).get("callbacks", callbacks)
+    callbacks[0]["init_args"] |= {"rollouts": 100, "margin": 10.0}  # such a world model imagines nonsense
+    small = {
+        "output_dir": str(tmp_path / "run"),
+        "final_episodes": 1,
+        "data": {"dataset": hopper, "batch_size": 16, "segment_batch_size": 16},
+        "inverse_dynamics": {"init_args": {"hidden": [16]}},
+        "world_model": {"init_args": {"network": {"init_args": {"width": 16}}}},
+        "stages": {name: {"max_steps": 20} for name in MODULES},
     }
-    for callback in parts.stages.agent.callbacks:
-        assert callback.every_n_steps % parts.data.updates_per_step == 0
-    for key, description in modules.items():
-        module = build_module(description.as_dict())(11, 3)
-        assert module.optimizers_in_order(), key
-
-
-def test_quickstart_runs_with_fewer_updates(hopper, tmp_path):
-    path = next(path for path in CONFIGS if path.stem == "quickstart")
-    few = [f"--stages.{stage}.max_steps=20" for stage in ("world_model", "inverse_dynamics", "agent")]
-    options = ["--output_dir", str(tmp_path), "--data.dataset", hopper, "--final_episodes", "2", *few]
-    assert cli.main(["fit", "--config", str(path), *options]) == 0
-    assert (tmp_path / "results.json").exists()
+    small["stages"]["agent"]["callbacks"] = callbacks
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    assert main(["fit", *options(*combination), "--config", str(tmp_path / "small.yaml")]) == 0
+    assert (tmp_path / "run" / "results.json").exists()
