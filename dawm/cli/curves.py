@@ -73,6 +73,25 @@ def draw_curves(output_dir: Path, results: Mapping[str, Any]) -> None:
     figure.savefig(output_dir / "curves.png", dpi=120)
 
 
+def draw_evaluations(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    """Draws what the checkpoints of a run earn.
+
+    Args:
+        path: The picture.
+        evaluations: For each checkpoint ``step``, ``return``, and its bounds ``low`` and ``high``.
+    """
+    from matplotlib.figure import Figure  # slow to import, and needed only here
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    steps, returns, low, high = ([entry[key] for entry in evaluations] for key in ("step", "return", "low", "high"))
+    axis.plot(steps, returns, marker=".")
+    axis.fill_between(steps, low, high, alpha=0.2, label="95 % interval")
+    axis.set(xlabel="updates", ylabel="return")
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
 def learning_figures(results: Mapping[str, Any]) -> dict[str, str]:
     """The learning curves of all stages, as SVG by description: those of ``curves.png``, then the training losses.
 

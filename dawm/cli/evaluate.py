@@ -10,11 +10,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dawm.cli.report import draw_evaluations, read_results, show_evaluation
+from dawm.cli.curves import draw_evaluations
+from dawm.cli.report import read_results, show_evaluation
+from dawm.data.sources.environments import environment_from
 from dawm.data.sources.scores import ReferenceScores
-from dawm.data.sources.spaces import environment_spec
 from dawm.errors import UserError, require
-from dawm.evaluation.environments import environment_from
 from dawm.evaluation.episodes import Environment, Evaluation, Policy, evaluate
 from dawm.files import expanded, write_whole
 from dawm.training.build import load_module
@@ -110,7 +110,7 @@ def _score_checkpoint(
     agent, origin = load_module(path), read_checkpoint(path)[ORIGIN]
     if not hasattr(agent, "act"):
         raise UserError(f"--checkpoint: got {path} of a {type(agent).__name__}, expected an agent's; name another")
-    environment = environment_spec(env_id) if env_id else environment_from(origin["environment"])
+    environment = environment_from(origin["environment"], env_id)
     reference = None if origin["reference"] is None else ReferenceScores(**origin["reference"])
     limit = max_episode_steps or origin["max_episode_steps"]
     low, high = (np.array(bound, np.float32) for bound in origin["action_space"])

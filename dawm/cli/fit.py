@@ -11,12 +11,12 @@ from rich.console import Console
 
 from dawm.cli.evaluate import EVALUATION_SEED, score
 from dawm.cli.messages import as_user_error, disk_errors
-from dawm.cli.report import collect_results, show_results, write_files
+from dawm.cli.report import collect_results, log_summary, show_results, write_files
 from dawm.cli.settings import Settings, parse_fit
 from dawm.data.module import TransitionDataModule
+from dawm.data.sources.environments import describe_environment
 from dawm.errors import UserError
 from dawm.evaluation.checks import check_environment
-from dawm.evaluation.environments import describe_environment
 from dawm.training.build import import_class, parameters_of
 from dawm.training.checkpoints import plain
 from dawm.training.experiment import Experiment
@@ -58,12 +58,14 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     if experiment.rank != 0:
         return
     episodes, agent = settings.plain["final_episodes"], trained["agent"]
-    console.print(f"scoring the agent over {episodes} episodes of {data.env_spec.id}")  # type: ignore[union-attr]
+    assert data.env_spec is not None
+    console.print(f"scoring the agent over {episodes} episodes of {data.env_spec.id}")
     evaluation = score(agent, data.env_spec, data.episodes.action_space, data.reference, episodes, EVALUATION_SEED,
                        data.max_episode_steps)  # fmt: skip
     class_path = settings.plain["agent"]["class_path"]
     results = collect_results(data.episodes, class_path, evaluation, experiment.results, experiment.seed)
     write_files(output_dir, results, settings.plain, command)
+    log_summary(experiment.loggers, results)
     show_results(console, output_dir, results)
 
 
@@ -90,7 +92,7 @@ def _checked_environment(data: TransitionDataModule) -> object:
         longest_episode=int(episodes.lengths.max()),
         max_episode_steps=data.max_episode_steps,
     )
-    return describe_environment(data.env_spec)
+    return describe_environment(data.env_spec, data.env_id)
 
 
 def _say_what_is_left_out(settings: Settings, console: Console) -> None:

@@ -53,6 +53,7 @@ class TransitionDataModule(L.LightningDataModule):
         cache_dir: Folder for the cache of large data sets; None: ``$DAWM_CACHE``, else ``~/.cache/dawm``.
         memory_limit: GiB of real rows to hold in memory, and on the training device, per process; the rows of a larger
             data set are mapped from the cache. Results do not depend on it.
+        max_episode_steps: Time limit of the evaluation environment; None leaves it the one it has.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class TransitionDataModule(L.LightningDataModule):
         seed: int = 0,
         cache_dir: str | None = None,
         memory_limit: float = MEMORY_LIMIT,
+        max_episode_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.dataset, self.env_id = dataset, env_id
@@ -77,7 +79,7 @@ class TransitionDataModule(L.LightningDataModule):
         self.batch_size, self.segment_batch_size = batch_size, segment_batch_size
         self.synthetic_fraction, self.updates_per_step = synthetic_fraction, updates_per_step
         self.validation_fraction, self.seed = validation_fraction, seed
-        self.cache_dir, self.memory_limit = cache_dir, memory_limit
+        self.cache_dir, self.memory_limit, self.max_episode_steps = cache_dir, memory_limit, max_episode_steps
         _check(self)
         self._episodes: Episodes | None = None
         # agents are scored in their environment, and Lightning warns where there is no validation
@@ -250,6 +252,7 @@ def _check(data: TransitionDataModule) -> None:
         ("discount", 0 <= data.discount <= 1, "a number from 0 to 1"),
         *((key, getattr(data, key) >= 1, "a whole number of at least 1")
           for key in ("horizon", "batch_size", "segment_batch_size", "updates_per_step")),
-        ("return_window", data.return_window is None or data.return_window >= 1, "a whole number of at least 1"),
+        *((key, getattr(data, key) is None or getattr(data, key) >= 1, "a whole number of at least 1")
+          for key in ("return_window", "max_episode_steps")),
     ):  # fmt: skip
         require(f"data.{key}", getattr(data, key), holds, expected)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from dawm import __version__
@@ -86,6 +87,7 @@ class Experiment:
         self.console = console
         self.quiet = quiet
         self.results: dict[str, StageResult] = {}
+        self.loggers: list[Logger] = []  # of the last stage that was trained
         self.rank = 0
         self._keys: dict[str, str] = {}
 
@@ -161,7 +163,9 @@ class Experiment:
         save = SaveCheckpoint(last, stage.checkpoint_every_n_steps, self._origin(stage), stage.keep_every_n_steps)
         trainer = make_trainer(stage, module, folder, save, self.settings, self.console, self.quiet)
         end_with_first_rank(trainer)
-        self.rank = trainer.global_rank
+        self.rank, self.loggers = trainer.global_rank, trainer.loggers
+        for logger in trainer.loggers:
+            logger.log_hyperparams(dict(self.settings))
         resume = self._resume_from(stage, last) or self._extend(stage, module, last)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)

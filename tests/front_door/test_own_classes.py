@@ -40,7 +40,8 @@ class Typed(OfflineAgent):
         self.save_hyperparameters()
         assert isinstance(kind, Kind) and isinstance(where, Path) and isinstance(sizes, Sizes) and callable(function)
         self.kind, self.sizes = kind, sizes
-        self.body = nn.Sequential(nn.Linear(observation_size, sizes.hidden), activation(), nn.Linear(sizes.hidden, action_size))
+        layers = nn.Linear(observation_size, sizes.hidden), activation(), nn.Linear(sizes.hidden, action_size)
+        self.body = nn.Sequential(*layers)
         self.optimizer = optimizer(self.body.parameters())
 
     def update(self, batch):
@@ -65,8 +66,9 @@ class Two(L.LightningModule):
     def configure_optimizers(self):
         return torch.optim.Adam(self.actor.parameters()), torch.optim.Adam(self.critic.parameters())
     def training_step(self, batch, batch_idx):
-        losses = (self.act(batch.observations) - batch.actions, self.critic(batch.observations).squeeze(-1) - batch.rewards)
-        for optimizer, loss in zip(self.optimizers(), losses):
+        cloning = self.act(batch.observations) - batch.actions
+        errors = self.critic(batch.observations).squeeze(-1) - batch.rewards
+        for optimizer, loss in zip(self.optimizers(), (cloning, errors)):
             optimizer.zero_grad()
             self.manual_backward(loss.square().mean())
             optimizer.step()
