@@ -62,7 +62,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises instead of printing."""
-        found = re.search(r"trainer\.(\w+)", message)
+        found = re.search(r"trainer(?:\.|' does not accept option ')(\w+)", message)
         if found and found.group(1) in self._elsewhere:
             place = self._elsewhere[found.group(1)]
             raise UserError(f"--trainer.{found.group(1)}: got a value, expected none here; set it by {place}")

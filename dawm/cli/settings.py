@@ -156,7 +156,7 @@ def parse_fit(args: Sequence[str]) -> Settings:
     horizon = config.world_model.init_args.get("horizon", config.data.horizon)
     expected = f"{config.data.horizon}, the data's"
     require("world_model.horizon", horizon, horizon == config.data.horizon, expected, "set both by --horizon")
-    plain = yaml.safe_load(parser.dump(config, skip_validation=True, skip_none=False))
+    plain = yaml.safe_load(parser.dump(config, skip_validation=True, skip_unset=False))
     rest = config.clone()
     for name in (*MODULES, "logger"):
         rest.pop(name)
