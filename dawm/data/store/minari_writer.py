@@ -7,16 +7,22 @@ create them: 0.4 ms and 2.4 kB, and whatever reads Minari's files reads it like 
 Symbols: E episodes, T_e steps of an episode, N steps of all, O observation size, A action size.
 """
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium as gym
+import minari
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from h5py import h5a, h5d, h5f, h5g, h5p, h5s, h5t
 from numpy.typing import NDArray
 
-__all__ = ["EpisodeColumns", "write_episodes"]
+from dawm.data.store.staging import check_output, datasets_path, staged
+
+__all__ = ["EpisodeColumns", "write_dataset", "write_episodes"]
 
 COMPACT_BYTES = 32_768  # HDF5 takes up to 64 kB in a header
 
@@ -112,3 +118,40 @@ def _flags(length: int, last: bool) -> NDArray[np.bool_]:
     flags = np.zeros(length, bool)
     flags[-1] = last
     return flags
+
+
+def write_dataset(
+    output: str,
+    episodes: Iterable[EpisodeColumns],
+    *,
+    env_spec: EnvSpec | None,
+    observation_space: gym.Space,
+    action_space: gym.Space,
+    metadata: Mapping[str, Any],
+    description: str,
+    algorithm_name: str | None = None,
+    author: str = "DAWM",
+    overwrite: bool = False,
+    report: Callable[[int], None] = lambda done: None,
+) -> tuple[int, int]:
+    """TEMPORARY, until the data helper's version is merged: metadata are read after the episodes."""
+    with staged(output, overwrite) as folder:
+        if folder is None:
+            check_output(output, overwrite)  # another process was faster
+            return 0, 0
+        with datasets_path(folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            storage = minari.create_dataset_from_buffers(
+                output,
+                [],
+                env=env_spec,
+                observation_space=observation_space,
+                action_space=action_space,
+                algorithm_name=algorithm_name,
+                author=author,
+                description=description,
+            ).storage
+        count, steps = write_episodes(storage.data_path / "main_data.hdf5", episodes, report)
+        storage.update_metadata({**metadata, "total_episodes": count, "total_steps": steps})
+        storage.update_metadata({"dataset_size": float(storage.get_size())})
+        return count, steps
