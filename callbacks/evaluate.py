@@ -71,26 +71,24 @@ class EvaluateInEnvironment(EveryNUpdates):
             trainer: The trainer, whose data module names the environment and the reference scores.
             pl_module: The agent.
         """
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        first = self.episodes * trainer.global_rank // trainer.world_size
-        end = self.episodes * (trainer.global_rank + 1) // trainer.world_size
-        seeds = getattr(pl_module, "seeds", 1)
+        data, seeds = trainer.datamodule, getattr(pl_module, "seeds", 1)  # type: ignore[attr-defined]
+        part = torch.arange(self.episodes).tensor_split(trainer.world_size)[trainer.global_rank]
         returns = torch.zeros((seeds, self.episodes) if seeds > 1 else self.episodes, dtype=torch.float64)
         training = pl_module.training
         pl_module.eval()
         try:
             with isolate_rng():
-                if end > first:
+                if len(part):
                     played = evaluate(
                         cast(Policy, pl_module.act),
                         self.env_id or data.env_spec,
-                        episodes=end - first,
-                        seed=self.seed + first,
+                        episodes=len(part),
+                        seed=self.seed + int(part[0]),
                         num_envs=self.num_envs,
                         device=pl_module.device,
                         seeds=seeds,
                     )
-                    returns[..., first:end] = torch.from_numpy(played.returns)
+                    returns[..., part] = torch.from_numpy(played.returns)
         finally:
             pl_module.train(training)
         if trainer.world_size > 1:  # each episode is non-zero on one rank only, so the sum puts them together

@@ -14,10 +14,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, cast
+from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentParser
@@ -34,13 +33,11 @@ from dawm.data.sources.minari import SOURCE
 from dawm.data.store.minari_writer import EpisodeColumns, write_dataset
 from dawm.data.store.staging import check_output, progress_bar
 from dawm.errors import UserError, first_line, require
-from dawm.inverse_dynamics import InverseDynamics
 from dawm.synthesis.guards import DataStatistics, list_fates
 from dawm.synthesis.rollouts import CHUNK, Rollouts, Synthesizer
 from dawm.synthesis.targets import TargetReturn
 from dawm.training.build import load_module
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
-from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["synthesize_dataset"]
 
@@ -87,37 +84,34 @@ def synthesize_dataset(
     check_output(output, overwrite)
     run, place = Path(os.path.expandvars(run)).expanduser(), _device(device)
     stages = read_results(run)["stages"]
-    data, callback, configured = _read_settings(run / "config.yaml")
+    data, callback, unchosen = _read_settings(run / "config.yaml")
     episodes = data.episodes
     others = [part.strip() for part in episodes.name.split("+")]
     require("output", output, output not in others, "another name than that of the data set the run learnt from")
-    world_model, inverse_dynamics, hashes = _load_models(run, stages, episodes.fingerprint, place)
-    if num_steps is not None:
-        world_model.sampler.num_steps = num_steps
-    names = ("target_return", "guidance", "margin", "max_disagreement")
-    given = {key: value for key, value in zip(names, (target_return, guidance, margin, max_disagreement))
-             if value is not None}  # fmt: skip
-    for key, value in given.items():
-        setattr(callback, key, value)
-    callback.connect(world_model, inverse_dynamics)
+    options = {"target_return": target_return, "guidance": guidance, "margin": margin}
+    options["max_disagreement"] = max_disagreement
+    for key, value in options.items():
+        if value is not None:
+            setattr(callback, key, value)
+    models, hashes = _load_models(run, stages, episodes.fingerprint, place)
+    callback.connect(**models)
     synthesizer = callback.synthesizer(DataStatistics.of(episodes))
+    sampler, horizon = synthesizer.world_model.sampler, synthesizer.world_model.horizon
+    sampler.num_steps = num_steps or sampler.num_steps
 
     counts: Counter[str] = Counter()
-    unset = "run" if configured else "default"
     synthesis = {
         "dawm": __version__,
         "run": str(run),
         "dataset": episodes.name,
         "fingerprint": episodes.fingerprint,
         **hashes,
-        "horizon": world_model.horizon,
+        "horizon": horizon,
         "transitions": transitions,
+        **{key: getattr(callback, key) for key in options},
         "target_return": _described(callback.target_return),
-        "guidance": callback.guidance,
-        "margin": callback.margin,
-        "max_disagreement": callback.max_disagreement,
-        "sampler": _described(world_model.sampler),
-        "chosen_by": {key: "option" if key in given else unset for key in names}
+        "sampler": _described(sampler),
+        "chosen_by": {key: unchosen if value is None else "option" for key, value in options.items()}
         | {"num_steps": "run" if num_steps is None else "option"},
         "seed": seed,
         "device": place.type,
@@ -127,48 +121,37 @@ def synthesize_dataset(
     if episodes.reference is not None:
         metadata |= {"ref_min_score": episodes.reference.minimum, "ref_max_score": episodes.reference.maximum}
         metadata |= {SOURCE: f"those of {episodes.name} ({episodes.reference.source})"}
-    low, high = (
-        bound.astype(np.float32) for bound in (episodes.observation_space.low, episodes.observation_space.high)
-    )
-    space = gym.spaces.Box(low, high, dtype=np.float32)
-    try:
-        with progress_bar(f"imagining {output}", transitions, visible=True) as bar:
-            count, steps = write_dataset(
-                output,
-                _imagine(synthesizer, data, transitions, seed, counts),
-                env_spec=episodes.env_spec,
-                observation_space=space,
-                action_space=episodes.action_space,
-                metadata=metadata,
-                description=(
-                    f"Imagined by a diffusion world model trained on {episodes.name}: rollouts of up to "
-                    f"{world_model.horizon} steps from random real observations and actions; all later actions are "
-                    "inferred from the observations."
-                ),
-                algorithm_name="DAWM world model",
-                overwrite=overwrite,
-                report=lambda done: bar.update(bar.task_ids[0], completed=done),
-            )
-    except OSError as error:
-        raise UserError(
-            f"--output: got {output}, which cannot be written in {dataset_folder()} ({first_line(error)}), expected "
-            "room on the disk; free it or set MINARI_DATASETS_PATH"
-        ) from error
+    with progress_bar(f"imagining {output}", transitions, visible=True) as bar:
+        count, steps = write_dataset(
+            output,
+            _imagine(synthesizer, data, transitions, seed, counts),
+            env_spec=episodes.env_spec,
+            observation_space=episodes.observation_space,
+            action_space=episodes.action_space,
+            metadata=metadata,
+            description=(
+                f"Imagined by a diffusion world model trained on {episodes.name}: rollouts of up to {horizon} steps "
+                "from random real observations and actions; all later actions are inferred from the observations."
+            ),
+            algorithm_name="DAWM world model",
+            overwrite=overwrite,
+            report=lambda done: bar.update(bar.task_ids[0], completed=done),
+        )
     console.print(Text(f"{output}: {count:,} episodes, {steps:,} transitions in {dataset_folder(output)}"))
     console.print(f"imagined steps: {list_fates(counts)}", highlight=False)
 
 
-def _read_settings(path: Path) -> tuple[TransitionDataModule, RegenerateRollouts, bool]:
-    """A run's data, the callback that made its synthetic transitions, and whether its config names that callback."""
+def _read_settings(path: Path) -> tuple[TransitionDataModule, RegenerateRollouts, str]:
+    """A run's data, the callback that made its synthetic transitions, and who chose its settings: run or default."""
     try:
         settings = yaml.safe_load(path.read_text())
-        callback, configured = RegenerateRollouts(), False
+        callback, chosen_by = RegenerateRollouts(), "default"
         for entry in settings["stages"]["agent"]["callbacks"] or ():
             if issubclass(resolve_name(entry["class_path"]), RegenerateRollouts):
                 parser = ArgumentParser(exit_on_error=False)
                 parser.add_subclass_arguments(RegenerateRollouts, "callback")
-                callback, configured = parser.instantiate(parser.parse_object({"callback": entry})).callback, True
-        return TransitionDataModule(**settings["data"]), callback, configured
+                callback, chosen_by = parser.instantiate(parser.parse_object({"callback": entry})).callback, "run"
+        return TransitionDataModule(**settings["data"]), callback, chosen_by
     except UserError:
         raise
     except Exception as error:  # whatever YAML, imports and constructors raise
@@ -180,9 +163,9 @@ def _read_settings(path: Path) -> tuple[TransitionDataModule, RegenerateRollouts
 
 def _load_models(
     run: Path, stages: Mapping[str, Any], fingerprint: str, device: torch.device
-) -> tuple[DiffusionWorldModel, InverseDynamics, dict[str, str]]:
-    """The two trained models, and the hashes of their checkpoints."""
-    modules, hashes = {}, {}
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """World model and inverse dynamics, and the hashes of their checkpoints."""
+    models, hashes = {}, {}
     for name in ("world_model", "inverse_dynamics"):
         if name not in stages:
             raise UserError(
@@ -196,13 +179,9 @@ def _load_models(
                 f"--run: got {path}, which was trained on {origin.get('dataset', 'unknown data')} as it was, expected "
                 "the data set as it is now; restore it, or run `fit` again"
             )
-        modules[name] = load_module(path).to(device)
+        models[name] = load_module(path).to(device)
         hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return (
-        cast(DiffusionWorldModel, modules["world_model"]),
-        cast(InverseDynamics, modules["inverse_dynamics"]),
-        hashes,
-    )
+    return models, hashes
 
 
 def _device(name: str) -> torch.device:
@@ -225,7 +204,7 @@ def _described(part: object) -> dict[str, Any]:
 def _imagine(
     synthesizer: Synthesizer, data: TransitionDataModule, transitions: int, seed: int, counts: Counter[str]
 ) -> Iterator[EpisodeColumns]:
-    """Chunks of episodes until there are enough steps; the first is what the agent's first rank begins with.
+    """Chunks of episodes until there are enough steps: chunk k is what the agent's rank k would begin with.
 
     Args:
         synthesizer: Makes the rollouts.
@@ -242,7 +221,7 @@ def _imagine(
         columns = _columns(rollouts, data.episodes.action_space, missing)
         surplus = rollouts.counts["kept"] - len(columns.rewards)
         counts.update(rollouts.counts)
-        counts.update(kept=-surplus, surplus=surplus)
+        counts.update(kept=-surplus, surplus=surplus)  # adds
         chunk += 1
         yield columns
 

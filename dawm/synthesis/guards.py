@@ -148,21 +148,13 @@ class Watch:
             "termination_rate": transitions.terminations.mean().item(),
             "termination_drift": self.data.termination_drift(transitions.terminations),
         }
-        rejected, reward, reward_drift, rate, rate_drift = map(abs, measured.values())
-        reward = measured["mean_reward"]
+        rejected, rate = measured["rejected_fraction"], measured["termination_rate"]
+        drift, rate_drift = abs(measured["reward_drift"]), abs(measured["termination_drift"])
         self._warn("max_rejected", rejected, f"{rejected:.1%} of the imagined steps dropped ({list_fates(counts)})")
-        self._warn(
-            "max_reward_drift",
-            reward_drift,
-            f"a mean imagined reward of {reward:.4g}, {reward_drift:.3g} standard deviations from the data's "
-            f"{self.data.mean_reward:.4g}",
-        )
-        self._warn(
-            "max_termination_drift",
-            rate_drift,
-            f"{rate:.3g} of the imagined steps ending in a termination, {rate_drift:.3g} from the data's "
-            f"{self.data.termination_rate:.3g}",
-        )
+        found = f"a mean imagined reward of {measured['mean_reward']:.4g}, {drift:.3g} standard deviations"
+        self._warn("max_reward_drift", drift, f"{found} from the data's {self.data.mean_reward:.4g}")
+        found = f"{rate:.3g} of the imagined steps ending in a termination, {rate_drift:.3g}"
+        self._warn("max_termination_drift", rate_drift, f"{found} from the data's {self.data.termination_rate:.3g}")
         return measured
 
     def _warn(self, name: str, value: float, finding: str) -> None:

@@ -133,18 +133,14 @@ class Synthesizer:
         after, terminations = path[:, 1:], (ends > 0.5).float()
         inferred[:, 0], disagreement[:, 0] = actions, -torch.inf  # of the first action nothing is uncertain
 
+        kept = all_good = torch.ones_like(ends, dtype=torch.bool)
+        bounds, limit, counts = self.bounds, self.max_disagreement, Counter[str]()
         good = {
             "after_end": terminations.cumsum(dim=1) - terminations == 0,
             "non_finite": after.isfinite().all(-1) & rewards.isfinite() & ends.isfinite(),
-            "out_of_range": torch.ones_like(ends, dtype=torch.bool),
-            "uncertain": torch.ones_like(ends, dtype=torch.bool),
+            "out_of_range": all_good if bounds is None else bounds.to(after.device).contain(after, rewards),
+            "uncertain": all_good if limit is None else disagreement <= limit,
         }
-        if self.bounds is not None:
-            good["out_of_range"] = self.bounds.to(after.device).contain(after, rewards)
-        if self.max_disagreement is not None:
-            good["uncertain"] = disagreement <= self.max_disagreement
-        counts: Counter[str] = Counter()
-        kept = torch.ones_like(ends, dtype=torch.bool)
         for fate, fine in good.items():  # a step is counted under the first reason that drops it
             fine = fine.cumprod(dim=1).bool()  # and takes the later ones along, so that a beginning is kept
             counts[fate] = int((kept & ~fine).sum())

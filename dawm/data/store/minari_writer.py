@@ -125,8 +125,8 @@ def write_dataset(
     episodes: Iterable[EpisodeColumns],
     *,
     env_spec: EnvSpec | None,
-    observation_space: gym.Space,
-    action_space: gym.Space,
+    observation_space: gym.spaces.Box,
+    action_space: gym.spaces.Box,
     metadata: Mapping[str, Any],
     description: str,
     algorithm_name: str | None = None,
@@ -135,6 +135,7 @@ def write_dataset(
     report: Callable[[int], None] = lambda done: None,
 ) -> tuple[int, int]:
     """TEMPORARY, until the data helper's version is merged: metadata are read after the episodes."""
+    low, high = (bound.astype(np.float32) for bound in (observation_space.low, observation_space.high))
     with staged(output, overwrite) as folder:
         if folder is None:
             check_output(output, overwrite)  # another process was faster
@@ -145,7 +146,7 @@ def write_dataset(
                 output,
                 [],
                 env=env_spec,
-                observation_space=observation_space,
+                observation_space=gym.spaces.Box(low, high, dtype=np.float32),
                 action_space=action_space,
                 algorithm_name=algorithm_name,
                 author=author,
