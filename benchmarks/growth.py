@@ -4,7 +4,7 @@
 
 Updates are TD3+BC's, drawing included, 32 batches at once through the data module. World model and inverse dynamics
 have their default sizes and are untrained, which does not change what they compute; both their tables go through
-`dawm.synthesis.rollouts.synthesize`; a horizon of H counts as H transitions, whatever is dropped.
+`dawm.synthesis.rollouts.Synthesizer`; a horizon of H counts as H transitions, whatever is dropped.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from benchmarks.measure import interleave, report, rows
 from dawm.agents import TD3BC
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.nn.matmul import use_fast_products
-from dawm.synthesis.rollouts import synthesize
+from dawm.synthesis.rollouts import Synthesizer
 from dawm.world_model import DiffusionWorldModel
 
 OBSERVATIONS, ACTIONS, HORIZON = 11, 3, 8
@@ -27,12 +27,12 @@ def imagined(count: int, horizon: int) -> Callable[[], int]:
     """Imagines ``count`` transitions, rounded up to whole rollouts."""
     torch.manual_seed(0)
     model = DiffusionWorldModel(OBSERVATIONS, ACTIONS, horizon).eval()
-    inverse = InverseDynamics(OBSERVATIONS, ACTIONS).eval()
+    synthesizer = Synthesizer(model, InverseDynamics(OBSERVATIONS, ACTIONS).eval())
     starts = -(-count // horizon)
     observations, actions, returns = torch.randn(starts, OBSERVATIONS), torch.rand(starts, ACTIONS), torch.randn(starts)
 
     def work() -> int:
-        synthesize(model, inverse, observations, actions, returns, generator=torch.Generator().manual_seed(0))
+        synthesizer.imagine(observations, actions, returns, torch.Generator().manual_seed(0)).transitions()
         return starts * horizon
 
     return work

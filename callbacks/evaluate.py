@@ -3,24 +3,23 @@
 from typing import Any, cast
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from numpy.typing import NDArray
 
-from dawm.errors import UserError
+from dawm.callbacks.every_n_updates import EveryNUpdates
+from dawm.errors import UserError, require
 from dawm.evaluation.episodes import Evaluation, Policy, run_episodes, summarize
 
 __all__ = ["EvaluateInEnvironment"]
 
 
-class EvaluateInEnvironment(L.Callback):
-    """Runs episodes with the agent's deterministic policy every so many updates, and logs what they earn.
+class EvaluateInEnvironment(EveryNUpdates):
+    """Runs episodes with the agent's deterministic policy every N updates, and logs what they earn.
 
     Logs ``eval/return``, and where the data set has reference scores ``eval/normalized_score`` with the bounds of its
-    95 % confidence interval, ``eval/normalized_score_low`` and ``eval/normalized_score_high``. Every rank runs its
-    share of the episodes; the result does not depend on their number. The training's random numbers stay untouched.
-    Agents trained side by side (``seeds``) play all episodes each; logged is the mean over them.
+    95 % confidence interval, ``eval/normalized_score_low`` and ``eval/normalized_score_high``. The episodes are divided
+    among the ranks; the result does not depend on their number. The training's random numbers stay untouched. Agents
+    trained side by side (``seeds``) play all episodes each; logged is the mean over them.
 
     Example::
 
@@ -44,80 +43,57 @@ class EvaluateInEnvironment(L.Callback):
         num_envs: int = 10,
         env_id: str | None = None,
     ) -> None:
-        for key, value in {"every_n_steps": every_n_steps, "episodes": episodes, "num_envs": num_envs}.items():
-            if value < 1:
-                raise UserError(f"EvaluateInEnvironment.{key} is {value}, but must be at least 1")
-        self.every_n_steps = every_n_steps
+        super().__init__(every_n_steps)
+        require(f"{self.key}.episodes", episodes, episodes >= 1, "at least 1")
+        require(f"{self.key}.num_envs", num_envs, num_envs >= 1, "at least 1")
         self.episodes = episodes
         self.seed = seed
         self.num_envs = num_envs
         self.env_id = env_id
         self.history: list[dict[str, float]] = []
-        self._last_step: int | None = None  # None until a run starts: a run resumed without this state starts there
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks the settings, so that a mistake shows before the first update and not at the first evaluation."""
-        updates_per_step = trainer.datamodule.updates_per_step  # type: ignore[attr-defined]
-        if self.every_n_steps % updates_per_step:
-            raise UserError(
-                f"EvaluateInEnvironment.every_n_steps ({self.every_n_steps}) is no multiple of data.updates_per_step "
-                f"({updates_per_step}); change one of the two"
-            )
+        super().on_train_start(trainer, pl_module)
         if self.env_id is None and trainer.datamodule.env_spec is None:  # type: ignore[attr-defined]
-            raise UserError("data.env_id: the data set names no environment to evaluate in; set --data.env_id")
-        if self._last_step is None:
-            self._last_step = trainer.global_step
+            raise UserError(
+                "--data.env_id: got nothing, expected an environment to evaluate in, as the data set names none; set it"
+            )
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Evaluates where the count of updates, which grows by several at once, has crossed a multiple."""
-        if self.should_evaluate(trainer.global_step):
-            self.log_evaluation(trainer, pl_module, self.evaluate(trainer, pl_module))
-        self._last_step = trainer.global_step
-
-    def should_evaluate(self, step: int) -> bool:
-        """Whether an evaluation is due.
-
-        Args:
-            step: Updates done.
-        """
-        return step // self.every_n_steps > (self._last_step or 0) // self.every_n_steps
+    def run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The evaluation that is due."""
+        self.log_evaluation(trainer, pl_module, self.evaluate(trainer, pl_module))
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Evaluation:
-        """Runs the episodes, this rank its share of them.
+        """Runs the episodes, this rank its part of them.
 
         Args:
             trainer: The trainer, whose data module names the environment and the reference scores.
             pl_module: The agent.
         """
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        seeds = range(self.seed, self.seed + self.episodes)[trainer.global_rank :: trainer.world_size]
+        data, seeds = trainer.datamodule, getattr(pl_module, "seeds", 1)  # type: ignore[attr-defined]
+        part = torch.arange(self.episodes).tensor_split(trainer.world_size)[trainer.global_rank]
+        returns = torch.zeros((seeds, self.episodes) if seeds > 1 else self.episodes, dtype=torch.float64)
         training = pl_module.training
         pl_module.eval()
         try:
             with isolate_rng():
-                returns = run_episodes(
+                played = run_episodes(
                     cast(Policy, pl_module.act),
                     self.env_id or data.env_spec,
-                    seeds,
+                    [self.seed + int(episode) for episode in part],
                     self.num_envs,
                     pl_module.device,
-                    agents=getattr(pl_module, "seeds", 1),
+                    agents=seeds,
                     action_space=data.episodes.action_space,
+                    max_episode_steps=data.max_episode_steps,
                 )
+                returns[..., part] = torch.from_numpy(played)
         finally:
             pl_module.train(training)
-        reference = data.reference
-        return summarize(self._gather(trainer, returns), reference.normalize if reference is not None else None)
-
-    def _gather(self, trainer: L.Trainer, returns: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The returns of all ranks in the order of their seeds."""
-        if trainer.world_size == 1:
-            return returns
-        shape = (*returns.shape[:-1], self.episodes)
-        everyone = torch.zeros(shape, dtype=torch.float64, device=trainer.strategy.root_device)
-        everyone[..., trainer.global_rank :: trainer.world_size] = torch.from_numpy(returns).to(everyone)
-        # each episode is non-zero on one rank only, so the sum puts them together
-        return trainer.strategy.reduce(everyone, reduce_op="sum").cpu().numpy()
+        if trainer.world_size > 1:  # each episode is non-zero on one rank only, so the sum puts them together
+            returns = trainer.strategy.reduce(returns.to(trainer.strategy.root_device), reduce_op="sum").cpu()
+        return summarize(returns.numpy(), None if data.reference is None else data.reference.normalize)
 
     def log_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule, evaluation: Evaluation) -> None:
         """Adds an evaluation to the history, the loggers and the progress bar.
@@ -127,30 +103,23 @@ class EvaluateInEnvironment(L.Callback):
             pl_module: The agent.
             evaluation: The result.
         """
-        step = trainer.global_step
-        entry: dict[str, float] = {"step": step, "return": evaluation.mean_return}
-        metrics = {"eval/return": evaluation.mean_return}
-        if evaluation.score is not None and evaluation.score_low is not None and evaluation.score_high is not None:
-            scores = {
-                "score": evaluation.score,
-                "score_low": evaluation.score_low,
-                "score_high": evaluation.score_high,
-            }
-            entry |= scores
-            metrics |= {f"eval/normalized_{name}": value for name, value in scores.items()}
-        self.history.append(entry)
+        found = {name: getattr(evaluation, name) for name in ("score", "score_low", "score_high")}
+        scores = {name: value for name, value in found.items() if value is not None}
+        step, mean = trainer.global_step, evaluation.mean_return
+        self.history.append({"step": step, "return": mean, **scores})
+        metrics = {"eval/return": mean} | {f"eval/normalized_{name}": value for name, value in scores.items()}
         # straight to the loggers: through `log` they would come at Lightning's own interval, or not at all
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
-        shown = "eval/normalized_score" if evaluation.score is not None else "eval/return"
+        shown = "eval/normalized_score" if scores else "eval/return"
         for name, value in metrics.items():
             pl_module.log(name, value, logger=False, prog_bar=name == shown)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, and the update up to which evaluations are done."""
-        return {"history": self.history, "last_step": self._last_step}
+        """The update of the last evaluation, and the history."""
+        return super().state_dict() | {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the history back."""
+        """Restores what `state_dict` gave."""
+        super().load_state_dict(state_dict)
         self.history = list(state_dict["history"])
-        self._last_step = state_dict["last_step"]

@@ -1,7 +1,6 @@
 """From imagined rollouts to episodes on the disk."""
 
 from collections import Counter
-from types import SimpleNamespace
 
 import gymnasium as gym
 import minari
@@ -11,12 +10,10 @@ import torch
 
 from dawm.cli.synthesize import _columns
 from dawm.data.store.minari_writer import COMPACT_BYTES, EpisodeColumns, write_episodes
-from dawm.data.store.parts import Parts
-from dawm.errors import UserError
 from dawm.synthesis.rollouts import Rollouts
 
 
-def rollouts(lengths, terminations):
+def make_rollouts(lengths, terminations):
     """Four rollouts of three steps; at step k of b: observation 10 b + k, action (b - k) / 4, reward 100 b + k."""
     b, k = torch.arange(4.0).view(-1, 1), torch.arange(4.0)
     return Rollouts(
@@ -32,21 +29,20 @@ def rollouts(lengths, terminations):
 def test_kept_steps_become_episodes_in_the_environments_units():
     """Rollout 1 has nothing to keep; rollout 3 is cut where there is enough, before its termination."""
     space = gym.spaces.Box(-1.0, 3.0, (1,), np.float32)  # action a in [-1, 1] is 1 + 2 a there
-    made = rollouts([3, 0, 2, 3], [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
-    columns = _columns(made, space, missing=6)
+    made = make_rollouts([3, 0, 2, 3], [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    columns = _columns(made, space, most=6)
     assert columns.lengths.tolist() == [3, 2, 1]
     assert columns.observations[:, 0].tolist() == [0, 1, 2, 3, 20, 21, 22, 30, 31]
     assert columns.actions[:, 0].tolist() == [1.0, 0.5, 0.0, 2.0, 1.5, 2.5]
     assert columns.actions.dtype == np.float32
     assert columns.rewards.tolist() == [0, 1, 2, 200, 201, 300]
     assert columns.terminated.tolist() == [False, True, False]
-    assert made.counts == {"kept": 6, "surplus": 2}
 
 
 def test_actions_do_not_step_over_the_bounds_by_rounding():
     space = gym.spaces.Box(-0.4, 0.4, (1,), np.float32)
-    made = rollouts([1, 0, 0, 0], [[0, 0, 0]] * 4)._replace(actions=torch.full((4, 3, 1), 1.0000001))
-    assert space.contains(_columns(made, space, missing=9).actions[0])
+    made = make_rollouts([1, 0, 0, 0], [[0, 0, 0]] * 4)._replace(actions=torch.full((4, 3, 1), 1.0000001))
+    assert space.contains(_columns(made, space, most=9).actions[0])
 
 
 @pytest.fixture
@@ -96,40 +92,3 @@ def test_minari_reads_what_was_written(parts):
     assert [m["total_steps"] for m in dataset.storage.get_episode_metadata([0, 1])] == [1, 3]
     assert len(dataset.sample_episodes(3)) == 3
     assert dataset.filter_episodes(lambda episode: episode.terminations[-1]).total_steps == 3 + COMPACT_BYTES // 8
-
-
-def test_parts_are_found_again_only_with_the_same_settings(parts):
-    """Another setting is refused, or gives up what is there; each output has parts of its own."""
-    begun = Parts("mine/a-v0", {"seed": 0, "guidance": 1.0})
-    begun.append(parts[0], Counter(kept=4))
-    begun.append(parts[1], Counter(kept=5, surplus=2))
-    again = Parts("mine/a-v0", {"guidance": 1.0, "seed": 0})
-    assert len(again) == 2
-    assert again.counts == {"kept": 9, "surplus": 2}
-    for read, written in zip(again, parts):
-        for column, expected in zip(read, written):
-            np.testing.assert_array_equal(column, expected)
-    with pytest.raises(UserError, match=r"guidance 1\.0, not 2\.0"):
-        Parts("mine/a-v0", {"seed": 0, "guidance": 2.0})
-    assert len(Parts("mine/b-v0", {"seed": 0, "guidance": 2.0})) == 0
-    assert len(Parts("mine/a-v0", {"seed": 0, "guidance": 2.0}, overwrite=True)) == 0
-    assert not again.folder.exists()
-
-
-def test_a_chunk_is_written_whole_or_not_at_all(parts, monkeypatch):
-    """A process that dies while it writes leaves the chunks before."""
-    begun = Parts("mine/a-v0", {"seed": 0})
-    begun.append(parts[0], Counter(kept=4))
-
-    def die(file, **columns):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("dawm.data.store.parts.np", SimpleNamespace(savez=die, array=np.array))
-        with pytest.raises(KeyboardInterrupt):
-            begun.append(parts[1], Counter(kept=5))
-    again = Parts("mine/a-v0", {"seed": 0})
-    assert again.counts == {"kept": 4}
-    again.append(parts[1], Counter(kept=5))
-    assert len(list(again)) == 2

@@ -9,7 +9,8 @@ from dawm.callbacks import RegenerateRollouts
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError
 from dawm.inverse_dynamics import InferredActions
-from dawm.synthesis.rollouts import ConstantReturn
+from dawm.synthesis.guards import DataStatistics
+from dawm.synthesis.targets import ConstantReturn
 from dawm.world_model import Imagined
 
 HORIZON = 2
@@ -36,7 +37,7 @@ class Imagining(torch.nn.Module):
 
 
 class Replaying(torch.nn.Module):
-    """Imagines the rows behind the start as they were recorded, but for what is done to three of four rollouts."""
+    """Imagines the rows after the start as they were recorded, but for what is done to three of four rollouts."""
 
     device = torch.device("cpu")
 
@@ -85,7 +86,7 @@ def replay(data, spoil, **kwargs):
     return callback
 
 
-def told(trainer, recorder, data):
+def reported(trainer, recorder, data):
     """What the guards warn of in a run."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -95,14 +96,20 @@ def told(trainer, recorder, data):
 
 def refills(callback, monkeypatch):
     """The updates for which the callback imagines, as they happen."""
-    seen, synthesize = [], callback.synthesize
+    seen, refill = [], callback.refill
 
-    def spy(data, rank, step):
+    def spy(trainer, step):
         seen.append(step)
-        return synthesize(data, rank, step)
+        refill(trainer, step)
 
-    monkeypatch.setattr(callback, "synthesize", spy)
+    monkeypatch.setattr(callback, "refill", spy)
     return seen
+
+
+def imagine(callback, data, rank=0, step=0):
+    """What the callback imagines."""
+    synthesizer = callback.synthesizer(DataStatistics.of(data.episodes))
+    return synthesizer.rollouts(data, callback.rollouts, callback.seed, rank, step).transitions()
 
 
 # When
@@ -130,7 +137,7 @@ def test_a_refill_replaces_what_was_imagined_before(data, make_trainer, recorder
     assert not imagined[1] & imagined[2]
 
 
-def test_a_callback_used_again_starts_anew(data, make_trainer, recorder, monkeypatch):
+def test_a_callback_used_again_starts_again(data, make_trainer, recorder, monkeypatch):
     callback = regenerate()
     steps = refills(callback, monkeypatch)
     for _ in range(2):
@@ -139,7 +146,7 @@ def test_a_callback_used_again_starts_anew(data, make_trainer, recorder, monkeyp
 
 
 def test_a_resumed_run_trains_on_the_same_batches(dataset, make_trainer, recorder, monkeypatch, tmp_path):
-    """It imagines again what was in use when the checkpoint was written, and goes on from there; so do the logs."""
+    """It imagines again what was in use when the checkpoint was written, and resumes from there; so do the logs."""
 
     def start(max_steps, ckpt_path=None):
         data = TransitionDataModule(dataset, horizon=HORIZON, batch_size=6, updates_per_step=2, synthetic_fraction=0.5)
@@ -165,7 +172,7 @@ def test_a_resumed_run_trains_on_the_same_batches(dataset, make_trainer, recorde
 
 def test_rollouts_depend_on_seed_rank_and_update_alone(data):
     def rows(rank=0, step=0, seed=0):
-        return regenerate(seed=seed).synthesize(data, rank, step).transitions.pack()
+        return imagine(regenerate(seed=seed), data, rank, step).pack()
 
     assert torch.equal(rows(), rows())
     for other in (rows(rank=1), rows(step=4), rows(seed=1)):
@@ -175,7 +182,7 @@ def test_rollouts_depend_on_seed_rank_and_update_alone(data):
 
 def test_starts_are_whole_real_rows_and_the_models_are_in_evaluation_mode(data):
     callback = regenerate(rollouts=300, guidance=1.7)
-    callback.synthesize(data, 0, 0)
+    imagine(callback, data)
     observations, actions, targets, guidance, training = callback._models[0].asked[0]
     rows = observations[:, 0].long()
     assert rows.unique().tolist() == list(range(26))
@@ -187,12 +194,12 @@ def test_starts_are_whole_real_rows_and_the_models_are_in_evaluation_mode(data):
 
 def test_the_target_return_policy_is_asked(data):
     callback = regenerate(target_return=ConstantReturn(77.0))
-    callback.synthesize(data, 0, 0)
+    imagine(callback, data)
     assert callback._models[0].asked[0][2].unique().tolist() == [77.0]
 
 
 @pytest.mark.parametrize(("margin", "kept"), [(0.0, {100}), (0.1, {100, 99, 98})])
-def test_margin_is_a_share_of_the_datas_range(write_dataset, margin, kept):
+def test_margin_is_a_fraction_of_the_datas_range(write_dataset, margin, kept):
     """Observations are (row, episode), from (100, 0) to (125, 5): a step of 25 down leaves the data's range."""
     data = TransitionDataModule(write_dataset(first=100), horizon=HORIZON)
 
@@ -200,7 +207,7 @@ def test_margin_is_a_share_of_the_datas_range(write_dataset, margin, kept):
         observations[:, 1:, 0] = observations[:, :1, 0] - 25
 
     callback = replay(data, step_down, margin=margin)
-    spoilt = callback.synthesize(data, 0, 0).transitions.next_observations[:, 0]
+    spoilt = imagine(callback, data).next_observations[:, 0]
     assert set(spoilt[spoilt < 101].tolist()) == kept
 
 
@@ -243,21 +250,27 @@ def ending_at_once(observations, rewards, terminations):
     ("spoil", "expected"),
     [
         (nothing, None),
-        (not_finite, r"7[45]\.\d% of the imagined rows were dropped .*non_finite .*beyond max_rejected 0.5"),
+        (not_finite, r"max_rejected: got 7[45]\.\d% of the imagined steps dropped .*non_finite .*at most 0.5"),
         (
             observations_far_out,
-            r"7[45]\.\d% of the imagined rows were dropped .*out_of_range .*beyond max_rejected 0.5",
+            r"max_rejected: got 7[45]\.\d% of the imagined steps dropped .*out_of_range .*at most 0.5",
         ),
-        (rewards_far_out, r"7[45]\.\d% of the imagined rows were dropped .*out_of_range .*beyond max_rejected 0.5"),
-        (shifted, "mean imagined reward 21.* is 1.1.* standard .* mean 12.75, .*beyond max_reward_drift 1;"),
-        (lowered, r"mean imagined reward 4\.0.* is 1.1.* standard .* mean 12.75, .*beyond max_reward_drift 1;"),
-        (never_ending, "0.03.* end in a termination, and 0.115 of the data's, .*beyond max_termination_drift 0.02;"),
-        (ending_at_once, "0.6.* end in a termination, and 0.115 of the data's, .*beyond max_termination_drift 0.02;"),
+        (rewards_far_out, r"max_rejected: got 7[45]\.\d% of the imagined steps dropped .*out_of_range .*at most 0.5"),
+        (shifted, "max_reward_drift: got a mean imagined reward of 21.*, 1.1.* standard .* 12.75, .*at most 1;"),
+        (lowered, r"max_reward_drift: got a mean imagined reward of 4\.0.*, 1.1.* standard .* 12.75, .*at most 1;"),
+        (
+            never_ending,
+            "max_termination_drift: got 0.03.* in a termination, 0.0.* from the data's 0.115, .*at most 0.02;",
+        ),
+        (
+            ending_at_once,
+            "max_termination_drift: got 0.6.* in a termination, 0.5.* from the data's 0.115, .*at most 0.02;",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_each_guard_warns_of_its_own_fault_and_of_nothing_else(data, make_trainer, recorder, spoil, expected):
-    found = told(make_trainer(2, callbacks=[replay(data, spoil)]), recorder, data)
+    found = reported(make_trainer(2, callbacks=[replay(data, spoil)]), recorder, data)
     assert len(found) == (expected is not None), found
     if expected is not None:
         assert re.search(expected, found[0]), found
@@ -269,23 +282,23 @@ def test_each_guard_warns_of_its_own_fault_and_of_nothing_else(data, make_traine
      (never_ending, {"max_termination_drift": 0.1})],
 )  # fmt: skip
 def test_a_raised_limit_is_silent(data, make_trainer, recorder, spoil, limit):
-    assert told(make_trainer(2, callbacks=[replay(data, spoil, **limit)]), recorder, data) == []
+    assert reported(make_trainer(2, callbacks=[replay(data, spoil, **limit)]), recorder, data) == []
 
 
 def test_a_warning_comes_once_a_run_and_not_once_a_refill(data, make_trainer, recorder):
     callback = replay(data, not_finite)
     for _ in range(2):
-        assert len(told(make_trainer(12, callbacks=[callback]), recorder, data)) == 1
+        assert len(reported(make_trainer(12, callbacks=[callback]), recorder, data)) == 1
 
 
-def test_rows_behind_an_imagined_end_are_not_rejected(data, make_trainer, recorder):
-    """Half of the rows, none of which can be had."""
+def test_steps_after_an_imagined_end_are_not_rejected(data, make_trainer, recorder):
+    """Half of the steps, none of which can be had."""
     callback = regenerate(termination=1.0, max_rejected=0.0)
-    assert told(make_trainer(2, callbacks=[callback]), recorder, data) == []
+    assert reported(make_trainer(2, callbacks=[callback]), recorder, data) == []
 
 
 def test_what_the_guards_measure_is_logged(data, make_trainer, recorder):
-    """20 rollouts of 2 rows: 5 are whole, 10 lose both rows to a reward, and 5 their second one to an imagined end."""
+    """20 rollouts of 2 steps: 5 are whole, 10 lose both to a reward, and 5 their second one to an imagined end."""
 
     class Known(Imagining):
         def imagine(self, *args, **kwargs):
@@ -297,10 +310,10 @@ def test_what_the_guards_measure_is_logged(data, make_trainer, recorder):
 
     logger, callback = Memory(), RegenerateRollouts(4, 20, max_reward_drift=2, max_termination_drift=1)
     callback.connect(Known(), Inferring())
-    assert told(make_trainer(2, callbacks=[callback], logger=logger), recorder, data) == [
-        "RegenerateRollouts: 57.1% of the imagined rows were dropped (after_end 5, out_of_range 20, kept 15), which is "
-        "beyond max_rejected 0.5; train the world model longer with --stages.world_model.max_steps, or raise "
-        "max_rejected if this is wanted"
+    assert reported(make_trainer(2, callbacks=[callback], logger=logger), recorder, data) == [
+        "--stages.agent.callbacks.RegenerateRollouts.max_rejected: got 57.1% of the imagined steps dropped "
+        "(after_end 5, out_of_range 20, kept 15), expected at most 0.5; train the world model longer with "
+        "--stages.world_model.max_steps, or raise the limit if this is wanted"
     ]
     mean = (10 * 20.25 + 5 * 27.5) / 15
     assert {key.removeprefix("synthetic/"): value for key, value in logger.rows[0][1].items()} == pytest.approx(
@@ -310,7 +323,7 @@ def test_what_the_guards_measure_is_logged(data, make_trainer, recorder):
             "non_finite": 0,
             "out_of_range": 20,
             "uncertain": 0,
-            "rejected_share": 20 / 35,
+            "rejected_fraction": 20 / 35,
             "mean_reward": mean,
             "reward_drift": (mean - 12.75) / 7.5,
             "termination_rate": 5 / 15,
@@ -334,12 +347,12 @@ def test_counts_reach_the_loggers_at_the_update_they_are_for(data, make_trainer,
 
 
 def test_every_n_steps_must_fit_updates_per_step(data, make_trainer, recorder):
-    with pytest.raises(UserError, match="every_n_steps 5 .*updates_per_step 2"):
+    with pytest.raises(UserError, match="RegenerateRollouts.every_n_steps: got 5, .*updates_per_step, which is 2"):
         make_trainer(8, callbacks=[regenerate(every_n_steps=5)]).fit(recorder, datamodule=data)
 
 
 def test_when_nothing_is_left_the_message_says_why(data, make_trainer, recorder):
-    with pytest.raises(UserError, match="all 40 .*out_of_range 40.*margin"):
+    with pytest.raises(UserError, match=r"RegenerateRollouts\.margin: got all 40 .*out_of_range 40"):
         make_trainer(8, callbacks=[regenerate(jump=1e6)]).fit(recorder, datamodule=data)
 
 

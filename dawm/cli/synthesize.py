@@ -1,47 +1,47 @@
 """Write imagined transitions as a Minari data set: what ``python -m dawm synthesize`` does.
 
-Rollouts are imagined in chunks, and each chunk is a file in a hidden folder beside the data sets until there are enough
-of them. So memory holds one chunk whatever the size of the data set, and interrupted work goes on behind the last whole
-chunk. What a chunk holds depends on the settings, the seed and the chunks before it alone.
+Rollouts are imagined in chunks, and each goes straight to the disk, so memory holds one chunk whatever the size of the
+data set. An interrupted command leaves nothing behind.
 
-Symbols: B rollouts of a chunk, H horizon, E episodes kept, N rows kept, O observation size, A action size.
+Symbols: B rollouts of a chunk, H horizon, E episodes kept, N steps kept, O observation size, A action size.
 """
 
 import hashlib
 import json
 import math
-import warnings
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from pkgutil import resolve_name
+from typing import Any
 
 import gymnasium as gym
-import minari
-import numpy as np
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.text import Text
 
 from dawm import __version__
+from dawm.callbacks import RegenerateRollouts
 from dawm.cli.report import read_results
-from dawm.data.batches import derive_seed
-from dawm.data.episodes import Episodes, load_episodes, unscale_actions
+from dawm.data.episodes import unscale_actions
+from dawm.data.module import TransitionDataModule
 from dawm.data.sources.catalog import dataset_folder
 from dawm.data.sources.minari import SOURCE
-from dawm.data.store.minari_writer import EpisodeColumns, write_episodes
-from dawm.data.store.parts import Parts
-from dawm.data.store.staging import check_output, datasets_path, progress_bar, staged
-from dawm.errors import UserError, first_line
-from dawm.inverse_dynamics import InverseDynamics
-from dawm.synthesis.guards import Bounds, RealRows
-from dawm.synthesis.rollouts import CHUNK, LiftedReturn, Rollouts, TargetReturn, roll_out
+from dawm.data.store.minari_writer import EpisodeColumns, write_dataset
+from dawm.data.store.staging import check_output, progress_bar
+from dawm.errors import UserError, first_line, require
+from dawm.synthesis.guards import DataStatistics, list_fates
+from dawm.synthesis.rollouts import CHUNK, Rollouts, Synthesizer
+from dawm.synthesis.targets import TargetReturn
 from dawm.training.build import load_module
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
-from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["synthesize_dataset"]
 
-FEWEST = 256  # starts of a chunk: the last ones, which make up for dropped rows, are not worth making smaller
+FEWEST = 256  # starts of a chunk: the last ones, which make up for dropped steps, are not worth making smaller
 
 
 def synthesize_dataset(
@@ -50,137 +50,138 @@ def synthesize_dataset(
     output: str,
     transitions: int = 1_000_000,
     target_return: TargetReturn | None = None,
-    guidance: float = 1.0,
-    seed: int = 0,
-    margin: float = 0.1,
+    guidance: float | None = None,
+    margin: float | None = None,
     max_disagreement: float | None = None,
     num_steps: int | None = None,
+    seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
     """Write transitions imagined by a run's world model as a Minari data set.
 
-    Each episode is a rollout from a random real start, up to ``horizon`` steps long: it ends with an imagined
-    termination, or is truncated. An interrupted command goes on where it was when it is given again.
+    Without further options they are what the run's agent learnt from. Each episode is a rollout from a random real
+    start, up to ``horizon`` steps long: it ends with an imagined termination, or is truncated.
 
     Args:
         console: Where to draw.
         run: Folder of the run (``output_dir`` of ``fit``).
         output: Minari id of the new data set, such as imagined/hopper/medium-v0.
         transitions: Transitions to write.
-        target_return: Which return-to-go the rollouts aim at; None aims at each start's own.
-        guidance: Weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
+        target_return: Which return-to-go the rollouts aim at; None keeps the run's.
+        guidance: Weight of classifier-free guidance; None keeps the run's.
+        margin: Imagined observations and rewards may lie outside the data's range by this fraction of the range; more
+            is dropped. None keeps the run's.
+        max_disagreement: Drop steps whose inferred actions disagree by more (standard deviation over the ensemble,
+            actions in [-1, 1]); None keeps the run's, 2 drops none.
+        num_steps: Steps of the sampler; None keeps the run's.
         seed: Seed of starts and noise; the same seed gives the same data.
-        margin: Imagined observations and rewards may lie outside the data's range by this share of the range; more is
-            dropped.
-        max_disagreement: Drop rows whose inferred actions disagree by more (standard deviation over the ensemble,
-            actions in [-1, 1]); None keeps all.
-        num_steps: Steps of the sampler; None keeps those of the run.
         device: Where to imagine: cpu, cuda, ...; auto takes a GPU if there is one.
-        overwrite: Replace a data set of that id, and give up what was begun for it with other settings.
+        overwrite: Replace a data set of that id.
     """
-    for key, value, least in (("transitions", transitions, 1), ("num_steps", num_steps, 1), ("margin", margin, 0)):
-        if value is not None and value < least:
-            raise UserError(f"{key} is {value}, but must be at least {least}; set --{key}")
+    for key, number, least in (("transitions", transitions, 1), ("num_steps", num_steps, 1), ("margin", margin, 0)):
+        require(key, number, number is None or number >= least, f"at least {least}")
     check_output(output, overwrite)
-    trained = _load(run, _device(device))
-    episodes, world_model = trained.episodes, trained.world_model
-    if output in (part.strip() for part in episodes.name.split("+")):
-        raise UserError(f"output: {output} is the data set that the run learnt from; choose another name")
-    if num_steps is not None:
-        world_model.sampler.num_steps = num_steps
-    target_return = LiftedReturn() if target_return is None else target_return
-    settings = {
+    run, place = Path(os.path.expandvars(run)).expanduser(), _device(device)
+    stages = read_results(run)["stages"]
+    data, callback, unchosen = _read_settings(run / "config.yaml")
+    episodes = data.episodes
+    others = [part.strip() for part in episodes.name.split("+")]
+    require("output", output, output not in others, "another name than that of the data set the run learnt from")
+    options = {"target_return": target_return, "guidance": guidance, "margin": margin}
+    options["max_disagreement"] = max_disagreement
+    for key, value in options.items():
+        if value is not None:
+            setattr(callback, key, value)
+    models, hashes = _load_models(run, stages, episodes.fingerprint, place)
+    callback.connect(**models)
+    synthesizer = callback.synthesizer(DataStatistics.of(episodes))
+    sampler, horizon = synthesizer.world_model.sampler, synthesizer.world_model.horizon
+    sampler.num_steps = num_steps or sampler.num_steps
+
+    counts: Counter[str] = Counter()
+    synthesis = {
         "dawm": __version__,
+        "run": str(run),
         "dataset": episodes.name,
         "fingerprint": episodes.fingerprint,
-        **trained.hashes,
-        "horizon": world_model.horizon,
+        **hashes,
+        "horizon": horizon,
         "transitions": transitions,
-        "target_return": _described(target_return),
-        "guidance": guidance,
-        "sampler": _described(world_model.sampler),
-        "margin": margin,
-        "max_disagreement": max_disagreement,
+        **{key: getattr(callback, key) for key in options},
+        "target_return": _described(callback.target_return),
+        "sampler": _described(sampler),
+        "chosen_by": {key: unchosen if value is None else "option" for key, value in options.items()}
+        | {"num_steps": "run" if num_steps is None else "option"},
         "seed": seed,
-        "device": world_model.device.type,
+        "device": place.type,
+        "counts": counts,  # complete once all episodes are written
     }
-    parts = Parts(output, settings, overwrite)
-    bounds = RealRows.of(episodes).bounds(episodes, margin).to(world_model.device)
-    try:
-        with progress_bar(f"imagining for {output}", transitions, visible=True) as bar:
-            bar.update(bar.task_ids[0], completed=parts.counts["kept"])
-            while (missing := transitions - parts.counts["kept"]) > 0:
-                rollouts = _imagine(trained, derive_seed(seed, len(parts), "synthesize"), missing, target_return,
-                                    guidance, bounds, max_disagreement)  # fmt: skip
-                parts.append(_columns(rollouts, episodes.action_space, missing), rollouts.counts)
-                bar.update(bar.task_ids[0], completed=parts.counts["kept"])
-        with (
-            progress_bar(f"writing {output}", transitions, visible=True) as bar,
-            staged(output, overwrite) as folder,
-        ):
-            if folder is None:
-                check_output(output, overwrite)  # another process was faster
-                return
-            metadata = {"synthesis": {**settings, "run": str(run), "counts": dict(parts.counts)}}
-            storage = _new_storage(folder, output, episodes, metadata, world_model.horizon)
-            path = storage.data_path / "main_data.hdf5"
-            count, steps = write_episodes(path, parts, lambda done: bar.update(bar.task_ids[0], completed=done))
-            storage.update_metadata({"total_episodes": count, "total_steps": steps})
-            storage.update_metadata({"dataset_size": float(storage.get_size())})
-    except KeyboardInterrupt:
-        console.print(
-            f"interrupted; the same command goes on from {parts.counts['kept']:,} of {transitions:,} transitions "
-            f"(to give them up, delete {parts.folder})"
+    metadata: dict[str, Any] = {"synthesis": synthesis}
+    if episodes.reference is not None:
+        metadata |= {"ref_min_score": episodes.reference.minimum, "ref_max_score": episodes.reference.maximum}
+        metadata |= {SOURCE: f"those of {episodes.name} ({episodes.reference.source})"}
+    with progress_bar(f"imagining {output}", transitions, visible=True) as bar:
+        count, steps = write_dataset(
+            output,
+            _imagine(synthesizer, data, transitions, seed, counts),
+            env_spec=episodes.env_spec,
+            observation_space=episodes.observation_space,
+            action_space=episodes.action_space,
+            metadata=metadata,
+            description=(
+                f"Imagined by a diffusion world model trained on {episodes.name}: rollouts of up to {horizon} steps "
+                "from random real observations and actions; all later actions are inferred from the observations."
+            ),
+            algorithm_name="DAWM world model",
+            overwrite=overwrite,
+            report=lambda done: bar.update(bar.task_ids[0], completed=done),
         )
-        raise
-    except OSError as error:
-        raise UserError(
-            f"output: {output} cannot be written in {dataset_folder()} ({error}); "
-            "free the disk or set MINARI_DATASETS_PATH, then give the same command again to go on"
-        ) from error
-    parts.remove()
     console.print(Text(f"{output}: {count:,} episodes, {steps:,} transitions in {dataset_folder(output)}"))
-    fates = ", ".join(f"{fate} {number:,}" for fate, number in parts.counts.items() if number)
-    console.print(f"imagined rows: {fates}", highlight=False)
+    console.print(f"imagined steps: {list_fates(counts)}", highlight=False)
 
 
-class _Trained(NamedTuple):
-    """What a run learnt, and from what."""
-
-    world_model: DiffusionWorldModel
-    inverse_dynamics: InverseDynamics
-    hashes: dict[str, str]
-    episodes: Episodes
-    returns_to_go: torch.Tensor
-
-
-def _load(run: Path, device: torch.device) -> _Trained:
-    stages = read_results(run)["stages"]
-    modules, hashes = {}, {}
+def _read_settings(path: Path) -> tuple[TransitionDataModule, RegenerateRollouts, str]:
+    """A run's data, the callback that made its synthetic transitions, and who chose its settings: run or default."""
     try:
-        data = yaml.safe_load((run / "config.yaml").read_text())["data"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"run: {run / 'config.yaml'} cannot be read ({error}); run `fit` again") from None
-    episodes = load_episodes(data["dataset"], data["env_id"], data["cache_dir"], data["memory_limit"])
+        settings = yaml.safe_load(path.read_text())
+        callback, chosen_by = RegenerateRollouts(), "default"
+        for entry in settings["stages"]["agent"]["callbacks"] or ():
+            if issubclass(resolve_name(entry["class_path"]), RegenerateRollouts):
+                parser = ArgumentParser(exit_on_error=False)
+                parser.add_subclass_arguments(RegenerateRollouts, "callback")
+                callback, chosen_by = parser.instantiate(parser.parse_object({"callback": entry})).callback, "run"
+        return TransitionDataModule(**settings["data"]), callback, chosen_by
+    except UserError:
+        raise
+    except Exception as error:  # whatever YAML, imports and constructors raise
+        raise UserError(
+            f"--run: got {path}, which cannot be read ({first_line(error)}), expected the settings of a finished run; "
+            "run `fit` again"
+        ) from error
+
+
+def _load_models(
+    run: Path, stages: Mapping[str, Any], fingerprint: str, device: torch.device
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """World model and inverse dynamics, and the hashes of their checkpoints."""
+    models, hashes = {}, {}
     for name in ("world_model", "inverse_dynamics"):
         if name not in stages:
             raise UserError(
-                f"run: {run} trained no {name}: it learnt from real data alone; name a run with "
+                f"--run: got {run}, which learnt from real data alone, expected one with a {name}; name a run with "
                 "data.synthetic_fraction above 0"
             )
         path = Path(stages[name]["checkpoint"])
-        if not path.exists():  # the run was moved, or begun in another working directory
-            path = run.joinpath(*path.parts[-3:])
-        if read_checkpoint(path).get(ORIGIN, {}).get("fingerprint") != episodes.fingerprint:
+        origin = read_checkpoint(path).get(ORIGIN, {})
+        if origin.get("fingerprint") != fingerprint:
             raise UserError(
-                f"run: {path} was not trained on {episodes.name} as it is now; restore the data set, or run `fit` again"
+                f"--run: got {path}, which was trained on {origin.get('dataset', 'unknown data')} as it was, expected "
+                "the data set as it is now; restore it, or run `fit` again"
             )
-        modules[name] = load_module(path).to(device)
+        models[name] = load_module(path).to(device)
         hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    returns = episodes.returns_to_go(data["discount"], data["return_window"])
-    world_model = cast(DiffusionWorldModel, modules["world_model"])
-    return _Trained(world_model, cast(InverseDynamics, modules["inverse_dynamics"]), hashes, episodes, returns)
+    return models, hashes
 
 
 def _device(name: str) -> torch.device:
@@ -189,8 +190,9 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # not known, or not on this machine
-        line = first_line(error)
-        raise UserError(f"device: {name!r} cannot be used ({line}); set --device cpu or auto") from None
+        raise UserError(
+            f"--device: got {name!r} ({first_line(error)}), expected one of this machine; set cpu"
+        ) from None
 
 
 def _described(part: object) -> dict[str, Any]:
@@ -200,59 +202,43 @@ def _described(part: object) -> dict[str, Any]:
 
 
 def _imagine(
-    trained: _Trained,
-    seed: int,
-    missing: int,
-    target_return: TargetReturn,
-    guidance: float,
-    bounds: Bounds,
-    max_disagreement: float | None,
-) -> Rollouts:
-    """Rollouts for one chunk, on the CPU; fewer if few transitions are missing."""
-    world_model, real = trained.world_model, trained.episodes.transitions
-    count = min(CHUNK, max(FEWEST, math.ceil(missing / world_model.horizon)))
-    starts = torch.randint(len(real), (count,), generator=torch.Generator().manual_seed(seed))
-    targets = target_return(trained.returns_to_go[starts], trained.returns_to_go)
-    rollouts = roll_out(
-        world_model,
-        trained.inverse_dynamics,
-        real.observations[starts].to(world_model.device),
-        real.actions[starts].to(world_model.device),
-        targets.to(world_model.device),
-        guidance=guidance,
-        generator=torch.Generator(world_model.device).manual_seed(seed),
-        bounds=bounds,
-        max_disagreement=max_disagreement,
-    )
-    if not rollouts.counts["kept"]:
-        fates = ", ".join(f"{fate} {number}" for fate, number in rollouts.counts.items() if number)
-        raise UserError(
-            f"all imagined rows were dropped ({fates}); raise --margin or --max_disagreement, or train the world model "
-            "longer with --stages.world_model.max_steps"
-        )
-    return rollouts.cpu()
-
-
-def _columns(rollouts: Rollouts, action_space: gym.spaces.Box, missing: int) -> EpisodeColumns:
-    """The kept steps as episodes in the environment's units; no more steps than are missing.
+    synthesizer: Synthesizer, data: TransitionDataModule, transitions: int, seed: int, counts: Counter[str]
+) -> Iterator[EpisodeColumns]:
+    """Chunks of episodes until there are enough steps: chunk k is what the agent's rank k would begin with.
 
     Args:
-        rollouts: Fields of shape (B, ...).
-        action_space: The environment's Box of actions.
-        missing: Steps to take at most; what is beyond is counted as ``surplus``.
+        synthesizer: Makes the rollouts.
+        data: The real data to start from.
+        transitions: Steps to make in all.
+        seed: Seed of all chunks.
+        counts: Takes up the steps by fate; ``surplus`` are those beyond what is asked for.
     """
-    lengths = rollouts.lengths
-    before = lengths.cumsum(0) - lengths
-    lengths = torch.minimum(lengths, (missing - before).clamp(min=0))
-    surplus = int(rollouts.lengths.sum() - lengths.sum())
-    rollouts.counts["kept"] -= surplus
-    rollouts.counts["surplus"] = surplus
-    rollouts = rollouts._replace(lengths=lengths)
+    chunk = 0
+    while (missing := transitions - counts["kept"]) > 0:
+        number = min(CHUNK, max(FEWEST, math.ceil(missing / synthesizer.world_model.horizon)))
+        rollouts = synthesizer.rollouts(data, number, seed, rank=chunk).cpu()
+        rollouts.require_some("margin")
+        columns = _columns(rollouts, data.episodes.action_space, missing)
+        surplus = rollouts.counts["kept"] - len(columns.rewards)
+        counts.update(rollouts.counts)
+        counts.update(kept=-surplus, surplus=surplus)  # adds
+        chunk += 1
+        yield columns
 
-    steps = rollouts.transitions()
+
+def _columns(rollouts: Rollouts, action_space: gym.spaces.Box, most: int) -> EpisodeColumns:
+    """The kept steps as episodes in the data's units.
+
+    Args:
+        rollouts: Fields of shape (B, ...), on the CPU.
+        action_space: The data's Box of actions.
+        most: Steps to take at most.
+    """
+    before = rollouts.lengths.cumsum(0) - rollouts.lengths
+    lengths = torch.minimum(rollouts.lengths, (most - before).clamp(min=0))
+    steps = rollouts._replace(lengths=lengths).transitions()
     nonempty = lengths > 0
-    place = torch.arange(rollouts.observations.shape[1])
-    recorded = nonempty.unsqueeze(1) & (place <= lengths.unsqueeze(1))
+    recorded = nonempty.unsqueeze(1) & (torch.arange(rollouts.observations.shape[1]) <= lengths.unsqueeze(1))
     last = rollouts.terminations.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
     # single precision may step over the bounds by rounding
     actions = unscale_actions(steps.actions, action_space).numpy().clip(action_space.low, action_space.high)
@@ -263,36 +249,3 @@ def _columns(rollouts: Rollouts, action_space: gym.spaces.Box, missing: int) -> 
         rewards=steps.rewards.numpy(),
         terminated=last[nonempty].numpy() > 0.5,
     )
-
-
-def _new_storage(folder: Path, output: str, episodes: Episodes, metadata: dict[str, Any], horizon: int) -> Any:
-    """An empty Minari data set that says what it is; its storage.
-
-    Args:
-        folder: Stands for Minari's own folder.
-        output: Minari's id.
-        episodes: The real data.
-        metadata: What else to say.
-        horizon: H.
-    """
-    box = episodes.observation_space
-    with datasets_path(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari's wishes for an e-mail address and a link
-        dataset = minari.create_dataset_from_buffers(
-            output,
-            [],
-            env=episodes.env_spec,
-            observation_space=gym.spaces.Box(box.low.astype(np.float32), box.high.astype(np.float32), dtype=np.float32),
-            action_space=episodes.action_space,
-            algorithm_name="DAWM world model",
-            author="DAWM",
-            description=(
-                f"Imagined by a diffusion world model trained on {episodes.name}: rollouts of up to {horizon} steps "
-                "from random real observations and actions; all later actions are inferred from the observations."
-            ),
-        )
-    if episodes.reference is not None:
-        metadata |= {"ref_min_score": episodes.reference.minimum, "ref_max_score": episodes.reference.maximum}
-        metadata |= {SOURCE: f"those of {episodes.name} ({episodes.reference.source})"}
-    dataset.storage.update_metadata(metadata)
-    return dataset.storage

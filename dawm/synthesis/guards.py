@@ -1,23 +1,27 @@
-"""Guards against imagined rows that would poison training: ranges to stay in, and drifts from the data to watch.
+"""Guards against imagined steps that would poison training: the range to stay in, and drifts from the data to watch.
 
-Symbols: B rollouts, H horizon, N real rows, O observation size.
+Symbols: B rollouts, H horizon, M imagined steps, O observation size.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dawm.data.episodes import Episodes
+from dawm.data.transitions import Transitions
 from dawm.nn.normalizer import Normalizer
 
-__all__ = ["Bounds", "RealRows", "observation_bounds"]
+__all__ = ["Bounds", "DataStatistics", "Watch", "list_fates"]
 
-BLOCK = 1 << 20  # rewards looked through at once: those of a large data set stand in a mapped file
+BLOCK = 1 << 20  # rewards read at once: those of a large data set are held in a mapped file
 
 
 class Bounds(NamedTuple):
-    """The range that imagined rows have to stay in, ends included.
+    """The range that imagined steps have to stay in, ends included.
 
     Args:
         observations: Lowest and highest observation, each shape (O,).
@@ -32,7 +36,7 @@ class Bounds(NamedTuple):
         return Bounds(*((low.to(device), high.to(device)) for low, high in self))
 
     def contain(self, observations: Tensor, rewards: Tensor) -> Tensor:
-        """Whether each row is in range, shape (B, H).
+        """Whether each step is in range, shape (B, H).
 
         Args:
             observations: Imagined ``s_{t+1}``, shape (B, H, O).
@@ -43,26 +47,26 @@ class Bounds(NamedTuple):
         return observed & (rewards >= lowest) & (rewards <= highest)
 
 
-class RealRows(NamedTuple):
-    """What rewards and terminations of the recorded rows are like, to hold imagined ones against.
+class DataStatistics(NamedTuple):
+    """What the recorded data are like, to compare imagined steps with.
 
     Args:
-        lowest_reward: Lowest reward of any row, shape ().
-        highest_reward: Highest reward of any row, shape ().
-        mean_reward: Mean over the rows.
-        reward_deviation: Standard deviation over the rows; 1 if the reward is always the same.
+        observation_range: Lowest and highest observation, each shape (O,).
+        reward_range: Lowest and highest reward of all rows, each shape ().
+        mean_reward: Mean reward.
+        reward_deviation: Standard deviation of the rewards; 1 if the reward is always the same.
         termination_rate: Terminations per row.
     """
 
-    lowest_reward: Tensor
-    highest_reward: Tensor
+    observation_range: tuple[Tensor, Tensor]
+    reward_range: tuple[Tensor, Tensor]
     mean_reward: float
     reward_deviation: float
     termination_rate: float
 
     @classmethod
-    def of(cls, episodes: Episodes) -> "RealRows":
-        """Reads them from the data.
+    def of(cls, episodes: Episodes) -> "DataStatistics":
+        """Reads them from the real data.
 
         Args:
             episodes: The real data.
@@ -73,30 +77,20 @@ class RealRows(NamedTuple):
         normalizer = Normalizer(1)
         normalizer.fit(rewards[episodes.sample_rows()].unsqueeze(-1))
         return cls(
-            lowest_reward=extremes[:, 0].min(),
-            highest_reward=extremes[:, 1].max(),
+            observation_range=(episodes.observation_low, episodes.observation_high),
+            reward_range=(extremes[:, 0].min(), extremes[:, 1].max()),
             mean_reward=normalizer.mean.item(),
             reward_deviation=normalizer.std.item(),
             termination_rate=episodes.terminated.sum().item() / len(episodes),
         )
 
-    def bounds(self, episodes: Episodes, margin: float) -> Bounds:
+    def bounds(self, margin: float) -> Bounds:
         """The range of observations and rewards to accept.
 
         Args:
-            episodes: The real data that these rows are of.
-            margin: How far outside their range is still accepted, as a share of the range.
+            margin: How far outside the data's range is still accepted, as a fraction of the range.
         """
-        observed = observation_bounds(episodes.observation_low, episodes.observation_high, margin)
-        return Bounds(observed, self.reward_bounds(margin))
-
-    def reward_bounds(self, margin: float) -> tuple[Tensor, Tensor]:
-        """Lowest and highest reward to accept, each shape ().
-
-        Args:
-            margin: How far outside their range is still accepted, as a share of the range.
-        """
-        return _widened(self.lowest_reward, self.highest_reward, margin)
+        return Bounds(_widened(*self.observation_range, margin), _widened(*self.reward_range, margin))
 
     def reward_drift(self, rewards: Tensor) -> float:
         """Mean imagined reward minus the data's, in standard deviations of the data's rewards.
@@ -107,7 +101,7 @@ class RealRows(NamedTuple):
         return (rewards.mean().item() - self.mean_reward) / self.reward_deviation
 
     def termination_drift(self, terminations: Tensor) -> float:
-        """Imagined terminations per row minus the data's.
+        """Imagined terminations per step minus the data's.
 
         Args:
             terminations: 1 where the task is imagined to end, shape (M,).
@@ -115,21 +109,63 @@ class RealRows(NamedTuple):
         return terminations.mean().item() - self.termination_rate
 
 
-def observation_bounds(low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Lowest and highest observation to accept, each shape (O,).
-
-    Args:
-        low: Lowest real observation of each dimension, shape (O,).
-        high: Highest real observation of each dimension, shape (O,).
-        margin: How far outside their range is still accepted, as a share of the range.
-    """
-    return _widened(low, high, margin)
-
-
 def _widened(low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     extent = high - low
-    # What does not vary has no range to take a share of, and no model meets it to the last bit. It counts as having a
-    # range of 1: the normalisers, too, take it in its own units.
+    # What does not vary has no range to take a fraction of, and no model meets it to the last bit. It counts as having
+    # a range of 1: the normalisers, too, take it in its own units.
     constant = extent <= 1e-6 * torch.maximum(low.abs(), high.abs()).clamp(min=1e-6)
     slack = margin * torch.where(constant, torch.ones_like(extent), extent)
     return low - slack, high + slack
+
+
+class Watch:
+    """Compares imagined transitions with the data, and warns where they drift from them beyond a limit.
+
+    Each limit warns once: the models stay as they are, so the next transitions will be no different.
+
+    Args:
+        data: What the data are like.
+        limits: ``max_rejected``, ``max_reward_drift`` and ``max_termination_drift``.
+        key: The group of settings that holds the limits, for messages.
+    """
+
+    def __init__(self, data: DataStatistics, limits: Mapping[str, float], key: str) -> None:
+        self.data = data
+        self.limits = dict(limits)
+        self.key = key
+
+    def measure(self, transitions: Transitions, counts: Counter[str]) -> dict[str, float]:
+        """What the imagined transitions are like; warns if need be.
+
+        Args:
+            transitions: Those kept, fields of shape (M, ...).
+            counts: Imagined steps by fate, as in `dawm.synthesis.rollouts.Rollouts`.
+        """
+        measured = {
+            "rejected_fraction": 1 - counts["kept"] / (counts.total() - counts["after_end"]),
+            "mean_reward": transitions.rewards.mean().item(),
+            "reward_drift": self.data.reward_drift(transitions.rewards),
+            "termination_rate": transitions.terminations.mean().item(),
+            "termination_drift": self.data.termination_drift(transitions.terminations),
+        }
+        rejected, rate = measured["rejected_fraction"], measured["termination_rate"]
+        drift, rate_drift = abs(measured["reward_drift"]), abs(measured["termination_drift"])
+        self._warn("max_rejected", rejected, f"{rejected:.1%} of the imagined steps dropped ({list_fates(counts)})")
+        found = f"a mean imagined reward of {measured['mean_reward']:.4g}, {drift:.3g} standard deviations"
+        self._warn("max_reward_drift", drift, f"{found} from the data's {self.data.mean_reward:.4g}")
+        found = f"{rate:.3g} of the imagined steps ending in a termination, {rate_drift:.3g}"
+        self._warn("max_termination_drift", rate_drift, f"{found} from the data's {self.data.termination_rate:.3g}")
+        return measured
+
+    def _warn(self, name: str, value: float, finding: str) -> None:
+        if value > self.limits.get(name, float("inf")):
+            limit = self.limits.pop(name)
+            rank_zero_warn(
+                f"--{self.key}.{name}: got {finding}, expected at most {limit:g}; train the world model longer with "
+                "--stages.world_model.max_steps, or raise the limit if this is wanted"
+            )
+
+
+def list_fates(counts: Counter[str]) -> str:
+    """Counts of imagined steps by fate as words, without those that are 0."""
+    return ", ".join(f"{fate} {count:,}" for fate, count in counts.items() if count)

@@ -2,20 +2,29 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import minari
 import numpy as np
 import pytest
+import torch
+import yaml
 from rich.console import Console
 
+from dawm.callbacks import RegenerateRollouts
 from dawm.cli import synthesize as export
 from dawm.cli.main import main
 from dawm.cli.synthesize import synthesize_dataset
 from dawm.data.episodes import load_episodes
+from dawm.data.module import TransitionDataModule
 from dawm.data.sources.catalog import dataset_folder, local_datasets
 from dawm.errors import UserError
-from dawm.synthesis import guards
+from dawm.synthesis.guards import Bounds
+from dawm.synthesis.rollouts import Synthesizer
+from dawm.synthesis.targets import QuantileReturn
+from dawm.training.build import load_module
 
 WIDE = {"margin": 10.0}  # a world model of 20 updates imagines much that is out of range
 
@@ -61,15 +70,16 @@ def test_command_line_writes_a_minari_data_set(hopper, finished_run, capsys):
     assert episodes.reference.agrees_with(load_episodes(hopper).reference)
 
     metadata = local_datasets()[output]
-    told = metadata["synthesis"]
+    reported = metadata["synthesis"]
     stages = json.loads((finished_run / "results.json").read_text())["stages"]
     for stage in ("world_model", "inverse_dynamics"):
-        assert told[stage] == hashlib.sha256(Path(stages[stage]["checkpoint"]).read_bytes()).hexdigest()
-    assert told["counts"]["kept"] == 1000
-    assert told["target_return"] == {"class_path": "dawm.synthesis.rollouts.LiftedReturn", "lift": 0.5}
-    assert told["sampler"]["num_steps"] == 6
+        assert reported[stage] == hashlib.sha256(Path(stages[stage]["checkpoint"]).read_bytes()).hexdigest()
+    assert reported["counts"]["kept"] == 1000
+    assert reported["target_return"] == {"class_path": "dawm.synthesis.targets.LiftedReturn", "lift": 0.5}
+    assert reported["sampler"]["num_steps"] == 6
     assert (
-        told.items() >= {"run": str(finished_run), "dataset": hopper, "seed": 0, "guidance": 1.0, "horizon": 3}.items()
+        reported.items()
+        >= {"run": str(finished_run), "dataset": hopper, "seed": 0, "guidance": 1.0, "horizon": 3}.items()
     )
     assert metadata["algorithm_name"] == "DAWM world model"
     assert metadata["author"] == ["DAWM"]
@@ -83,59 +93,99 @@ def test_command_line_writes_a_minari_data_set(hopper, finished_run, capsys):
     assert content(output) != before
 
 
-class Interrupting:
-    """Rolls out a number of chunks, then the user presses Ctrl-C."""
-
-    def __init__(self, monkeypatch, chunks):
-        self.chunks, self.asked, self.roll_out = chunks, [], export.roll_out
-        monkeypatch.setattr(export, "roll_out", self)
-
-    def __call__(self, world_model, inverse_dynamics, observations, *args, **kwargs):
-        if len(self.asked) == self.chunks:
-            raise KeyboardInterrupt
-        self.asked.append(len(observations))
-        return self.roll_out(world_model, inverse_dynamics, observations, *args, **kwargs)
-
-
-def test_interrupted_and_continued_equals_uninterrupted(hopper, finished_run, monkeypatch):
-    """Also when it is killed while it writes; meanwhile there is no such data set, and other settings are refused."""
+def test_an_interrupted_command_leaves_nothing_and_starts_again(hopper, finished_run, monkeypatch):
+    """Memory holds one chunk, no chunk repeats another, and no data set is there until all are written."""
     monkeypatch.setattr(export, "CHUNK", 100)
     monkeypatch.setattr(export, "FEWEST", 20)
-    whole, parted = "imagined/whole-v0", "imagined/parted-v0"
-    with monkeypatch.context() as patch:
-        never = Interrupting(patch, None)
-        synthesize(finished_run, whole)
-    second = [tuple(episode.observations[1]) for episode in minari.load_dataset(whole).iterate_episodes()]
-    assert len(set(second)) == len(second), "no chunk repeats another"
-    assert max(never.asked) == never.asked[0] == 100, "memory holds one chunk"
-    assert len(never.asked) >= 4
+    synthesize(finished_run, "imagined/whole-v0")
+    asked, rollouts = [], Synthesizer.rollouts
 
-    with monkeypatch.context() as patch:
-        Interrupting(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            synthesize(finished_run, parted)
-    assert parted not in minari.list_local_datasets()
-    with pytest.raises(UserError, match=r"begun with guidance 1\.0, not 1\.5"):
-        synthesize(finished_run, parted, guidance=1.5)
+    def interrupted(self, data, count, *args, **kwargs):
+        assert "imagined/parted-v0" not in minari.list_local_datasets()
+        asked.append(count)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return rollouts(self, data, count, *args, **kwargs)
 
-    def die(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        resumed = Interrupting(patch, None)
-        patch.setattr(export, "write_episodes", die)
-        with pytest.raises(KeyboardInterrupt):
-            synthesize(finished_run, parted)
-    assert resumed.asked == never.asked[2:]
-    assert parted not in minari.list_local_datasets()
-    with monkeypatch.context() as patch:
-        written = Interrupting(patch, 0)
-        synthesize(finished_run, parted)
-    assert written.asked == []
-    assert content(parted) == content(whole)
-    counts = [local_datasets()[output]["synthesis"]["counts"] for output in (whole, parted)]
-    assert counts[0] == counts[1]
+    monkeypatch.setattr(Synthesizer, "rollouts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(finished_run, "imagined/parted-v0")
+    assert not list(dataset_folder().rglob("*parted*"))
     assert not list(dataset_folder().glob(".dawm-*")), "nothing is left over"
+    dataset = synthesize(finished_run, "imagined/parted-v0")
+    second = [tuple(episode.observations[1]) for episode in dataset.iterate_episodes()]
+    assert len(set(second)) == len(second)
+    assert len(asked) >= 7
+    assert max(asked) == 100
+    assert content("imagined/parted-v0") == content("imagined/whole-v0")
+
+
+AIMING = {"class_path": "dawm.synthesis.targets.QuantileReturn", "init_args": {"quantile": 0.95}}
+LEARNT_FROM = {"target_return": AIMING, "guidance": 1.5, "margin": 10.0, "max_disagreement": 0.3, "seed": 0}
+
+
+@pytest.fixture
+def aiming_run(finished_run, tmp_path):
+    """The finished run, with a callback in its config as `fit` writes it."""
+    run = tmp_path / "aiming"
+    shutil.copytree(finished_run, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    callback = {"class_path": "dawm.callbacks.RegenerateRollouts", "init_args": {"every_n_steps": 5, **LEARNT_FROM}}
+    config["stages"]["agent"]["callbacks"] = [callback]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def test_by_default_it_makes_what_the_runs_agent_learnt_from(hopper, aiming_run):
+    """The same settings and the same transitions as the refill before training, bit for bit."""
+    output, count = "imagined/same-v0", 334  # three steps each
+    synthesize_dataset(Console(quiet=True), aiming_run, output, transitions=1000)
+    written, reported = load_episodes(output).transitions, local_datasets()[output]["synthesis"]
+    assert reported["target_return"] == {"class_path": AIMING["class_path"], **AIMING["init_args"]}
+    assert {key: reported[key] for key in ("guidance", "margin", "max_disagreement")} == {
+        key: LEARNT_FROM[key] for key in ("guidance", "margin", "max_disagreement")
+    }
+    assert reported["sampler"]["num_steps"] == 6
+    assert set(reported["chosen_by"].values()) == {"run"}
+    assert {"uncertain", "out_of_range"} < reported["counts"].keys()
+
+    stages = json.loads((aiming_run / "results.json").read_text())["stages"]
+    models = [load_module(Path(stages[name]["checkpoint"])) for name in ("world_model", "inverse_dynamics")]
+    callback = RegenerateRollouts(5, count, **LEARNT_FROM | {"target_return": QuantileReturn(0.95)})
+    callback.connect(*models)
+    data = TransitionDataModule(hopper, horizon=3, updates_per_step=5)
+    trainer = SimpleNamespace(datamodule=data, global_step=0, global_rank=0, max_steps=10, loggers=[],
+                              strategy=SimpleNamespace(root_device="cpu"))  # fmt: skip
+    callback.on_train_start(trainer, None)
+    refilled = data.synthetic
+    assert 100 < len(refilled) < 1000, "some steps are dropped"
+    torch.testing.assert_close(written[: len(refilled)].pack(), refilled.pack(), rtol=0, atol=1e-6)
+    assert torch.equal(written.rewards[: len(refilled)], refilled.rewards)
+
+
+def test_options_override_the_runs_settings_and_the_metadata_say_so(hopper, aiming_run, monkeypatch):
+    """The folder may be given with ~ and variables."""
+    monkeypatch.setenv("HOME", str(aiming_run.parent))
+    monkeypatch.setenv("RUN", aiming_run.name)
+    command = ["synthesize", "--run", "~/$RUN", "--output", "imagined/over-v0", "--transitions", "20"]
+    options = ["--guidance", "1", "--max_disagreement", "2", "--num_steps", "2", "--target_return", "ConstantReturn"]
+    assert main([*command, *options, "--target_return.value", "9"]) == 0
+    reported = local_datasets()["imagined/over-v0"]["synthesis"]
+    assert reported["target_return"] == {"class_path": "dawm.synthesis.targets.ConstantReturn", "value": 9}
+    assert (reported["guidance"], reported["max_disagreement"], reported["margin"]) == (1, 2, 10)
+    assert reported["sampler"]["num_steps"] == 2
+    chosen = dict.fromkeys(("target_return", "guidance", "max_disagreement", "num_steps"), "option")
+    assert reported["chosen_by"] == {**chosen, "margin": "run"}
+
+
+def test_a_run_without_the_callback_gives_what_the_callback_makes_by_default(hopper, finished_run):
+    dataset = synthesize(finished_run, "imagined/plain-v0", 20)
+    reported = local_datasets()[dataset.spec.dataset_id]["synthesis"]
+    assert (reported["guidance"], reported["max_disagreement"]) == (1, None)
+    assert reported["target_return"] == {"class_path": "dawm.synthesis.targets.LiftedReturn", "lift": 0}
+    assert reported["chosen_by"] == dict.fromkeys(("target_return", "guidance", "max_disagreement"), "default") | {
+        "margin": "option", "num_steps": "run",
+    }  # fmt: skip
 
 
 def test_seed_and_sampler_decide_what_is_imagined(hopper, finished_run):
@@ -147,30 +197,38 @@ def test_seed_and_sampler_decide_what_is_imagined(hopper, finished_run):
     assert len(set(contents)) == 3
 
 
-def test_mistakes_are_told_in_a_line(hopper, finished_run, tmp_path):
+def test_mistakes_are_reported_in_a_line(hopper, finished_run, tmp_path):
     real_only = tmp_path / "real-only"
     real_only.mkdir()
     results = json.loads((finished_run / "results.json").read_text())
     results["stages"] = {"agent": results["stages"]["agent"]}
     (real_only / "results.json").write_text(json.dumps(results))
     (real_only / "config.yaml").write_text((finished_run / "config.yaml").read_text())
-    for options, told in (
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "results.json").write_text((finished_run / "results.json").read_text())
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
+    config["stages"]["agent"]["callbacks"] = [{"class_path": "no_such_module.Callback", "init_args": {}}]
+    (broken / "config.yaml").write_text(yaml.safe_dump(config))
+    for options, reported in (
         ({"run": tmp_path}, "results.json"),
         ({"run": real_only}, "learnt from real data alone"),
         ({"output": "no version"}, "not a Minari id"),
         ({"output": hopper}, "would look like one of the embedded"),
-        ({"transitions": 0}, "transitions is 0"),
-        ({"num_steps": 0}, "num_steps is 0"),
-        ({"device": "abacus"}, "device: 'abacus'"),
+        ({"transitions": 0}, "--transitions: got 0, expected at least 1"),
+        ({"num_steps": 0}, "--num_steps: got 0"),
+        ({"margin": -1.0}, "--margin: got -1.0"),
+        ({"device": "abacus"}, "--device: got 'abacus'"),
+        ({"run": broken}, "--run: got .*config.yaml, which cannot be read .*no_such_module"),
     ):
         arguments = {"run": finished_run, "output": "imagined/mistake-v0"} | options
-        with pytest.raises(UserError, match=told) as error:
+        with pytest.raises(UserError, match=reported) as error:
             synthesize(**arguments)
         assert "\n" not in str(error.value)
 
 
 def test_nothing_worth_keeping_is_an_error_and_not_an_endless_loop(hopper, finished_run, monkeypatch):
-    monkeypatch.setattr(guards, "observation_bounds", lambda low, high, margin: (high + 1e6, high + 2e6))
-    with pytest.raises(UserError, match=r"all imagined rows were dropped \(.*out_of_range"):
+    monkeypatch.setattr(Bounds, "contain", lambda self, observations, rewards: torch.zeros_like(rewards).bool())
+    with pytest.raises(UserError, match=r"--margin: got all 768 imagined steps dropped \(.*out_of_range"):
         synthesize(finished_run, "imagined/nothing-v0", 300)
     assert not list(dataset_folder().glob(".dawm-*"))

@@ -1,0 +1,84 @@
+"""EveryNUpdates: the base of callbacks that do something every N updates."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning as L
+
+from dawm.errors import require
+
+__all__ = ["EveryNUpdates"]
+
+
+class EveryNUpdates(L.Callback, ABC):
+    """Calls `run` whenever the count of updates has crossed a multiple of ``every_n_steps``.
+
+    Lightning's own callbacks count training steps, each of which makes ``updates_per_step`` updates here.
+
+    Example::
+
+        class SaveActor(EveryNUpdates):
+            def run(self, trainer, pl_module):
+                torch.save(pl_module.actor.state_dict(), f"actor-{trainer.global_step}.pt")
+
+        trainer = L.Trainer(max_steps=10_000, callbacks=[SaveActor(every_n_steps=1000)])
+        trainer.fit(agent, datamodule=data)
+
+    Args:
+        every_n_steps: Updates between two runs; a multiple of the data's ``updates_per_step``.
+    """
+
+    def __init__(self, every_n_steps: int = 5000) -> None:
+        self.key = f"stages.agent.callbacks.{type(self).__name__}"  # of the settings, for messages
+        require(f"{self.key}.every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1")
+        self.every_n_steps = every_n_steps
+        self.last_step: int | None = None  # update of the last run, or that training began at
+
+    @abstractmethod
+    def run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What to do; ``trainer.global_step`` is the count of updates.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module in training.
+        """
+
+    def should_run(self, step: int) -> bool:
+        """Whether a multiple was crossed since the last run.
+
+        Args:
+            step: Updates done.
+        """
+        return step // self.every_n_steps > (self.last_step or 0) // self.every_n_steps
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets an earlier training; Lightning restores a checkpoint's state after this."""
+        if stage == "fit":
+            self.last_step = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Checks that runs fall on the ends of training steps."""
+        chunk = getattr(trainer.datamodule, "updates_per_step", 1)  # type: ignore[attr-defined]
+        require(
+            f"{self.key}.every_n_steps",
+            self.every_n_steps,
+            self.every_n_steps % chunk == 0,
+            f"a multiple of data.updates_per_step, which is {chunk}",
+            "change one of the two",
+        )
+        if self.last_step is None:
+            self.last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Runs where it is due."""
+        if self.should_run(trainer.global_step):
+            self.last_step = trainer.global_step
+            self.run(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The update of the last run, so that a resumed training runs when an uninterrupted one would."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        self.last_step = state_dict["last_step"]
