@@ -16,7 +16,7 @@ from benchmarks.batch_drawing import batches
 from benchmarks.measure import interleave, report, rows
 from dawm.agents import TD3BC
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.nn.matmul import use_fast_products
+from dawm.nn.matmul import prefer_onednn
 from dawm.synthesis.rollouts import Synthesizer
 from dawm.world_model import DiffusionWorldModel
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    use_fast_products()
+    prefer_onednn()
     tables, headlines = [], []
     for title, what, entries in (
         (

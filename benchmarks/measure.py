@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dawm.nn.matmul import use_fast_products
+from dawm.nn.matmul import prefer_onednn
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "numpy", "gymnasium", "torchrl", "d3rlpy")
@@ -57,7 +57,7 @@ def with_fast_products(work: Callable[[], int]) -> Callable[[], int]:
     def done() -> int:
         matmul = torch.backends.mkldnn.matmul
         before = matmul.fp32_precision
-        use_fast_products()
+        prefer_onednn()
         try:
             return work()
         finally:

@@ -34,7 +34,7 @@ from dawm.data.transitions import Segments
 from dawm.diffusion.denoisers import ResidualMLP
 from dawm.diffusion.preconditioning import EDM
 from dawm.diffusion.samplers import DDIM, DPMSolverPP2M, Heun, Sampler
-from dawm.nn.matmul import use_fast_products
+from dawm.nn.matmul import prefer_onednn
 from dawm.training.build import load_module
 from dawm.world_model import DiffusionWorldModel
 
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    use_fast_products()
+    prefer_onednn()
     tables, headlines = [], []
     for text in options.widths:
         width, depth = (int(part) for part in text.split("x"))

@@ -3,7 +3,7 @@
 An ensemble of MLPs learns ``a_t = f(s_t, s_{t+1} - s_t)`` on the real transitions, both inputs normalised; the
 normalised difference carries the information that ``s_{t+1}`` beside ``s_t`` would bury. The ensemble's mean fills in
 the actions that the world model leaves out; its disagreement says how certain they are. The recipe of inferring actions
-behind a diffusion model is Decision Diffuser's (arXiv 2211.15657) and DAWM's (arXiv 2509.19538).
+after a diffusion model is Decision Diffuser's (arXiv 2211.15657) and DAWM's (arXiv 2509.19538).
 
 The network that infers is the one of the best validation so far, so that training too long does no harm.
 
@@ -18,6 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from dawm.data.batches import BatchLoader, FixedBatches
+from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Transitions
 from dawm.errors import require
 from dawm.nn.mlp import BatchedMLP
@@ -63,8 +65,8 @@ class InverseDynamics(UpdateModule):
         hidden: tuple[int, ...] = (256, 256),
         learning_rate: float = 1e-3,
     ) -> None:
-        require("InverseDynamics.members", members, members >= 1, "at least 1")
-        require("InverseDynamics.hidden", hidden, min(hidden, default=1) >= 1, "numbers of at least 1")
+        require("inverse_dynamics.members", members, members >= 1, "at least 1")
+        require("inverse_dynamics.hidden", hidden, min(hidden, default=1) >= 1, "numbers of at least 1")
         super().__init__()
         self.save_hyperparameters()
         self.observation_normalizer = Normalizer(observation_size)
@@ -75,14 +77,27 @@ class InverseDynamics(UpdateModule):
         self.register_buffer("best_errors", torch.full((action_size,), torch.inf))
         self.validation_errors = MeanPerColumn(action_size)
 
-    def fit_normalizers(self, transitions: Transitions) -> None:
-        """Takes the normalisers' statistics from real transitions.
+    def configure_optimizers(self) -> list[Optimizer]:
+        """The one optimiser."""
+        return [self.optimizer]
+
+    def fit_normalizers(self, data: TransitionDataModule) -> None:
+        """Takes the normalizers' statistics from the training episodes.
 
         Args:
-            transitions: Real transitions, fields of shape (N, ...).
+            data: The data module.
         """
+        transitions = data.episodes.transitions[data.episodes.sample_rows(data.training_episodes)]
         self.observation_normalizer.fit(transitions.observations)
         self.difference_normalizer.fit(transitions.next_observations - transitions.observations)
+
+    def train_loader(self, data: TransitionDataModule, updates: int, rank: int) -> BatchLoader:
+        """Real transitions; see `UpdateModule.train_loader`."""
+        return data.transition_loader(updates, rank)
+
+    def validation_loader(self, data: TransitionDataModule, rank: int, world_size: int) -> FixedBatches:
+        """Held-out transitions; see `UpdateModule.validation_loader`."""
+        return data.validation_transition_loader(rank, world_size)
 
     def features(self, observations: Tensor, next_observations: Tensor) -> Tensor:
         """What the networks see, shape (B, 2 O).
@@ -113,7 +128,7 @@ class InverseDynamics(UpdateModule):
             observations: ``s_t``, shape (B, O).
             next_observations: ``s_{t+1}``, shape (B, O).
         """
-        # trained without validation there is no best one
+        # trained without validation, there is no best one
         network = self.best_network if self.best_errors.isfinite().all() else self.network
         actions = network(self.features(observations, next_observations)).clamp(-1, 1)
         return InferredActions(actions.mean(dim=0), actions.std(dim=0, correction=0).amax(dim=-1))
@@ -133,14 +148,10 @@ class InverseDynamics(UpdateModule):
         self.log("step", float(self.trainer.global_step))  # the x-axis, in updates
         errors = self.validation_errors.means()
         self.validation_errors.reset()
-        # a validation after fit comes too late: the checkpoint is written, and a module must be equal to its checkpoint
+        # a validation after fit comes too late: the checkpoint is written, and a module must equal its checkpoint
         if self.trainer.state.fn == TrainerFn.FITTING and errors.mean() < self.best_errors.mean():
             self.best_errors.copy_(errors)
             self.best_network.load_state_dict(self.network.state_dict())
         self.log("inverse_dynamics/validation_error", errors.mean(), prog_bar=True)
         self.log_dict({f"inverse_dynamics/validation_error/action_{d}": e for d, e in enumerate(errors)})
         self.log("inverse_dynamics/best_validation_error", self.best_errors.mean())
-
-    def optimizers_in_order(self) -> list[Optimizer]:
-        """The one optimiser."""
-        return [self.optimizer]

@@ -56,6 +56,7 @@ class DiffusionWorldModel(UpdateModule):
     """
 
     name = "world_model"
+    schedule_follows_max_steps = True
     step_weights: Tensor
 
     def __init__(

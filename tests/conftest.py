@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dawm.nn.matmul import use_fast_products
+from dawm.nn.matmul import prefer_onednn
 from dawm.training.updates import UpdateModule
 
 pytest_plugins = ["small_experiment", "own_environments"]  # beside this file
 
-use_fast_products()  # as the command line does: which tests ran before must not change how the others round
+prefer_onednn()  # as the command line does: which tests ran before must not change how the others round
 
 LENGTHS = (5, 3, 7, 4, 1, 6)
 TERMINATED = (True, False, True, False, False, True)
@@ -99,7 +99,7 @@ class Recorder(UpdateModule):
         self.minimize(loss, self.optimizer)
         return {"loss": loss.detach()}
 
-    def optimizers_in_order(self):
+    def configure_optimizers(self):
         return [self.optimizer]
 
 

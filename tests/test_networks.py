@@ -60,7 +60,7 @@ def test_gradients_written_by_hand_are_those_of_autograd(
         return
 
     def gradients():
-        outputs = network.frozen(inputs, copy=1) if constant_weights else network(inputs)
+        outputs = network.head(inputs, 1) if constant_weights else network(inputs)
         return torch.autograd.grad(outputs.square().sum(), wanted)
 
     by_hand = gradients()
@@ -71,15 +71,15 @@ def test_gradients_written_by_hand_are_those_of_autograd(
 def test_one_of_the_copies_answers_with_constant_weights():
     torch.manual_seed(0)
     critics, inputs = BatchedMLP((5, 2), 4, (8,), 1), torch.randn(5, 6, 4)
-    torch.testing.assert_close(critics.frozen(inputs, copy=0), critics(inputs)[:, 0])
-    assert not critics.frozen(inputs, copy=0).requires_grad
+    torch.testing.assert_close(critics.head(inputs, 0), critics(inputs)[:, 0])
+    assert not critics.head(inputs, 0).requires_grad
 
 
 @pytest.mark.parametrize("change", ["optimiser", "load", "data", "copy"])
 def test_a_network_answers_by_the_weights_it_has_now(change):
     torch.manual_seed(0)
     network, other, inputs = BatchedMLP((2,), 4, (8,), 1), BatchedMLP((2,), 4, (8,), 1), torch.randn(6, 4)
-    before = network(inputs), network.frozen(inputs, copy=0)
+    before = network(inputs), network.head(inputs, 0)
     if change == "optimiser":
         network.weights.grad = network.weights.detach() - other.weights.detach()
         torch.optim.SGD(network.parameters(), lr=1.0).step()
@@ -91,7 +91,7 @@ def test_a_network_answers_by_the_weights_it_has_now(change):
         network = copy.deepcopy(network)
         network.load_state_dict(other.state_dict())
     torch.testing.assert_close(network(inputs), other(inputs))
-    torch.testing.assert_close(network.frozen(inputs, copy=0), other(inputs)[0])
+    torch.testing.assert_close(network.head(inputs, 0), other(inputs)[0])
     assert not torch.allclose(network(inputs), before[0])
 
 

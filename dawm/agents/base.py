@@ -3,7 +3,7 @@
 Symbols: S seeds, B batch, N rows, E episodes, O observation size, A action size, ... nothing, or the S seeds.
 
 To write an agent, subclass `OfflineAgent`: build networks and optimisers in the constructor, call
-``self.save_hyperparameters()`` there, and write ``update``, ``act`` and ``optimizers_in_order``. A config then selects
+``self.save_hyperparameters()`` there, and write ``update``, ``act`` and ``configure_optimizers``. A config then selects
 it by its class path.
 
 An agent may train several seeds at once, as members of the same networks: it takes ``seeds`` in its constructor, hands
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dawm.agents.losses import cosine_decay
+from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Transitions
-from dawm.errors import UserError
+from dawm.errors import require
 from dawm.nn.mlp import BatchedMLP
 from dawm.nn.normalizer import Normalizer
 from dawm.training.updates import UpdateModule
@@ -59,8 +60,7 @@ class OfflineAgent(UpdateModule):
         reward_shift: float = 0.0,
     ) -> None:
         super().__init__()
-        if seeds < 1:
-            raise UserError(f"seeds is {seeds}, but must be at least 1; set --seeds")
+        require("seeds", seeds, seeds >= 1, "at least 1")
         self.seeds = seeds
         self.seed_shape = () if seeds == 1 else (seeds,)
         self.observation_size = observation_size
@@ -71,19 +71,18 @@ class OfflineAgent(UpdateModule):
         self.observation_normalizer = Normalizer(observation_size)
         self.register_buffer("reward_scale", torch.ones(()))
 
-    def fit_normalizers(self, transitions: Transitions, episode_returns: Tensor | None = None) -> None:
-        """Takes the normalisers' statistics from the real data; called once, before training.
+    def fit_normalizers(self, data: TransitionDataModule) -> None:
+        """Takes the normalizers' statistics from the real data; called once, before training.
 
         Args:
-            transitions: Real transitions, fields of shape (N, ...).
-            episode_returns: Undiscounted return of each real episode, shape (E,); needed with ``normalize_rewards``.
+            data: The data module.
         """
+        episodes = data.episodes
         if self.normalize_observations:
-            self.observation_normalizer.fit(transitions.observations)
+            self.observation_normalizer.fit(episodes.transitions[episodes.sample_rows()].observations)
+        self.observation_normalizer.fitted = True
         if self.normalize_rewards:
-            if episode_returns is None:
-                raise ValueError("normalize_rewards needs the returns of the data's episodes")
-            span = episode_returns.max() - episode_returns.min()
+            span = episodes.episode_returns.max() - episodes.episode_returns.min()
             # episodes that all return the same say nothing about the scale
             self.reward_scale.fill_(EPISODE_RETURN_RANGE / span if span > 0 else 1.0)
 
@@ -121,7 +120,7 @@ class OfflineAgent(UpdateModule):
         """
 
     def mlp(
-        self, in_size: int, hidden: Sequence[int], out_size: int, copies: int | None = None, **options: Any
+        self, in_size: int, hidden: Sequence[int], out_size: int, ensemble: int | None = None, **options: Any
     ) -> BatchedMLP:
         """A network for each seed: inputs of shape (..., B, in) to outputs of shape (..., B, out).
 
@@ -129,11 +128,11 @@ class OfflineAgent(UpdateModule):
             in_size: Size of the input.
             hidden: Sizes of the hidden layers.
             out_size: Size of the output.
-            copies: Networks for each seed, such as 2 critics; outputs then have the shape (..., copies, B, out).
+            ensemble: Networks for each seed, such as 2 critics; outputs then have the shape (..., ensemble, B, out).
             options: Further settings of `BatchedMLP`.
         """
-        members = self.seed_shape if copies is None else (*self.seed_shape, copies)
-        return BatchedMLP(members, in_size, hidden, out_size, **options)
+        shape = self.seed_shape if ensemble is None else (*self.seed_shape, ensemble)
+        return BatchedMLP(shape, in_size, hidden, out_size, **options)
 
     def decayed(self, learning_rate: float, index: int) -> float:
         """A learning rate that falls to 0 along a cosine over the run; constant where no trainer sets a length.
@@ -146,8 +145,8 @@ class OfflineAgent(UpdateModule):
         return learning_rate * cosine_decay(index, total) if total > 0 else learning_rate
 
     @staticmethod
-    def target_of(network: nn.Module) -> nn.Module:
-        """A copy of a network that follows it by `move_target` and never learns by gradient.
+    def target_network(network: nn.Module) -> nn.Module:
+        """A copy of a network that follows it by `soft_update` and never learns by gradient.
 
         Args:
             network: The network to copy.
@@ -156,13 +155,13 @@ class OfflineAgent(UpdateModule):
 
     @staticmethod
     @torch.no_grad()
-    def move_target(target: nn.Module, network: nn.Module, tau: float) -> None:
-        """Moves a target network's weights towards the network's: ``target += tau (network - target)``.
+    def soft_update(target: nn.Module, network: nn.Module, tau: float) -> None:
+        """Soft update of a target network (Polyak averaging): ``target += tau (network - target)``.
 
         Args:
             target: The target network.
             network: The network that it follows.
-            tau: Share of the way, in (0, 1].
+            tau: Polyak coefficient, in (0, 1].
         """
         # all tensors in one call (torch's own moving average, swa_utils, calls the same function)
         torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), tau)

@@ -6,7 +6,7 @@ Symbols: B batch, O observation size, A action size, ... nothing, or the seeds s
     value:    V(s)       -> the expectile of Q'(s, a) over the data's actions                 (equation 5)
     critics:  Q_m(s, a)  -> r + gamma (1 - terminated) V(s')                                  (equation 6)
     actor:    maximise  exp(beta (Q'(s, a) - V(s))) log pi(a | s)                              (equation 7)
-    targets:  move by tau at every update
+    targets:  soft update with tau at every update
 
 The three losses are taken at the weights before the update. No weight has a gradient in two of them, so their sum is
 minimised in one step.
@@ -33,26 +33,22 @@ LOG_STD_RANGE = (-20.0, 2.0)
 
 
 class IQL(OfflineAgent):
-    """Implicit Q-learning with a Gaussian policy whose spread is the same at every observation.
+    """Implicit Q-learning with a Gaussian policy whose standard deviation is the same at every observation.
+
+    Those that `OfflineAgent` takes are explained there.
 
     Args:
-        observation_size: O.
-        action_size: A.
         hidden: Widths of the hidden layers of actor, value network and each critic.
         learning_rate: Adam's learning rate, of all networks.
         decay_actor_learning_rate: Let the actor's learning rate fall to 0 along a cosine over the run's
             ``max_steps``; without a trainer or a ``max_steps`` it stays constant.
         discount: Gamma, per environment step, in [0, 1].
-        tau: Share of the way that the target critics move per update, in (0, 1].
+        tau: Polyak coefficient of the target critics per update, in (0, 1].
         expectile: Expectile of Q that V stands for, in (0, 1).
         beta: Inverse temperature of the actor's weights.
         max_weight: Largest weight of a row in the actor's loss.
         deterministic_actor: Regress on the actions by squared error instead of by a Gaussian's likelihood.
-        actor_dropout: Share of the actor's hidden units dropped in training, in [0, 1).
-        seeds: Independent agents trained side by side S, each with its own weights and batches.
-        normalize_observations: Standardise observations by the real data's mean and standard deviation.
-        normalize_rewards: Scale rewards so that the returns of the data's episodes span 1000.
-        reward_shift: Added to every reward after scaling (AntMaze: -1).
+        actor_dropout: Fraction of the actor's hidden units dropped in training, in [0, 1).
     """
 
     update_period = 1
@@ -76,15 +72,15 @@ class IQL(OfflineAgent):
         normalize_rewards: bool = True,
         reward_shift: float = 0.0,
     ) -> None:
-        require("IQL.hidden", hidden, min(hidden, default=1) >= 1, "numbers of at least 1")
-        require("IQL.discount", discount, 0 <= discount <= 1, "a number from 0 to 1")
-        require("IQL.tau", tau, 0 < tau <= 1, "above 0 and at most 1")
-        require("IQL.expectile", expectile, 0 < expectile < 1, "between 0 and 1")
-        require("IQL.actor_dropout", actor_dropout, 0 <= actor_dropout < 1, "at least 0 and below 1")
+        require("agent.hidden", hidden, min(hidden, default=1) >= 1, "numbers of at least 1")
+        require("agent.discount", discount, 0 <= discount <= 1, "a number from 0 to 1")
+        require("agent.tau", tau, 0 < tau <= 1, "above 0 and at most 1")
+        require("agent.expectile", expectile, 0 < expectile < 1, "between 0 and 1")
+        require("agent.actor_dropout", actor_dropout, 0 <= actor_dropout < 1, "at least 0 and below 1")
         super().__init__(observation_size, action_size, seeds, normalize_observations, normalize_rewards, reward_shift)
         self.save_hyperparameters()
         self.learning_rate = learning_rate
-        self.decay_actor_learning_rate = decay_actor_learning_rate
+        self.decay_actor_learning_rate = self.schedule_follows_max_steps = decay_actor_learning_rate
         self.discount = discount
         self.tau = tau
         self.expectile = expectile
@@ -94,8 +90,8 @@ class IQL(OfflineAgent):
         self.actor = self.mlp(observation_size, hidden, action_size, dropout=actor_dropout)
         self.log_std = nn.Parameter(torch.zeros(*self.seed_shape, action_size), requires_grad=not deterministic_actor)
         self.value = self.mlp(observation_size, hidden, 1)
-        self.critics = self.mlp(observation_size + action_size, hidden, 1, copies=2)
-        self.target_critics = self.target_of(self.critics)
+        self.critics = self.mlp(observation_size + action_size, hidden, 1, ensemble=2)
+        self.target_critics = self.target_network(self.critics)
         actor_parameters = [*self.actor.parameters(), *([] if deterministic_actor else [self.log_std])]
         value_parameters = [*self.value.parameters(), *self.critics.parameters()]
         self.optimizer = Adam(
@@ -169,10 +165,9 @@ class IQL(OfflineAgent):
         loss, metrics = self.total_loss(self.prepare(batch))
         self.minimize(loss, self.optimizer)
         self.update_targets()
-        self.update_index += 1
         return metrics
 
-    def optimizers_in_order(self) -> list[Optimizer]:
+    def configure_optimizers(self) -> list[Optimizer]:
         """One optimiser: actor, then value network and critics."""
         return [self.optimizer]
 
@@ -185,8 +180,8 @@ class IQL(OfflineAgent):
     # Target update
 
     def update_targets(self) -> None:
-        """Moves the target critics by tau."""
-        self.move_target(self.target_critics, self.critics, self.tau)
+        """Soft update of the target critics."""
+        self.soft_update(self.target_critics, self.critics, self.tau)
 
     # Act
 

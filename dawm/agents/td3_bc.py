@@ -5,7 +5,7 @@ critics, ``pi`` the actor, ``'`` a target network.
 
     critics:  Q_m(s, a) -> r + gamma (1 - terminated) min_m Q'_m(s', pi'(s') + clipped noise)
     actor:    minimise  -lambda Q1(s, pi(s)) + (pi(s) - a)^2,   lambda = alpha / mean |Q1(s, pi(s))|
-    targets:  move by tau at every update of the actor
+    targets:  soft update with tau at every update of the actor
 """
 
 import torch
@@ -29,13 +29,13 @@ __all__ = ["TD3BC"]
 class TD3BC(OfflineAgent):
     """TD3 with behaviour cloning.
 
+    Those that `OfflineAgent` takes are explained there.
+
     Args:
-        observation_size: O.
-        action_size: A.
         hidden: Widths of the hidden layers of the actor and of each critic.
         learning_rate: Adam's learning rate, of actor and critics.
         discount: Gamma, per environment step, in [0, 1].
-        tau: Share of the way that the targets move per actor update, in (0, 1].
+        tau: Polyak coefficient of the targets per actor update, in (0, 1].
         alpha: Strength of the value term against behaviour cloning. Its weight ``lambda`` is taken over the rows of one
             batch, under DDP each process's own.
         policy_noise: Standard deviation of the noise on the target's actions, actions being in [-1, 1].
@@ -45,8 +45,6 @@ class TD3BC(OfflineAgent):
             lack (ReBRAC, arXiv 2305.09836); off as in the paper.
         decay_actor_learning_rate: Let the actor's learning rate fall to 0 along a cosine over the run's ``max_steps``,
             which settles the last policy; off as in the paper.
-        seeds: Independent agents trained side by side S, each with its own weights and batches.
-        normalize_observations: Standardise observations by the real data's mean and standard deviation.
     """
 
     def __init__(
@@ -66,10 +64,10 @@ class TD3BC(OfflineAgent):
         seeds: int = 1,
         normalize_observations: bool = True,
     ) -> None:
-        require("TD3BC.hidden", hidden, min(hidden, default=1) >= 1, "numbers of at least 1")
-        require("TD3BC.discount", discount, 0 <= discount <= 1, "a number from 0 to 1")
-        require("TD3BC.tau", tau, 0 < tau <= 1, "above 0 and at most 1")
-        require("TD3BC.policy_every", policy_every, policy_every >= 1, "at least 1")
+        require("agent.hidden", hidden, min(hidden, default=1) >= 1, "numbers of at least 1")
+        require("agent.discount", discount, 0 <= discount <= 1, "a number from 0 to 1")
+        require("agent.tau", tau, 0 < tau <= 1, "above 0 and at most 1")
+        require("agent.policy_every", policy_every, policy_every >= 1, "at least 1")
         super().__init__(observation_size, action_size, seeds, normalize_observations)
         self.save_hyperparameters()
         self.discount = discount
@@ -79,11 +77,11 @@ class TD3BC(OfflineAgent):
         self.noise_clip = noise_clip
         self.policy_every = self.update_period = policy_every
         self.learning_rate = learning_rate
-        self.decay_actor_learning_rate = decay_actor_learning_rate
+        self.decay_actor_learning_rate = self.schedule_follows_max_steps = decay_actor_learning_rate
         self.actor = self.mlp(observation_size, hidden, action_size)
-        self.critics = self.mlp(observation_size + action_size, hidden, 1, copies=2, layer_norm=critic_layer_norm)
-        self.target_actor = self.target_of(self.actor)
-        self.target_critics = self.target_of(self.critics)
+        self.critics = self.mlp(observation_size + action_size, hidden, 1, ensemble=2, layer_norm=critic_layer_norm)
+        self.target_actor = self.target_network(self.actor)
+        self.target_critics = self.target_network(self.critics)
         self.critic_optimizer = Adam(self.critics.parameters(), lr=learning_rate, fused=True)
         self.actor_optimizer = Adam(self.actor.parameters(), lr=learning_rate, fused=True)
 
@@ -117,7 +115,7 @@ class TD3BC(OfflineAgent):
         actions = self.actor(batch.observations).tanh()
 
         # Value term: of the first critic alone, whose weights are constants here
-        values = self.critics.frozen(torch.cat([batch.observations, actions], dim=-1), copy=0).squeeze(-1)
+        values = self.critics.head(torch.cat([batch.observations, actions], dim=-1), 0).squeeze(-1)
         value_loss = -policy_improvement_weight(values, self.alpha) * values.mean(dim=-1)
 
         # Behaviour cloning
@@ -142,10 +140,9 @@ class TD3BC(OfflineAgent):
             self.minimize(loss, self.actor_optimizer)
             self.update_targets()
             metrics |= actor_metrics
-        self.update_index += 1
         return metrics
 
-    def optimizers_in_order(self) -> list[Optimizer]:
+    def configure_optimizers(self) -> list[Optimizer]:
         """Critics, actor."""
         return [self.critic_optimizer, self.actor_optimizer]
 
@@ -158,9 +155,9 @@ class TD3BC(OfflineAgent):
     # Target update
 
     def update_targets(self) -> None:
-        """Moves both targets by tau."""
-        self.move_target(self.target_critics, self.critics, self.tau)
-        self.move_target(self.target_actor, self.actor, self.tau)
+        """Soft update of both targets."""
+        self.soft_update(self.target_critics, self.critics, self.tau)
+        self.soft_update(self.target_actor, self.actor, self.tau)
 
     # Act
 

@@ -1,25 +1,25 @@
-"""The processor: which of PyTorch's two libraries makes the matrix products on it.
+"""Matmuls on a CPU: which of PyTorch's two libraries computes them.
 
-PyTorch's builds for x86 come with Intel's MKL, which multiplies float32 on a CPU by default, and with oneDNN. On a
-processor of another maker MKL leaves AVX-512 unused and takes twice the time or more.
+PyTorch's builds for x86 come with Intel's MKL, which computes float32 matmuls on a CPU by default, and with oneDNN.
+On AMD processors MKL does not use AVX-512 and takes twice the time or more.
 """
 
 import torch
 
-__all__ = ["use_fast_products"]
+__all__ = ["prefer_onednn"]
 
-LARGEST_ERROR = 1e-5  # relative; single precision errs by some 1e-6 on this product, bfloat16 by more than 1e-3
+LARGEST_ERROR = 1e-5  # relative; single precision errs by some 1e-6 on this matmul, bfloat16 by more than 1e-3
 
 
-def use_fast_products() -> bool:
-    """Has oneDNN multiply float32 matrices where MKL would leave AVX-512 unused; for the whole process.
+def prefer_onednn() -> bool:
+    """Uses oneDNN for float32 matmuls on CPUs where MKL does not use AVX-512 (AMD); for the whole process.
 
     The choice depends on the processor alone, never on a measurement of time, so that a run that is resumed rounds as
     before. PyTorch's setting only permits oneDNN to round to bfloat16; a processor on which it does so keeps MKL. A
     precision that was set before stays.
 
     Returns:
-        Whether oneDNN multiplies now.
+        Whether oneDNN computes them now.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if matmul is None or not hasattr(torch.cpu, "get_capabilities"):  # a PyTorch that does not offer the choice
@@ -35,7 +35,7 @@ def use_fast_products() -> bool:
 
 
 def _single_precision() -> bool:
-    """Whether a product of the size that agents make is as exact as single precision is."""
+    """Whether a matmul of the size that agents need is as exact as single precision is."""
     a, b = torch.linspace(-1, 1, 256 * 256).reshape(256, 256), torch.linspace(-1, 2, 256 * 256).cos().reshape(256, 256)
     exact = a.double() @ b.double()
     return bool((a @ b - exact).abs().max() <= LARGEST_ERROR * exact.abs().max())

@@ -24,7 +24,7 @@ from dawm.errors import first_line
 if TYPE_CHECKING:
     from dawm.training.updates import UpdateModule
 
-__all__ = ["UpdateGraph", "reason_against"]
+__all__ = ["UpdateGraph", "forget_graph", "graph_for", "reason_against", "set_learning_rate"]
 
 Work = Callable[[], dict[str, Tensor]]
 WARM_UP = 2
@@ -51,6 +51,20 @@ def reason_against(module: UpdateModule, device: torch.device, world_size: int, 
     return None
 
 
+def graph_for(module: UpdateModule) -> UpdateGraph | None:
+    """A graph for a module's updates, or None with a warning that says why not.
+
+    Args:
+        module: The module, attached to its Trainer.
+    """
+    trainer = module.trainer
+    reason = reason_against(module, trainer.strategy.root_device, trainer.world_size, trainer.precision)
+    if reason is None:
+        return UpdateGraph(module)
+    rank_zero_warn(f"cuda_graphs: {reason}; the updates of {module.name} run one by one")
+    return None
+
+
 def record_on_cuda(work: Work) -> Work:
     """Records work as a CUDA graph, without running it.
 
@@ -58,7 +72,7 @@ def record_on_cuda(work: Work) -> Work:
         work: Launches kernels on the current device, and answers with tensors.
 
     Returns:
-        A function that runs what was recorded, and answers with the same tensors, filled anew.
+        A function that runs what was recorded, and answers with the same tensors, filled again.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -75,7 +89,7 @@ class UpdateGraph:
     """Runs a module's updates as one graph where it can, and one by one where it cannot.
 
     One by one are the first few training steps, one that is cut short, and all where the recording fails, which is
-    told in one line.
+    reported in one line.
 
     Args:
         module: The module, whose ``update_period`` is set.
@@ -140,6 +154,32 @@ class UpdateGraph:
         if not all(isinstance(group["lr"], Tensor) for group in groups):
             raise ValueError("`update` sets learning rates itself; give them by `learning_rates`")
         return launch
+
+
+def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    """Sets the learning rate of a parameter group, in place where it is a tensor that a CUDA graph reads.
+
+    Args:
+        group: The group.
+        rate: Its learning rate.
+    """
+    if not isinstance(group["lr"], Tensor):
+        group["lr"] = rate
+    elif isinstance(rate, Tensor):
+        group["lr"].copy_(rate)
+    else:
+        group["lr"].fill_(rate)
+
+
+def forget_graph(checkpoint: dict[str, Any]) -> None:
+    """Leaves no trace of a CUDA graph in a checkpoint, which may be resumed without one.
+
+    Args:
+        checkpoint: What Lightning is about to save.
+    """
+    for state in checkpoint.get("optimizer_states", []):  # a checkpoint of weights alone has none
+        for group in state["param_groups"]:
+            plain_group(group)
 
 
 def plain_group(group: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ logging, progress bar) is paid once for K updates. Results do not depend on K.
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from dawm.errors import UserError
 from dawm.nn.normalizer import Normalizer
-from dawm.training.graphs import UpdateGraph, plain_group, reason_against
+from dawm.training.graphs import UpdateGraph, forget_graph, graph_for, set_learning_rate
 
 __all__ = ["UpdateModule"]
 
@@ -29,18 +29,20 @@ __all__ = ["UpdateModule"]
 class UpdateModule(L.LightningModule):
     """A LightningModule that trains by `update`, several times per training step.
 
-    Subclasses build their networks and optimisers in the constructor, list the optimisers in `optimizers_in_order`,
-    and write the update itself with `minimize`. ``name`` prefixes the logged metrics.
+    Subclasses build their networks and optimisers in the constructor, return the optimisers from
+    `configure_optimizers`, and write the update itself with `minimize`. ``name`` prefixes the logged metrics.
     """
 
     name: str
     update_period: int | None = None
-    """Updates after which `update` does the same again, as far as Python can see; None where nobody has said so."""
+    """Period of the control flow in `update`; None disables CUDA graphs."""
+    schedule_follows_max_steps = False
+    """Whether a learning rate depends on ``trainer.max_steps``, so that more updates cannot follow a finished run."""
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False  # several optimisers, several updates per training step
-        self.update_index = 0  # number of the update under way, from 0; set by training_step
+        self.update_index = 0  # number of the update under way, from 0; set by run_updates
         self.cuda_graphs = False  # run the updates of a training step as one CUDA graph, where that can be
         self.update_graph: UpdateGraph | None = None
 
@@ -55,31 +57,53 @@ class UpdateModule(L.LightningModule):
             Metrics without gradient, of any shape, whose mean is logged under ``<name>/<key>``.
         """
 
-    # TEMPORARY in this branch: the owner's version replaces these hooks
-
-    def setup(self, stage: str) -> None:
-        """Takes the normalizers' statistics from the data module, unless they are there already."""
-        normalizers = [module for module in self.modules() if isinstance(module, Normalizer)]
-        if stage == "fit" and not all(normalizer.fitted for normalizer in normalizers):
-            data = getattr(self.trainer, "datamodule", None)
-            if data is None:
-                rank_zero_warn(f"{self.name}: trains on data as they are, for want of a data module")
-            else:
-                self.fit_normalizers(data)
+    @abstractmethod
+    def configure_optimizers(self) -> list[Optimizer]:
+        """The module's optimisers: the same objects in the same order at every call."""
 
     def fit_normalizers(self, data: Any) -> None:
-        """Takes the normalizers' statistics from a data module."""
+        """Takes the normalizers' statistics from real data; called once, before training.
 
-    def train_loader(self, data: Any, updates: int, rank: int) -> Any:
-        """Batches to train on."""
+        Args:
+            data: The data module.
+        """
+
+    def train_loader(self, data: Any, updates: int, rank: int) -> Iterable[Any]:
+        """What to train on: by default the mixture of real and synthetic transitions.
+
+        Args:
+            data: The data module.
+            updates: Updates to draw for.
+            rank: The process that draws; each draws different batches.
+        """
         return data.mixed_loader(updates, rank, seeds=getattr(self, "seeds", 1))
 
-    def validation_loader(self, data: Any, rank: int, world_size: int) -> Any:
-        """Batches to validate on; None for no validation."""
+    def validation_loader(self, data: Any, rank: int, world_size: int) -> Iterable[Any] | None:
+        """What to validate on; None for no validation.
+
+        Args:
+            data: The data module.
+            rank: This process.
+            world_size: Number of processes.
+        """
         return None
 
+    def setup(self, stage: str) -> None:
+        """Takes the normalizers' statistics from the data module, unless they were taken or loaded before."""
+        normalizers = [part for part in self.modules() if isinstance(part, Normalizer)]
+        if stage != "fit" or all(normalizer.fitted for normalizer in normalizers):
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            rank_zero_warn(
+                f"{type(self).__name__} trains on data that are not normalised; give its Trainer the data as "
+                "`datamodule=`, or call `fit_normalizers` before"
+            )
+        else:
+            self.fit_normalizers(data)
+
     def learning_rates(self, index: int) -> list[float] | None:
-        """Learning rate of each parameter group of `optimizers_in_order` at an update; None leaves them as they are.
+        """Learning rate of each parameter group of `configure_optimizers` at an update; None leaves them as they are.
 
         Args:
             index: Number of the update, from 0.
@@ -95,7 +119,7 @@ class UpdateModule(L.LightningModule):
         Args:
             loss: The loss of this rank's batch, shape (), or one for each of several independent networks, shape (...).
             optimizer: The optimiser to step.
-            max_norm: Longer gradients are shortened to this norm; None leaves them.
+            max_norm: Gradient-norm clipping; None disables it.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # autograd.grad instead of backward: DDP's hooks sit on backward and expect one pass per training step
@@ -131,8 +155,8 @@ class UpdateModule(L.LightningModule):
         if not torch.stack(list(metrics.values())).isfinite().all():
             wrong = ", ".join(key for key, value in metrics.items() if not value.isfinite())
             raise UserError(
-                f"stages.{self.name}: {wrong} became NaN or infinite between updates {first} and {first + count}; the "
-                "last checkpoint was kept: lower the learning_rate, or look at the data with `datasets check`"
+                f"--{self.name}: got NaN or infinite {wrong} between updates {first} and {first + count}, expected "
+                "numbers; lower its learning_rate, or try `datasets check` on the data (the last checkpoint is kept)"
             )
         # "step" sets the loggers' x-axis; Lightning would otherwise count training steps, not updates
         self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=self.trainer.world_size > 1)
@@ -167,36 +191,21 @@ class UpdateModule(L.LightningModule):
         """Refuses precisions that need what these updates lack: gradient scaling, or data in another type."""
         if self.trainer.precision not in ("32-true", "bf16-mixed"):
             raise UserError(
-                f"trainer.precision: {self.trainer.precision} needs gradient scaling or converted data, which the "
-                "updates lack; set --trainer.precision to 32-true or bf16-mixed"
+                f"--trainer.precision: got {self.trainer.precision}, expected 32-true or bf16-mixed (others need "
+                "gradient scaling or converted data); set one of them"
             )
         if self.cuda_graphs:
-            trainer = self.trainer
-            reason = reason_against(self, trainer.strategy.root_device, trainer.world_size, trainer.precision)
-            if reason is None:
-                self.update_graph = UpdateGraph(self)
-            else:
-                rank_zero_warn(f"cuda_graphs: {reason}; the updates of {self.name} run one by one")
+            self.update_graph = graph_for(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves no trace of a CUDA graph in the checkpoint, which may be resumed without one."""
-        for state in checkpoint.get("optimizer_states", []):  # a checkpoint of weights alone has none
-            for group in state["param_groups"]:
-                plain_group(group)
+        forget_graph(checkpoint)
 
     def on_train_end(self) -> None:
         """Ends the CUDA graph."""
         if self.update_graph is not None:
             self.update_graph.close()
             self.update_graph = None
-
-    def configure_optimizers(self) -> list[Optimizer]:
-        """The optimisers, for Lightning's checkpoints."""
-        return self.optimizers_in_order()
-
-    @abstractmethod
-    def optimizers_in_order(self) -> list[Optimizer]:
-        """The module's optimisers, always in the same order."""
 
     def _count_updates(self, count: int) -> None:
         """Advances ``trainer.global_step`` by the updates done.
@@ -210,18 +219,3 @@ class UpdateModule(L.LightningModule):
         progress.total.completed += count
         progress.current.ready += count
         progress.current.completed += count
-
-
-def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
-    """Sets the learning rate of a parameter group, in place where it is a tensor that a CUDA graph reads.
-
-    Args:
-        group: The group.
-        rate: Its learning rate.
-    """
-    if not isinstance(group["lr"], Tensor):
-        group["lr"] = rate
-    elif isinstance(rate, Tensor):
-        group["lr"].copy_(rate)
-    else:
-        group["lr"].fill_(rate)

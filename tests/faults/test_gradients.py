@@ -85,7 +85,7 @@ def gradients(part: slice) -> dict[str, list[list[torch.Tensor]]]:
                 setattr(torch, name, original)
         result[key] = [
             [parameter.grad.clone() for group in optimizer.param_groups for parameter in group["params"]]
-            for optimizer in module.optimizers_in_order()
+            for optimizer in module.configure_optimizers()
         ]
     return result
 

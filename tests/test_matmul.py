@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dawm.nn import matmul as processor
+from dawm.nn import matmul
 
 AMD = {"cpu_name": "AMD EPYC", "avx512_f": True}
 
@@ -19,8 +19,8 @@ def _before():
 def use(monkeypatch, capabilities, error=None):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     if error is not None:
-        monkeypatch.setattr(processor, "_single_precision", lambda: error < processor.LARGEST_ERROR)
-    return processor.use_fast_products(), torch.backends.mkldnn.matmul.fp32_precision
+        monkeypatch.setattr(processor, "_single_precision", lambda: error < matmul.LARGEST_ERROR)
+    return matmul.prefer_onednn(), torch.backends.mkldnn.matmul.fp32_precision
 
 
 @pytest.mark.parametrize("capabilities", [{"cpu_name": "Intel Xeon", "avx512_f": True}, AMD | {"avx512_f": False}, {}])
@@ -30,7 +30,7 @@ def test_other_processors_keep_their_library(monkeypatch, capabilities):
 
 def test_an_older_pytorch_keeps_its_library(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not processor.use_fast_products()
+    assert not matmul.prefer_onednn()
 
 
 def test_a_processor_that_would_round_keeps_its_library(monkeypatch):
@@ -44,8 +44,8 @@ def test_a_precision_set_before_stays(monkeypatch):
 
 
 def test_products_have_single_precision():
-    processor.use_fast_products()
-    assert processor._single_precision()
+    matmul.prefer_onednn()
+    assert matmul._single_precision()
 
 
 def test_half_precision_is_told_from_single(monkeypatch):
@@ -55,4 +55,4 @@ def test_half_precision_is_told_from_single(monkeypatch):
         return original(a.bfloat16(), b.bfloat16()) if a.dtype == torch.float32 else original(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert not processor._single_precision()
+    assert not matmul._single_precision()
