@@ -19,7 +19,7 @@ def _before():
 def use(monkeypatch, capabilities, error=None):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     if error is not None:
-        monkeypatch.setattr(processor, "_single_precision", lambda: error < matmul.LARGEST_ERROR)
+        monkeypatch.setattr(matmul, "_single_precision", lambda: error < matmul.LARGEST_ERROR)
     return matmul.prefer_onednn(), torch.backends.mkldnn.matmul.fp32_precision
 
 
