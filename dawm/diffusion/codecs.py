@@ -70,27 +70,14 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def encode_observations(self, observations: Tensor) -> Tensor:
-        """The observations' part of ``x``, shape (B, H, O).
-
-        Args:
-            observations: ``s_t .. s_{t+H}``, shape (B, H + 1, O).
-        """
+        """The observations' part of ``x`` from ``s_t .. s_{t+H}``, (B, H + 1, O) -> (B, H, O)."""
 
     @abstractmethod
     def decode_observations(self, start: Tensor, encoded: Tensor) -> Tensor:
-        """``s_{t+1} .. s_{t+H}``, shape (B, H, O).
-
-        Args:
-            start: ``s_t``, shape (B, O).
-            encoded: The observations' part of ``x``, shape (B, H, O).
-        """
+        """``s_{t+1} .. s_{t+H}`` from ``s_t``, shape (B, O), and that part of ``x``, (B, H, O) -> (B, H, O)."""
 
     def known(self, start: Tensor) -> Tensor | None:
-        """What is known of ``x`` before the imagined steps, shape (B, known_steps, D); None for nothing.
-
-        Args:
-            start: ``s_t``, shape (B, O).
-        """
+        """The known steps of ``x`` from ``s_t``, (B, O) -> (B, known_steps, D); None for none."""
         return None
 
     def encode(self, segments: Segments) -> Tensor:

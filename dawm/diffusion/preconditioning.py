@@ -16,14 +16,17 @@ becomes an estimate of ``x``) and a `Sampler` from `dawm.diffusion.samplers` (ho
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from dawm.diffusion.samplers import Denoise, Inpaint
 from dawm.errors import require
 
 __all__ = ["EDM", "NoisePrediction", "Preconditioning", "denoising_loss", "guided"]
+
+Device = torch.device | str | None
 
 
 def _broadcast(values: Tensor) -> Tensor:
@@ -38,29 +41,19 @@ class Preconditioning(ABC):
     """
 
     @abstractmethod
-    def training_sigmas(
-        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> Tensor:
+    def training_sigmas(self, batch: int, generator: Generator | None = None, device: Device = None) -> Tensor:
         """Random noise levels to train on, shape (B,)."""
 
     @abstractmethod
-    def sampler_sigmas(self, steps: int, device: torch.device | str | None = None) -> Tensor:
+    def sampler_sigmas(self, steps: int, device: Device = None) -> Tensor:
         """The levels a sampler visits, decreasing to 0, shape (steps + 1,)."""
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``c_skip``, ``c_out`` and ``c_in``, each shape (B,).
-
-        Args:
-            sigma: Noise levels, shape (B,).
-        """
+        """``c_skip``, ``c_out`` and ``c_in`` at levels sigma, each shape (B,)."""
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
-        """Weight of the squared error of ``x``; ``1 / c_out^2`` makes every level's target equally large, shape (B,).
-
-        Args:
-            sigma: Noise levels, shape (B,).
-        """
+        """Weight of the squared error, shape (B,); ``1 / c_out^2`` makes the targets of all levels equally large."""
         return self.coefficients(sigma)[1] ** -2
 
     def denoise(self, network: nn.Module, x_t: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
@@ -92,6 +85,7 @@ class Preconditioning(ABC):
         return inpaint
 
 
+@dataclass(eq=False)
 class EDM(Preconditioning):
     """Preconditioning of Karras et al. 2022 (table 1), with the deviation that is left once the condition is known.
 
@@ -115,33 +109,24 @@ class EDM(Preconditioning):
         rho: Exponent of the sampling levels; higher puts more of them near ``sigma_min``.
     """
 
-    def __init__(
-        self,
-        sigma_data: float = 1.0,
-        sigma_conditional: float = 0.1,
-        log_sigma_mean: float = 1.0,
-        log_sigma_std: float = 1.2,
-        sigma_min: float = 0.02,
-        sigma_max: float = 20.0,
-        rho: float = 7.0,
-    ) -> None:
-        expected = f"above 0 and below sigma_max {sigma_max}"
-        require("world_model.preconditioning.sigma_min", sigma_min, 0 < sigma_min < sigma_max, expected)
-        self.sigma_data = sigma_data
-        self.sigma_conditional = sigma_conditional
-        self.log_sigma_mean = log_sigma_mean
-        self.log_sigma_std = log_sigma_std
-        self.sigma_min = sigma_min
-        self.sigma_max = sigma_max
-        self.rho = rho
+    sigma_data: float = 1.0
+    sigma_conditional: float = 0.1
+    log_sigma_mean: float = 1.0
+    log_sigma_std: float = 1.2
+    sigma_min: float = 0.02
+    sigma_max: float = 20.0
+    rho: float = 7.0
 
-    def training_sigmas(
-        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> Tensor:
+    def __post_init__(self) -> None:
+        """Checks the levels of sampling."""
+        holds, expected = 0 < self.sigma_min < self.sigma_max, f"above 0 and below sigma_max {self.sigma_max}"
+        require("world_model.preconditioning.sigma_min", self.sigma_min, holds, expected)
+
+    def training_sigmas(self, batch: int, generator: Generator | None = None, device: Device = None) -> Tensor:
         """Log-normal noise levels, shape (B,)."""
         return (self.log_sigma_mean + self.log_sigma_std * torch.randn(batch, generator=generator, device=device)).exp()
 
-    def sampler_sigmas(self, steps: int, device: torch.device | str | None = None) -> Tensor:
+    def sampler_sigmas(self, steps: int, device: Device = None) -> Tensor:
         """``sigma_max`` to ``sigma_min`` evenly in ``sigma^(1/rho)`` (equation 5), then 0, shape (steps + 1,)."""
         ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device=device)
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
@@ -178,14 +163,12 @@ class NoisePrediction(Preconditioning):
         alpha_bar = (cosine[1:] / cosine[:-1]).clamp(min=0.001).cumprod(0)
         self.levels = ((1 - alpha_bar) / alpha_bar).sqrt().float()
 
-    def training_sigmas(
-        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> Tensor:
+    def training_sigmas(self, batch: int, generator: Generator | None = None, device: Device = None) -> Tensor:
         """Noise levels drawn uniformly from the K of the schedule, shape (B,)."""
         index = torch.randint(self.steps, (batch,), generator=generator, device=device)
         return self.levels.to(index.device)[index]
 
-    def sampler_sigmas(self, steps: int, device: torch.device | str | None = None) -> Tensor:
+    def sampler_sigmas(self, steps: int, device: Device = None) -> Tensor:
         """Every (K / steps)-th level from the K-th down, then 0, shape (steps + 1,)."""
         expected = f"at most {self.steps}, the levels that NoisePrediction trains on"
         require("world_model.sampler.num_steps", steps, steps <= self.steps, expected, "lower it")
@@ -202,7 +185,7 @@ def denoising_loss(
     network: nn.Module,
     x: Tensor,
     condition: Tensor,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     weights: Tensor | None = None,
     known: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -33,7 +33,7 @@ def test_config_parses_and_instantiates(path, monkeypatch):
         assert callback.every_n_steps % parts.data.updates_per_step == 0
     for key, description in modules.items():
         module = build_module(description.as_dict())(11, 3)
-        assert module.optimizers_in_order(), key
+        assert module.configure_optimizers(), key
 
 
 def test_quickstart_runs_with_fewer_updates(hopper, tmp_path):
