@@ -15,9 +15,7 @@ __all__ = ["OneStepRegression"]
 
 
 class OneStepRegression(nn.Module):
-    """An MLP that predicts one step of ``x`` from ``(s_t, a_t)``, with an optimiser of its own.
-
-    It sees the same batches and the same codec as the world model, which passes the codec in and takes the step.
+    """An MLP that predicts one step of ``x`` from ``(s_t, a_t)``, on the world model's batches and with its codec.
 
     Args:
         observation_size: O.

@@ -6,8 +6,8 @@ Everything is written in the variance-exploding form of Karras et al. 2022 (arXi
 ``x_t = x + sigma * n`` with ``n`` standard normal is noisy, and a denoiser ``D(x_t, sigma)`` estimates ``x``. A DDPM,
 which preserves the variance, is the same thing seen through ``x_t / sqrt(1 + sigma^2)``, so any sampler serves either.
 
-Two parts are chosen by class path: a `Preconditioning` (which noise levels are learnt, and how the network's output
-becomes an estimate of ``x``) and a `Sampler` from `dawm.diffusion.samplers` (how noise becomes ``x``). In short::
+A `Preconditioning` (which levels are learnt, how the network's output becomes an estimate of ``x``) and a `Sampler` from
+`dawm.diffusion.samplers` (how noise becomes ``x``) are chosen by class path. In short::
 
     loss, metrics = denoising_loss(preconditioning, network, x, condition)
     denoise = lambda x_t, sigma: preconditioning.denoise(network, x_t, sigma, condition)
@@ -62,7 +62,7 @@ class Preconditioning(ABC):
         Args:
             network: A `dawm.diffusion.denoisers.Denoiser`.
             x_t: Noisy samples, shape (B, H, D).
-            sigma: Their noise levels, shape (B,).
+            sigma: Their levels, shape (B,).
             condition: What ``x`` depends on, shape (B, C).
         """
         c_skip, c_out, c_in = (_broadcast(c) for c in self.coefficients(sigma))
@@ -87,12 +87,12 @@ class Preconditioning(ABC):
 
 @dataclass(eq=False)
 class EDM(Preconditioning):
-    """Preconditioning of Karras et al. 2022 (table 1), with the deviation that is left once the condition is known.
+    """Preconditioning of Karras et al. 2022 (table 1), for a condition that leaves little open.
 
-    Karras et al. know one number about the data, their standard deviation. Here the condition (s_t, a_t) gives away
-    most of the answer, so that two numbers matter: ``sigma_data``, the standard deviation over all of ``x``, and
-    ``sigma_conditional`` = s, that under a given condition. ``c_skip = s^2 / (s^2 + sigma^2)`` trusts ``x_t`` only
-    where its noise is below s, ``c_in`` scales the input to variance 1, and ``c_out`` the network's target::
+    The condition (s_t, a_t) gives away most of the answer, so that two numbers matter here: ``sigma_data``, the
+    standard deviation over all of ``x``, and ``sigma_conditional`` = s, that under a given condition. ``c_skip =
+    s^2 / (s^2 + sigma^2)`` trusts ``x_t`` only where its noise is below s, ``c_in`` scales the input to variance 1,
+    and ``c_out`` the network's target::
 
         c_out^2 = E[(x - c_skip x_t)^2] = (1 - c_skip)^2 sigma_data^2 + c_skip^2 sigma^2
 
@@ -197,22 +197,22 @@ def denoising_loss(
         x: Clean samples, shape (B, H, D).
         condition: What ``x`` depends on, shape (B, C).
         generator: Source of the noise.
-        weights: Weight of each entry, of mean 1 where all entries count, shape broadcastable to (B, H, D).
-        known: First steps of ``x`` that the sampler will inpaint, shape (B, K, D); give those steps weight 0.
+        weights: Weight of each entry, of mean 1, shape broadcastable to (B, H, D).
+        known: Steps before ``x`` that the sampler inpaints, shape (B, K, D); they are seen but not learnt.
 
     Returns:
         The loss, and metrics: ``denoising_error``, the unweighted squared error.
     """
-    sigma = preconditioning.training_sigmas(len(x), generator, x.device)
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    x_t = x + _broadcast(sigma) * noise
     inpaint = preconditioning.inpainting(known)
-    if inpaint is not None:
-        x_t = inpaint(x_t, sigma)
-    squared_error = (preconditioning.denoise(network, x_t, sigma, condition) - x) ** 2
+    whole = x if known is None else torch.cat([known, x], dim=1)
+    sigma = preconditioning.training_sigmas(len(x), generator, x.device)
+    noise = torch.randn(whole.shape, generator=generator, device=x.device, dtype=x.dtype)
+    x_t = whole + _broadcast(sigma) * noise
+    x_t = x_t if inpaint is None else inpaint(x_t, sigma)
+    estimate = preconditioning.denoise(network, x_t, sigma, condition)[:, -x.shape[1] :]
+    squared_error = (estimate - x) ** 2
     weighted = _broadcast(preconditioning.loss_weight(sigma)) * squared_error
-    if weights is not None:
-        weighted = weights * weighted
+    weighted = weighted if weights is None else weights * weighted
     return weighted.mean(), {"denoising_error": squared_error.mean().detach()}
 
 
