@@ -6,7 +6,7 @@ Everything is written in the variance-exploding form of Karras et al. 2022 (arXi
 ``x_t = x + sigma * n`` with ``n`` standard normal is noisy, and a denoiser ``D(x_t, sigma)`` estimates ``x``. A DDPM,
 which preserves the variance, is the same thing seen through ``x_t / sqrt(1 + sigma^2)``, so any sampler serves either.
 
-A `Preconditioning` (which levels are learnt, how the network's output becomes an estimate of ``x``) and a `Sampler` from
+A `Preconditioning` (which levels are learnt, how the network's output becomes an estimate of ``x``) and a `Sampler` of
 `dawm.diffusion.samplers` (how noise becomes ``x``) are chosen by class path. In short::
 
     loss, metrics = denoising_loss(preconditioning, network, x, condition)
