@@ -46,7 +46,7 @@ def make_policy(name: str, env: gym.Env) -> Policy:
 
 
 def pad(observations: NDArray) -> Tensor:
-    """Rows padded to a multiple of 16: a matrix product may round otherwise for another number of rows."""
+    """Rows padded to a multiple of 16: a matmul may round otherwise for another number of rows."""
     padded = np.zeros((-(-len(observations) // 16) * 16, observations.shape[1]), dtype=np.float32)
     padded[: len(observations)] = observations
     return torch.from_numpy(padded)
