@@ -62,7 +62,7 @@ def check_environment(
         limit = time_limit(env)
         if limit is not None and limit < longest_episode:
             warn_once(
-                f"--{named.key}: {named.name!r} ends episodes after {limit} steps, the data's go on to "
+                f"--{named.key}: {named.name!r} ends episodes after {limit} steps, the data have one of "
                 f"{longest_episode}; --{named.limit_key} {longest_episode} allows as many"
             )
         patience = max(PATIENCE, 2 * longest_episode)

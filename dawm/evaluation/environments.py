@@ -161,7 +161,7 @@ def time_limit(env: gym.Env) -> int | None:
 class GymnasiumEnvironments:
     """N environments of any kind with flat observations, which take their steps one after the other.
 
-    Gymnasium's own vector environments go on stepping finished episodes or start others in their place; here a finished
+    Gymnasium's own vector environments keep stepping finished episodes or start others in their place; here a finished
     environment is left alone until its reset.
 
     Args:

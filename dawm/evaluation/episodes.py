@@ -3,7 +3,7 @@
 Symbols: B observations acted on at once, E episodes, S seeds, O observation size, A action size.
 
 A return is the undiscounted sum of an episode's rewards. Each episode has a seed of its own, so the returns do not
-depend on how many environments run side by side or on how the episodes are shared out among processes.
+depend on how many environments run side by side or on how the episodes are divided among processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,9 +31,9 @@ __all__ = [
 
 Policy = Callable[[Tensor], Tensor]
 
-# A matrix product may round differently for another number of rows, and a simulation with contacts magnifies the last
-# bit into another episode. Rows are padded to a multiple of this, which keeps every row's result the same where layers
-# are as wide as DAWM's. (A product with a handful of columns and an odd inner size, 11 or 750 say, can still differ.)
+# A matmul may round differently for another number of rows, and a simulation with contacts magnifies the last bit into
+# another episode. Observations are padded to a multiple of this, which keeps the actions the same where layers are as
+# wide as DAWM's. (A matmul with a handful of columns and an odd inner size, 11 or 750 say, can still differ.)
 ROWS = 16
 
 
@@ -218,7 +218,7 @@ def bootstrap_interval(
 
     Args:
         values: Values, shape (E,), or of several seeds (S, E).
-        confidence: Share of the resampled means inside, in (0, 1).
+        confidence: Fraction of the resampled means inside, in (0, 1).
         resamples: Number of resampled means.
         seed: Seed of the resampling; a generator of its own leaves the global one alone.
     """
