@@ -235,7 +235,7 @@ def _svg(draw: Callable[[Any], None]) -> str:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4))  # fixed margins: a layout engine would double the time
-    draw(figure.subplots(gridspec_kw={"left": 0.15, "right": 0.97, "bottom": 0.14, "top": 0.92}))
+    draw(figure.subplots(gridspec_kw={"left": 0.15, "right": 0.95, "bottom": 0.14, "top": 0.92}))
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
