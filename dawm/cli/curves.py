@@ -15,8 +15,16 @@ __all__ = ["draw_curves", "imagined_figures", "learning_figures", "read_curve", 
 Curve = tuple[list[int], list[float]]  # updates, and the metric's value at each
 
 FATES = ("kept", "after_end", "out_of_range", "uncertain", "non_finite")  # of imagined steps
-COLORS = ("#4477aa", "#bbbbbb", "#ee6677", "#ccbb44", "#aa3377")  # told apart by the colour-blind too
-REQUIRED = {"kept", "rejected_share", "reward_drift", "termination_rate", "termination_drift"}
+COLORS = ("#bbbbbb", "#ee6677", "#ccbb44", "#aa3377")  # told apart by the colour-blind too
+DRIFTS = (
+    ("rejected_share", "max_rejected", "Fraction of the steps up to the imagined end that were rejected."),
+    ("mean_reward", "", "Mean reward of the imagined steps that were kept."),
+    ("reward_drift", "max_reward_drift", "Mean reward minus the data's, in standard deviations of the data's."),
+    ("termination_rate", "", "Terminations per step."),
+    ("termination_drift", "max_termination_drift", "Imagined terminations per step minus the data's."),
+)
+"""What a refill logs: metric, the callback's limit of it, description."""
+REQUIRED = {"kept", *(name for name, _, _ in DRIFTS)}
 POINTS = 500  # of a curve in the report; longer ones are averaged
 
 
@@ -123,24 +131,24 @@ def imagined_figures(curves: Mapping[str, Curve], limits: Mapping[str, float]) -
     logged = {name.removeprefix("synthetic/"): curve for name, curve in curves.items() if name.startswith("synthetic/")}
     if not logged.keys() >= REQUIRED:
         return {}
-    rejected, reward, rate = (logged[name] for name in ("rejected_share", "reward_drift", "termination_rate"))
-    drift = dict(zip(*logged["termination_drift"]))
-    data_rate = rate[0], [value - drift.get(step, math.nan) for step, value in zip(*rate)]
-    worst = [limits["max_rejected"]] if "max_rejected" in limits else []
-    furthest = [limits["max_reward_drift"], -limits["max_reward_drift"]] if "max_reward_drift" in limits else []
     last = max(curve[0][-1] for curve in curves.values())
-    return {
-        "Fate of all imagined steps at each refill.": _svg(_fates(logged, last)),
-        "Steps rejected, out of those up to the imagined end.": _svg(
-            _lines("rejected fraction", {"rejected": rejected}, held=True, limits=worst)
-        ),
-        "Mean imagined reward minus the data's, in standard deviations of the data's rewards.": _svg(
-            _lines("reward drift", {"drift": reward}, held=True, limits=furthest)
-        ),
-        "Terminations per step. The distance between the two is the termination drift.": _svg(
-            _lines("terminations per step", {"imagined": rate, "the data": data_rate}, held=True)
-        ),
+    fates = _fates(logged, last)
+    kept = fates.pop("kept")[1][-1]
+    figures = {
+        f"Imagined steps dropped at each refill, by reason. Kept at the last one: {100 * kept:.1f} %.": _stack(fates)
     }
+    drift = dict(zip(*logged["termination_drift"]))
+    steps, rate = logged["termination_rate"]
+    data_rate = steps, [value - drift.get(step, math.nan) for step, value in zip(steps, rate)]
+    for name, limit, caption in DRIFTS:
+        lines = {"imagined": _held(logged[name], last)}
+        if name == "termination_rate":
+            lines["the data"] = _held(data_rate, last)
+        beyond = [limits[limit], -limits[limit]] if limit in limits else []
+        figures[caption] = _lines(
+            name.replace("_", " "), lines, limits=beyond[:1] if name == "rejected_share" else beyond
+        )
+    return {caption: _svg(draw) for caption, draw in figures.items()}
 
 
 def _main_panels(results: Mapping[str, Any], logs: Mapping[str, Mapping[str, Curve]]) -> list[Callable[[Any], None]]:
@@ -167,14 +175,13 @@ def _lines(
     lines: Mapping[str, Curve],
     legend: bool = True,
     logarithmic: bool = False,
-    held: bool = False,
     limits: Sequence[float] = (),
 ) -> Callable[[Any], None]:
-    """A drawing of some metrics; ``held`` where a value holds until the next one."""
+    """A drawing of some metrics."""
 
     def draw(axis: Any) -> None:
         for label, (steps, values) in lines.items():
-            axis.plot(steps, values, marker=".", label=label, drawstyle="steps-post" if held else None)
+            axis.plot(steps, values, marker=".", label=label)
         for number, limit in enumerate(limits):
             axis.axhline(limit, color="#ee6677", linestyle="--", label="warning beyond" if number == 0 else None)
         if logarithmic:
@@ -199,26 +206,35 @@ def _score(metric: str, curves: Mapping[str, Curve], level: float) -> Callable[[
     return draw
 
 
-def _fates(logged: Mapping[str, Curve], last: int) -> Callable[[Any], None]:
-    """A drawing of the imagined steps by fate, each refill's fractions until the next or the last update."""
+def _stack(lines: Mapping[str, Curve]) -> Callable[[Any], None]:
+    """A drawing of the fractions dropped, on top of each other."""
 
     def draw(axis: Any) -> None:
-        steps = logged["kept"][0]
-        counts = {fate: dict(zip(*logged[fate])) for fate in FATES if fate in logged}
-        fractions = np.array([[curve.get(step, 0) for step in steps] for curve in counts.values()])
-        fractions = fractions / fractions.sum(axis=0)
-        axis.stackplot(
-            [*steps, max(last, steps[-1] + 1)],
-            np.column_stack([fractions, fractions[:, -1]]),
-            step="post",
-            colors=COLORS,
-            labels=[fate.replace("_", " ") for fate in counts],
-        )
-        axis.set(ylim=(0, 1))
+        steps = next(iter(lines.values()))[0]
+        axis.stackplot(steps, [values for _, values in lines.values()], labels=list(lines), colors=COLORS)
         axis.margins(x=0)
-        _finish(axis, "fate of imagined steps", True)
+        axis.set_ylim(bottom=0)
+        _finish(axis, "steps dropped", True)
 
     return draw
+
+
+def _fates(logged: Mapping[str, Curve], last: int) -> dict[str, Curve]:
+    """The fraction of all imagined steps that met each fate."""
+    steps = logged["kept"][0]
+    counts = {fate: dict(zip(*logged[fate])) for fate in FATES if fate in logged}
+    totals = {step: sum(count.get(step, 0.0) for count in counts.values()) for step in steps}
+    return {
+        fate.replace("_", " "): _held((steps, [count.get(step, 0.0) / totals[step] for step in steps]), last)
+        for fate, count in counts.items()
+    }
+
+
+def _held(curve: Curve, last: int) -> Curve:
+    """A curve whose every value holds until the next one, and its last until the end of training."""
+    steps, values = curve
+    corners = [s for step in steps[1:] for s in (step, step)]
+    return [steps[0], *corners, max(last, steps[-1] + 1)], [value for value in values for _ in range(2)]
 
 
 def _finish(axis: Any, title: str, legend: bool) -> None:
@@ -237,8 +253,8 @@ def _thinned(curve: Curve) -> Curve:
 def _svg(draw: Callable[[Any], None]) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    draw(figure.subplots())
+    figure = Figure(figsize=(5, 3.4))  # fixed margins: a layout engine would double the time
+    draw(figure.subplots(gridspec_kw={"left": 0.15, "right": 0.95, "bottom": 0.14, "top": 0.92}))
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

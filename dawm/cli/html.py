@@ -3,31 +3,35 @@
 import base64
 import datetime
 import html
+import math
 import os
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
 import yaml
 
 from dawm import __version__
-from dawm.cli.curves import Curve, imagined_figures, learning_figures, read_logs
+from dawm.cli.curves import DRIFTS, Curve, imagined_figures, learning_figures, read_logs
 from dawm.files import write_whole
 
 __all__ = ["write_report"]
 
 LIBRARIES = ("torch", "lightning", "gymnasium", "minari", "mujoco", "numpy")
 
+NOTHING_IMAGINED = "The agent's logs show none: it learnt from real data alone, or was trained in another run."
+
 STYLE = """
 :root { color-scheme: light; --ink: #1d2733; --soft: #5b6876; --line: #dde3e9; --blue: #2b5f8f; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #f5f7f9; color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 1rem 0 .25rem; }
+h1 { font-size: clamp(1.3rem, 5vw, 1.6rem); line-height: 1.25; margin: 1rem 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
 p { margin: .25rem 0 .75rem; } .soft { color: var(--soft); }
 section { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; margin: 1rem 0; }
@@ -39,12 +43,33 @@ figure { margin: 0; } img { display: block; width: 100%; max-width: 100%; height
 figcaption, .cards span { color: var(--soft); font-size: .875rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .375rem .75rem .375rem 0; border-top: 1px solid var(--line); }
-tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--soft); min-width: 8rem; }
-td { overflow-wrap: normal; min-width: 6rem; font-variant-numeric: tabular-nums; }
+tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--soft); }
+td, th { overflow-wrap: break-word; min-width: 4rem; } td { font-variant-numeric: tabular-nums; }
+.figures + .scroll, .scroll + .scroll { margin-top: 1rem; }
+@media (max-width: 30rem) { table { font-size: .875rem; } section { padding: .75rem; } }
 pre { overflow-x: auto; background: #f5f7f9; border-radius: .375rem; padding: .75rem; margin: .5rem 0;
   font-size: .85rem; }
 pre.wrap { white-space: pre-wrap; } summary { cursor: pointer; color: var(--blue); }
 """
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body>
+<main>
+<h1>$heading</h1>
+<p class="soft">$subtitle</p>
+$body
+</main>
+</body>
+</html>
+""")
 
 
 def write_report(
@@ -74,7 +99,7 @@ def write_report(
     if imagined:
         sections.append(_section("Imagined data", _figures(imagined), _refills(logs, limits)))
     else:
-        sections.append(_section("Imagined data", "<p>None: the agent learnt from real data alone.</p>"))
+        sections.append(_section("Imagined data", f"<p>{NOTHING_IMAGINED}</p>"))
     sections += [
         _section(
             "Repeat it",
@@ -87,16 +112,14 @@ def write_report(
         _section("Versions and hardware", _table(_versions()), f"<p>{html.escape(_hardware())}</p>"),
     ]
     when = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    write_whole(
-        output_dir / "report.html",
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{html.escape(title)}</h1>\n<p class="soft">Seed {results["seed"]}, written {when}</p>\n'
-        f"{_cards(results)}\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n",
+    page = PAGE.substitute(
+        title=html.escape(title),
+        heading=html.escape(title).replace("/", "/<wbr>"),
+        style=STYLE,
+        subtitle=f"Seed {results['seed']}, written {when}",
+        body="\n".join([_cards(results), *sections]),
     )
+    write_whole(output_dir / "report.html", page)
 
 
 def _section(title: str, *parts: str) -> str:
@@ -153,29 +176,28 @@ def _limits(settings: Mapping[str, Any]) -> dict[str, float]:
     limits = {}
     for callback in settings["stages"]["agent"]["callbacks"] or []:
         for key, value in (callback.get("init_args") or {}).items():
-            if key.startswith("max_") and isinstance(value, int | float):
+            if key.startswith("max_") and isinstance(value, int | float) and math.isfinite(value):
                 limits[key] = float(value)
     return limits
 
 
 def _refills(logs: Mapping[str, Curve], limits: Mapping[str, float]) -> str:
     """What the first and the last refill were like."""
-    warned = {
-        "rejected_share": "max_rejected",
-        "reward_drift": "max_reward_drift",
-        "termination_drift": "max_termination_drift",
-    }
+    limit_of = {name: limit for name, limit, _ in DRIFTS}
     rows = []
     for metric, (_, values) in logs.items():
         if metric.startswith("synthetic/"):
             name = metric.removeprefix("synthetic/")
-            limit = limits.get(warned.get(name, ""))
-            rows.append((name.replace("_", " "), f"{values[0]:.4g}", f"{values[-1]:.4g}", _limit(limit)))
-    return _table(rows, ("of one refill", "first", "last", "warning beyond"))
+            limit = limits.get(limit_of.get(name, ""))
+            rows.append((name.replace("_", " "), *map(_figure, (values[0], values[-1], limit))))
+    note = '<p class="soft">The first and the last refill; beyond its limit a figure gives a warning.</p>'
+    return _table(rows, ("metric", "first", "last", "limit")) + note
 
 
-def _limit(limit: float | None) -> str:
-    return "" if limit is None else f"{limit:g}"
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def _versions() -> list[tuple[str, str]]:
