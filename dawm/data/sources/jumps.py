@@ -28,7 +28,8 @@ def jumps(
     """
     count = len(last)
     with np.errstate(invalid="ignore"):
-        steps = np.abs(next_observations - observations)
+        steps = next_observations - observations
+    np.abs(steps, out=steps)
     sample = slice(None, None, max(1, count // _SAMPLE))
     usual = np.quantile(steps[sample], 0.95, axis=0)
     moving = usual > 1e-4 * observations[sample].std(axis=0)

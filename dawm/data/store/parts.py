@@ -43,8 +43,8 @@ class Parts:
             other = [key for key in wanted if begun.get(key) != wanted[key]]
             if other and not overwrite:
                 raise UserError(
-                    f"--output: got {output}, which was begun with {other[0]} {begun.get(other[0])}, expected "
-                    f"{wanted[other[0]]}; resume with that, choose another name, or start again with --overwrite true"
+                    f"--output: got {output}, begun with {other[0]} {begun.get(other[0])}, not {wanted[other[0]]}, "
+                    "expected the same settings; resume with those, choose another name, or --overwrite true"
                 )
             if other:
                 self.remove()
