@@ -22,7 +22,7 @@ from dawm.data.sources.scores import ReferenceScores
 from dawm.data.sources.source import Recording
 from dawm.data.store.minari_writer import in_episodes, write_dataset
 from dawm.data.store.staging import check_output, progress_bar
-from dawm.errors import UserError, first_line, require
+from dawm.errors import UserError, first_line
 
 __all__ = ["build_dataset", "import_file", "list_datasets", "show_dataset"]
 
@@ -127,9 +127,11 @@ def import_file(
     path = local_path(str(file))
     reference = _given_reference(reference_minimum, reference_maximum)
     check_output(output, overwrite)
-    require("file", str(file), path.is_file(), "a file", "check the path")
+    if not path.is_file():
+        raise UserError(f"file: got {file}, expected a file, but it does not exist; check the path")
     source = D4RLSource(path, str(file), env_id)
-    require("file", str(file), source.count > 0, "a complete step, but it has none", "record some")
+    if not source.count:
+        raise UserError(f"file: got {file}, expected a complete step, but it has none; record some")
     metadata: dict[str, Any] = {} if source.has_next_observations else {REPEATED: True}
     if reference := reference or source.reference:
         metadata |= {"ref_min_score": reference.minimum, "ref_max_score": reference.maximum, SOURCE: reference.source}

@@ -127,7 +127,7 @@ def train(trainer: L.Trainer, module: UpdateModule, data: TransitionDataModule) 
         module.fit_normalizers(real[rows])
         trainer.fit(module, data.transition_loader(UPDATES), data.validation_transition_loader())
     else:
-        module.fit_normalizers(real, episodes.returns())
+        module.fit_normalizers(real, episodes.episode_returns)
         trainer.fit(module, data.mixed_loader(UPDATES))
 
 
@@ -143,7 +143,7 @@ def test_every_stage_goes_through_or_says_why_not(make_trainer, case):
     # without next observations the last row of a truncated episode is lost
     kept = [n - (not end and not case.next_recorded) for n, end in zip(case.lengths, case.terminated)]
     if max(kept) < case.horizon:
-        with pytest.raises(UserError, match="^horizon: |is empty"), loaded(case, walk[:-1], walk[1:]):
+        with pytest.raises(UserError, match="^--data.horizon: |it is empty"), loaded(case, walk[:-1], walk[1:]):
             pass
         return
     with loaded(case, walk[:-1], walk[1:]) as data:
@@ -156,7 +156,7 @@ def test_every_stage_goes_through_or_says_why_not(make_trainer, case):
             if message:
                 segments = isinstance(module, DiffusionWorldModel)
                 assert segments or isinstance(module, InverseDynamics)
-                assert message.startswith("horizon: no segment" if segments else "data.dataset: ")
+                assert message.startswith("--data.horizon: got" if segments else "--data.dataset: got")
                 continue
             for key, value in module.state_dict().items():
                 # no validation is better than this one: it starts there
@@ -190,6 +190,6 @@ def test_no_segment_crosses_the_end_of_an_episode(case):
     assert (row == np.minimum(row[..., :1] + steps, end)).all()  # on to the end's observation, which then repeats
     valid = segments.valid.numpy().astype(bool)
     assert (valid == (row[..., :1] + steps[:-1] < end)).all()
-    assert (valid | terminated[which[..., :-1]]).all()  # nothing is made up behind a truncation
+    assert (valid | terminated[which[..., :-1]]).all()  # nothing is made up after a truncation
     at_end = terminated[which[..., :-1]] & (row[..., :1] + steps[:-1] >= end - 1)
     assert (segments.terminations.numpy().astype(bool) == at_end).all()
