@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 __all__ = ["StageProgress"]
 
 SECONDS = 30.0  # between two plain lines
+LOOK = 0.5  # seconds between two looks at the metrics, which cost a tenth of a millisecond; an evaluation takes longer
 
 
 class StageProgress(ProgressBar):
@@ -34,7 +35,7 @@ class StageProgress(ProgressBar):
         self._unit = unit
         self._enabled = not quiet
         self._start: tuple[float, int] | None = None  # time and updates done; None outside of training
-        self._last_line = 0.0
+        self._last_line = self._last_look = 0.0
         self._evaluated: dict[str, str] = {}
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -77,11 +78,13 @@ class StageProgress(ProgressBar):
             return
         if self._progress is not None:
             self._progress.update(self._task, completed=trainer.global_step, rate=_figure(self._rate(trainer)))
+        now = monotonic()
+        if now - self._last_look < LOOK:
+            return
+        self._last_look = now
         evaluated = _newest(trainer, "eval/")
-        if evaluated != self._evaluated:
+        if evaluated != self._evaluated or (self._progress is None and now - self._last_line >= SECONDS):
             self._evaluated = evaluated
-            self._show_metrics(trainer)
-        elif self._progress is None and monotonic() - self._last_line >= SECONDS:
             self._show_metrics(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
