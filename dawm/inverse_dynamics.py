@@ -153,5 +153,5 @@ class InverseDynamics(UpdateModule):
             self.best_errors.copy_(errors)
             self.best_network.load_state_dict(self.network.state_dict())
         self.log("inverse_dynamics/validation_error", errors.mean(), prog_bar=True)
-        self.log_dict({f"inverse_dynamics/validation_error/action_{d}": e for d, e in enumerate(errors)})
+        self.log_dict({f"inverse_dynamics/validation_action_error/action_{d}": e for d, e in enumerate(errors)})
         self.log("inverse_dynamics/best_validation_error", self.best_errors.mean())

@@ -17,7 +17,7 @@ from dawm.data.module import TransitionDataModule
 from dawm.data.sources.environments import describe_environment
 from dawm.errors import UserError
 from dawm.evaluation.checks import check_environment
-from dawm.training.build import import_class, parameters_of
+from dawm.training.build import build_logger, import_class, parameters_of
 from dawm.training.checkpoints import plain
 from dawm.training.experiment import Experiment
 from dawm.training.ranks import check_launcher, only_run_in
@@ -47,10 +47,14 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     data.setup()
     stages = list(settings.parts.stages.needed(data))
     environment = _checked_environment(data)
-    experiment = Experiment(data, settings.plain, output_dir, environment, console, settings.plain["quiet"])
+    with as_user_error("logger"):
+        loggers = [build_logger(description) for description in settings.plain["logger"]]
+    experiment = Experiment(data, settings.plain, output_dir, environment, loggers, console)
     _say_what_is_left_out(settings, console)
     for stage in stages:  # a mistake in the agent shows now, not when the world model is trained
         _check(stage, experiment)
+    for logger in loggers:
+        logger.log_hyperparams(settings.plain)
     trained: dict[str, L.LightningModule] = {}
     for stage in stages:
         with as_user_error(stage.name, only=ImportError):  # of a package that a callback or logger wants
@@ -65,7 +69,7 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     class_path = settings.plain["agent"]["class_path"]
     results = collect_results(data.episodes, class_path, evaluation, experiment.results, experiment.seed)
     write_files(output_dir, results, settings.plain, command)
-    log_summary(experiment.loggers, results)
+    log_summary(loggers, results)
     show_results(console, output_dir, results)
 
 

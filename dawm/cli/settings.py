@@ -113,7 +113,7 @@ def make_fit_parser() -> FitParser:
     parser.add_argument("--wait", type=bool, default=False, help="wait while another fit trains in output_dir")
     parser.add_argument("--quiet", type=bool, default=False, help="draw no progress")
     parser.add_argument(
-        "--logger", type=list[Logger], default=[], help="Lightning loggers by class path, besides CSV and TensorBoard"
+        "--logger", type=list[Logger], default=[], help="Lightning loggers, besides CSV and TensorBoard, for all stages"
     )
     parser.add_class_arguments(TransitionDataModule, "data")
     parser.link_arguments("seed_everything", "data.seed")

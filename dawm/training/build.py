@@ -14,11 +14,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import instantiate_module
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
+from lightning.pytorch.loggers import Logger
 
 from dawm.errors import UserError
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
 
-__all__ = ["SIZES", "build_module", "import_class", "load_module", "parameters_of"]
+__all__ = ["SIZES", "build_logger", "build_module", "import_class", "load_module", "parameters_of"]
 
 SIZES = ("observation_size", "action_size")
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -39,6 +40,15 @@ def build_module(description: Mapping[str, Any], observation_size: int, action_s
     arguments = {**(description.get("init_args") or {}), **{k: v for k, v in sizes.items() if k in taken}}
     with _given_hyperparameters_context({**arguments, "_class_path": class_path}, INSTANTIATOR):
         return instantiate_module(module_class, arguments)
+
+
+def build_logger(description: Mapping[str, Any]) -> Logger:
+    """Builds a Lightning logger.
+
+    Args:
+        description: ``class_path`` and ``init_args``, plain values.
+    """
+    return instantiate_module(import_class(description["class_path"], Logger), description.get("init_args") or {})
 
 
 def load_module(path: Path) -> L.LightningModule:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,8 @@ class Experiment:
         settings: All settings of the experiment as plain values.
         output_dir: Folder of the run.
         environment: What checkpoints say of the evaluation environment, plain values.
+        loggers: The run's loggers besides CSV and TensorBoard.
         console: Where to draw progress.
-        quiet: Draw none.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Experiment:
         settings: Mapping[str, Any],
         output_dir: Path,
         environment: Any,
+        loggers: Sequence[Logger],
         console: Console,
-        quiet: bool = False,
     ) -> None:
         self.data = data
         self.environment = environment
@@ -85,9 +85,8 @@ class Experiment:
         self.output_dir = output_dir.resolve()
         self.seed: int = settings["seed_everything"]
         self.console = console
-        self.quiet = quiet
         self.results: dict[str, StageResult] = {}
-        self.loggers: list[Logger] = []  # of the last stage that was trained
+        self.loggers = loggers
         self.rank = 0
         self._keys: dict[str, str] = {}
 
@@ -161,11 +160,13 @@ class Experiment:
     def _train(self, stage: Stage, module: L.LightningModule, folder: Path) -> StageResult:
         last = folder / "last.ckpt"
         save = SaveCheckpoint(last, stage.checkpoint_every_n_steps, self._origin(stage), stage.keep_every_n_steps)
-        trainer = make_trainer(stage, module, folder, save, self.settings, self.console, self.quiet)
+        trainer = make_trainer(stage, module, folder, save, self.settings, self.loggers, self.console)
         end_with_first_rank(trainer)
-        self.rank, self.loggers = trainer.global_rank, trainer.loggers
-        for logger in trainer.loggers:
-            logger.log_hyperparams(dict(self.settings))
+        self.rank = trainer.global_rank
+        # the run's own loggers have all settings already, and some refuse a module's under the same names again
+        module._log_hyperparams = False
+        for logger in trainer.loggers[:2]:
+            logger.log_hyperparams(self.settings[stage.name])
         resume = self._resume_from(stage, last) or self._extend(stage, module, last)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)

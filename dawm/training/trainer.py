@@ -1,12 +1,11 @@
 """The Trainer of one stage."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.cli import instantiate_module
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -30,8 +29,8 @@ def make_trainer(
     folder: Path,
     save: SaveCheckpoint,
     settings: Mapping[str, Any],
+    loggers: Iterable[Logger],
     console: Console,
-    quiet: bool = False,
 ) -> L.Trainer:
     """A Trainer that counts, logs, validates and saves by updates.
 
@@ -41,11 +40,12 @@ def make_trainer(
         folder: Where it logs.
         save: Saves its checkpoints.
         settings: All settings of the experiment.
+        loggers: The run's loggers besides CSV and TensorBoard.
         console: Where to draw progress.
-        quiet: Draw none.
     """
     chunk: int = settings["data"]["updates_per_step"]
-    callbacks = [*stage.callbacks, StageProgress(stage.name.replace("_", " "), console, quiet), save]
+    unit = "updates" if isinstance(module, UpdateModule) else "training steps"
+    callbacks = [*stage.callbacks, StageProgress(stage.name.replace("_", " "), console, settings["quiet"], unit), save]
     if not isinstance(module, UpdateModule):
         callbacks.insert(0, CountTrainingSteps())
     if stage.patience is not None:
@@ -60,8 +60,7 @@ def make_trainer(
             max_steps=stage.max_steps,
             max_epochs=-1,
             callbacks=callbacks,
-            logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard"),
-                    *(_logger(description, stage.name) for description in settings["logger"])],
+            logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard"), *loggers],
             default_root_dir=folder,
             plugins=[AtomicCheckpointIO()],
             log_every_n_steps=max(1, stage.log_every_n_steps // chunk),
@@ -77,19 +76,6 @@ def make_trainer(
             f"--trainer: got settings that Lightning refuses ({str(error) or type(error).__name__}), expected those of "
             "its Trainer; change --trainer.*"
         ) from None
-
-
-def _logger(description: Mapping[str, Any], stage: str) -> Logger:
-    """A user's logger for one stage, which has a name of its own there where the logger takes one."""
-    from dawm.training.build import import_class, parameters_of  # here: build imports checkpoints, which many import
-
-    logger_class = import_class(description["class_path"], Logger)
-    arguments = dict(description.get("init_args") or {})
-    for key in ("name", "run_name"):
-        if key in parameters_of(logger_class) and key in arguments:
-            arguments[key] = f"{arguments[key]}-{stage}" if arguments[key] else stage
-            break
-    return instantiate_module(logger_class, arguments)
 
 
 class CountTrainingSteps(L.Callback):
