@@ -171,6 +171,11 @@ def as_user_error(setting: str, only: type[Exception] = Exception) -> Iterator[N
     except (UserError, OSError):
         raise
     except only as error:
+        cause: BaseException | None = error
+        while cause is not None:  # a class may have said itself what is wrong with its arguments
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = one_line(str(error).partition("\nException raised from")[0])[:150]
         raise UserError(

@@ -113,7 +113,10 @@ def make_fit_parser() -> FitParser:
     parser.add_argument("--wait", type=bool, default=False, help="wait while another fit trains in output_dir")
     parser.add_argument("--quiet", type=bool, default=False, help="draw no progress")
     parser.add_argument(
-        "--logger", type=list[Logger], default=[], help="Lightning loggers, besides CSV and TensorBoard, for all stages"
+        "--logger",
+        type=Logger | list[Logger],
+        default=[],
+        help="Lightning loggers, besides CSV and TensorBoard, for all stages",
     )
     parser.add_class_arguments(TransitionDataModule, "data")
     parser.link_arguments("seed_everything", "data.seed")
@@ -157,6 +160,8 @@ def parse_fit(args: Sequence[str]) -> Settings:
     expected = f"{config.data.horizon}, the data's"
     require("world_model.horizon", horizon, horizon == config.data.horizon, expected, "set both by --horizon")
     plain = yaml.safe_load(parser.dump(config, skip_validation=True, skip_unset=False))
+    if isinstance(plain["logger"], dict):
+        plain["logger"] = [plain["logger"]]
     rest = config.clone()
     for name in (*MODULES, "logger"):
         rest.pop(name)
