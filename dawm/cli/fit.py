@@ -116,7 +116,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     # validation metrics are the same on all ranks: torchmetrics has put them together
     warnings.filterwarnings("ignore", ".*recommended to use `self.log.*sync_dist=True.*")
-    warnings.showwarning = lambda message, *args, **kwargs: Console(stderr=True, soft_wrap=True).print(  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *args, **kwargs: Console(stderr=True, soft_wrap=True).print(
         f"warning: {message}", style="yellow", markup=False, highlight=False
     )
     # the data are in memory: worker processes would only slow the drawing down
