@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from dawm.callbacks.every_n_updates import EveryNUpdates
-from dawm.errors import UserError, require
+from dawm.errors import require
 from dawm.evaluation.episodes import Evaluation, Policy, run_episodes, summarize
 
 __all__ = ["EvaluateInEnvironment"]
@@ -46,19 +46,15 @@ class EvaluateInEnvironment(EveryNUpdates):
         super().__init__(every_n_steps)
         require(f"{self.key}.episodes", episodes, episodes >= 1, "at least 1")
         require(f"{self.key}.num_envs", num_envs, num_envs >= 1, "at least 1")
-        self.episodes = episodes
-        self.seed = seed
-        self.num_envs = num_envs
-        self.env_id = env_id
+        self.episodes, self.seed, self.num_envs, self.env_id = episodes, seed, num_envs, env_id
         self.history: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks the settings, so that a mistake shows before the first update and not at the first evaluation."""
         super().on_train_start(trainer, pl_module)
-        if self.env_id is None and trainer.datamodule.env_spec is None:  # type: ignore[attr-defined]
-            raise UserError(
-                "--data.env_id: got nothing, expected an environment to evaluate in, as the data set names none; set it"
-            )
+        environment = self.env_id or trainer.datamodule.env_spec  # type: ignore[attr-defined]
+        expected = "an environment to evaluate in, as the data set names none"
+        require("data.env_id", environment, environment is not None, expected, "name one")
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The evaluation that is due."""

@@ -70,13 +70,10 @@ class RegenerateRollouts(EveryNUpdates):
         require(f"{self.key}.max_rejected", max_rejected, 0 <= max_rejected <= 1, "from 0 to 1")
         for name, value in {"margin": margin, **drifts}.items():
             require(f"{self.key}.{name}", value, value >= 0, "at least 0")
-        self.rollouts = rollouts
+        self.rollouts, self.seed = rollouts, seed
         self.target_return = LiftedReturn() if target_return is None else target_return
-        self.guidance = guidance
-        self.margin = margin
-        self.max_disagreement = max_disagreement
+        self.guidance, self.margin, self.max_disagreement = guidance, margin, max_disagreement
         self.limits = {"max_rejected": max_rejected, **drifts}
-        self.seed = seed
         self._models: tuple[DiffusionWorldModel, InverseDynamics] | None = None
 
     def connect(self, world_model: DiffusionWorldModel, inverse_dynamics: InverseDynamics) -> None:

@@ -17,7 +17,7 @@ Curve = tuple[list[int], list[float]]  # updates, and the metric's value at each
 FATES = ("kept", "after_end", "out_of_range", "uncertain", "non_finite")  # of imagined steps
 COLORS = ("#bbbbbb", "#ee6677", "#ccbb44", "#aa3377")  # told apart by the colour-blind too
 DRIFTS = (
-    ("rejected_share", "max_rejected", "Fraction of the steps up to the imagined end that were rejected."),
+    ("rejected_fraction", "max_rejected", "Fraction of the steps up to the imagined end that were rejected."),
     ("mean_reward", "", "Mean reward of the imagined steps that were kept."),
     ("reward_drift", "max_reward_drift", "Mean reward minus the data's, in standard deviations of the data's."),
     ("termination_rate", "", "Terminations per step."),
@@ -146,7 +146,7 @@ def imagined_figures(curves: Mapping[str, Curve], limits: Mapping[str, float]) -
             lines["the data"] = _held(data_rate, last)
         beyond = [limits[limit], -limits[limit]] if limit in limits else []
         figures[caption] = _lines(
-            name.replace("_", " "), lines, limits=beyond[:1] if name == "rejected_share" else beyond
+            name.replace("_", " "), lines, limits=beyond[:1] if name == "rejected_fraction" else beyond
         )
     return {caption: _svg(draw) for caption, draw in figures.items()}
 

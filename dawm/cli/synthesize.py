@@ -1,7 +1,7 @@
 """Write imagined transitions as a Minari data set: what ``python -m dawm synthesize`` does.
 
-Rollouts are imagined in chunks, and each goes straight to the disk, so memory holds one chunk whatever the size of the
-data set. An interrupted command leaves nothing behind.
+Rollouts are imagined in chunks that go straight to the disk, so memory holds one whatever the size of the data set. An
+interrupted command leaves nothing behind.
 
 Symbols: B rollouts of a chunk, H horizon, E episodes kept, N steps kept, O observation size, A action size.
 """
@@ -21,7 +21,6 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.text import Text
 
 from dawm import __version__
 from dawm.callbacks import RegenerateRollouts
@@ -88,8 +87,8 @@ def synthesize_dataset(
     episodes = data.episodes
     others = [part.strip() for part in episodes.name.split("+")]
     require("output", output, output not in others, "another name than that of the data set the run learnt from")
-    options = {"target_return": target_return, "guidance": guidance, "margin": margin}
-    options["max_disagreement"] = max_disagreement
+    given = (target_return, guidance, margin, max_disagreement)
+    options = dict(zip(("target_return", "guidance", "margin", "max_disagreement"), given))
     for key, value in options.items():
         if value is not None:
             setattr(callback, key, value)
@@ -137,7 +136,7 @@ def synthesize_dataset(
             overwrite=overwrite,
             report=lambda done: bar.update(bar.task_ids[0], completed=done),
         )
-    console.print(Text(f"{output}: {count:,} episodes, {steps:,} transitions in {dataset_folder(output)}"))
+    console.print(f"{output}: {count:,} episodes, {steps:,} transitions in {dataset_folder(output)}", markup=False)
     console.print(f"imagined steps: {list_fates(counts)}", highlight=False)
 
 

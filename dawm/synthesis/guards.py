@@ -130,9 +130,7 @@ class Watch:
     """
 
     def __init__(self, data: DataStatistics, limits: Mapping[str, float], key: str) -> None:
-        self.data = data
-        self.limits = dict(limits)
-        self.key = key
+        self.data, self.limits, self.key = data, dict(limits), key
 
     def measure(self, transitions: Transitions, counts: Counter[str]) -> dict[str, float]:
         """What the imagined transitions are like; warns if need be.

@@ -106,18 +106,12 @@ class Synthesizer:
         real, returns = data.episodes.transitions, data.returns_to_go
         starts = torch.randint(len(real), (count,), generator=torch.Generator().manual_seed(seed))
         targets = self.target_return(returns[starts], returns[data.episodes.sample_rows()])
-        generator = torch.Generator(device).manual_seed(seed)
-        return self.imagine(
-            real.observations[starts].to(device), real.actions[starts].to(device), targets.to(device), generator
-        )
+        start = real.observations[starts].to(device), real.actions[starts].to(device), targets.to(device)
+        return self.imagine(*start, torch.Generator(device).manual_seed(seed))
 
     @torch.no_grad()
     def imagine(
-        self,
-        observations: Tensor,
-        actions: Tensor,
-        returns_to_go: Tensor,
-        generator: torch.Generator | None = None,
+        self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None = None
     ) -> Rollouts:
         """One rollout from each start.
 
@@ -152,9 +146,7 @@ class Synthesizer:
         self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
         """Observations, actions, rewards, terminations and disagreements of one chunk, as they were imagined."""
-        imagined = self.world_model.imagine(
-            observations, actions, returns_to_go, guidance=self.guidance, generator=generator
-        )
+        imagined = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator)
         before, after = imagined.observations[:, :-1], imagined.observations[:, 1:]
         inferred = self.inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
         inferred_actions, disagreement = (part.unflatten(0, before.shape[:2]) for part in inferred)

@@ -17,7 +17,7 @@ from dawm.cli.report import log_summary, read_results, write_files
 
 REFILLS = {
     "kept": (70, 75), "after_end": (20, 15), "out_of_range": (10, 5), "uncertain": (0, 5), "non_finite": (0, 0),
-    "rejected_share": (0.125, 0.1), "mean_reward": (1.5, 1.625), "reward_drift": (0.25, 0.375),
+    "rejected_fraction": (0.125, 0.1), "mean_reward": (1.5, 1.625), "reward_drift": (0.25, 0.375),
     "termination_rate": (0.02, 0.01), "termination_drift": (0.015, 0.005),
 }  # fmt: skip
 SETTINGS = {
