@@ -214,6 +214,14 @@ def test_episodes_longer_than_the_time_limit(tmp_path, console):
     )
 
 
+def test_a_file_without_rows(dataset, console):
+    edit(dataset, **{key: rows_of(dataset, key)[:0] for key in ("observations", "next_observations", "actions")})
+    edit(dataset, **{key: rows_of(dataset, key)[:0] for key in ("rewards", "terminals", "timeouts")})
+    assert lines_of(console, dataset) == ["steps: there are none"]
+    show_dataset(console, dataset)
+    assert "returns" in console.export_text()
+
+
 def test_sound_data_have_no_defects(dataset, console):
     actions = np.random.default_rng(0).uniform(-1, 1, (26, 1))
     edit(dataset, actions=actions)
