@@ -42,7 +42,7 @@ def datasets_path(tmp_path, monkeypatch):
 
 
 def episode(first, length, terminated):
-    """Every number tells its row: the observation at t is (t, -t), the reward t, the action follows from t."""
+    """Every number names its row: the observation at t is (t, -t), the reward t, the action follows from t."""
     rows = np.arange(first, first + length + 1, dtype=np.float64)
     return EpisodeBuffer(
         observations=list(np.stack([rows, -rows], axis=1)),

@@ -235,8 +235,8 @@ def _read_hdf5(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], coun
             steps = h5py.h5d.open(file.id, group + b"rewards").shape[0]
             for start in range(0, max(steps, 1), BLOCK):
                 # up to the end of each column, so that one of another length is noticed
-                stop, behind = (start + BLOCK, start + BLOCK + 1) if start + BLOCK < steps else (None, None)
-                leaves = [read(group + key, start, behind) for key in keys]
+                stop, after = (start + BLOCK, start + BLOCK + 1) if start + BLOCK < steps else (None, None)
+                leaves = [read(group + key, start, after) for key in keys]
                 actions, rewards = read(group + b"actions", start, stop), read(group + b"rewards", start, stop)
                 terminations = read(group + b"terminations", start, stop, None)
                 yield leaves, actions, rewards, terminations, stop is None

@@ -66,7 +66,7 @@ def staged(dataset_id: str, overwrite: bool = False) -> Iterator[Path]:
         overwrite: Whether to replace a data set of that id, at the very end.
 
     Yields:
-        The folder that stands for Minari's own.
+        The folder to use in place of Minari's own.
     """
     root = dataset_folder()
     with lock(root) as locked:
@@ -99,7 +99,7 @@ def datasets_path(folder: Path) -> Iterator[None]:
 def lock(root: Path, patience: float = _PATIENCE) -> Iterator[bool]:
     """Let one process at a time build in a folder; yields whether the lock was obtained.
 
-    The folder itself is locked, so that no lock file stays behind, and the kernel frees the lock when a process is
+    The folder itself is locked, so that no lock file is left, and the kernel frees the lock when a process is
     killed. Where such locks do not exist (Windows, some network drives), nothing is locked: the rename decides.
 
     Args:
