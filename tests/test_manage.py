@@ -139,7 +139,7 @@ def test_mistakes_when_importing(dataset, console, root):
 
     assert "write it as namespace/name-v0" in message("rows")
     assert "write it as namespace/name-v0" in message("../rows-v0")
-    assert "choose another namespace" in message("embedded/rows-v0")
+    assert "expected another namespace" in message("embedded/rows-v0")
     assert "does not exist" in message("mine/rows-v0", file="absent.hdf5")
     assert "give both" in message("mine/rows-v0", reference_minimum=1.0)
     edit(dataset, observations=np.zeros((1, 2)), next_observations=None)
