@@ -139,7 +139,7 @@ def test_mistakes_when_importing(dataset, console, root):
 
     assert "write it as namespace/name-v0" in message("rows")
     assert "write it as namespace/name-v0" in message("../rows-v0")
-    assert "choose another namespace" in message("embedded/rows-v0")
+    assert "expected another namespace" in message("embedded/rows-v0")
     assert "does not exist" in message("mine/rows-v0", file="absent.hdf5")
     assert "give both" in message("mine/rows-v0", reference_minimum=1.0)
     edit(dataset, observations=np.zeros((1, 2)), next_observations=None)
@@ -212,6 +212,14 @@ def test_episodes_longer_than_the_time_limit(tmp_path, console):
     assert lines_of(console, str(path))[-1] == (
         "episodes: 1 longer than the 1000 steps of Hopper-v5, the first in row 0, of 1005 steps"
     )
+
+
+def test_a_file_without_rows(dataset, console):
+    edit(dataset, **{key: rows_of(dataset, key)[:0] for key in ("observations", "next_observations", "actions")})
+    edit(dataset, **{key: rows_of(dataset, key)[:0] for key in ("rewards", "terminals", "timeouts")})
+    assert lines_of(console, dataset) == ["steps: there are none"]
+    show_dataset(console, dataset)
+    assert "returns" in console.export_text()
 
 
 def test_sound_data_have_no_defects(dataset, console):

@@ -35,7 +35,7 @@ def check_dataset(console: Console, dataset: str) -> int:
     recordings = read_recordings(dataset)
     count = 0
     for recording in recordings:
-        name = f"{recording.name}: " if len(recordings) > 1 else ""
+        name = f"{recording.source.name}: " if len(recordings) > 1 else ""
         for defect in find_defects(recording):
             console.print(Text(name + defect), soft_wrap=True)
             count += 1
@@ -46,18 +46,18 @@ def check_dataset(console: Console, dataset: str) -> int:
 
 def find_defects(recording: Recording) -> Iterator[str]:
     """Every defect of a recording, one line each."""
-    yield from recording.defects
+    yield from recording.source.defects
     if not len(recording.rewards):
         yield "steps: there are none"
         return
     yield from _not_finite(recording)
-    yield from _outside("observations", recording.observations, recording.observation_space)
-    yield from _outside("actions", recording.actions, recording.action_space)
+    yield from _outside("observations", recording.observations, recording.source.observation_space)
+    yield from _outside("actions", recording.actions, recording.source.action_space)
     yield from _jumps(recording)
     yield from _constant(recording)
     yield from _too_long(recording)
     yield from _repeated(recording)
-    reference = recording.reference
+    reference = recording.source.reference
     if reference is not None and not reference.minimum < reference.maximum:
         yield f"reference scores: the minimum {reference.minimum:g} is not below the maximum {reference.maximum:g}"
 
@@ -76,8 +76,7 @@ def _not_finite(recording: Recording) -> Iterator[str]:
         if key == "next_observations" and bad.any():
             # Those that were observed in the next row are reported already.
             bad[:-1] &= ~(~np.isfinite(recording.observations[1:]) & _inside(recording)[:, None])
-            if recording.next_observed is not None:
-                bad[~recording.next_observed] = False
+            bad[~recording.next_observed] = False
         for column in np.flatnonzero(bad.any(axis=0)):
             where = f"{key}[{column}]" if values.ndim > 1 else key
             rows = np.flatnonzero(bad[:, column])
@@ -119,13 +118,13 @@ def _constant(recording: Recording) -> Iterator[str]:
 
 
 def _too_long(recording: Recording) -> Iterator[str]:
-    limit = None if recording.env_spec is None else recording.env_spec.max_episode_steps
+    limit = None if recording.source.env_spec is None else recording.source.env_spec.max_episode_steps
     lengths = np.diff(recording.ends, prepend=0)
-    if recording.env_spec is None or limit is None or lengths.max() <= limit:
+    if recording.source.env_spec is None or limit is None or lengths.max() <= limit:
         return
     first = int((lengths > limit).argmax())
     yield (
-        f"episodes: {int((lengths > limit).sum())} longer than the {limit} steps of {recording.env_spec.id}, "
+        f"episodes: {int((lengths > limit).sum())} longer than the {limit} steps of {recording.source.env_spec.id}, "
         f"the first in row {recording.starts[first]}, of {lengths[first]} steps"
     )
 

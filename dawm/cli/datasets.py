@@ -83,7 +83,7 @@ def show_dataset(console: Console, dataset: str) -> None:
     """
     recordings = read_recordings(dataset)
     for recording in recordings:
-        console.print(Text(recording.name, style="bold"))
+        console.print(Text(recording.source.name, style="bold"))
         console.print(_facts(recording))
         console.print(_histogram(recording.returns()))
     if len(recordings) > 1:
@@ -179,19 +179,18 @@ def _facts(recording: Recording) -> Table:
     row("episodes", f"{len(lengths):,}")
     row("steps", f"{len(recording.rewards):,}")
     row("returns", _range(returns))
-    row("score", _score(returns, recording.reference))
+    row("score", _score(returns, recording.source.reference))
     row("episode lengths", _range(lengths))
     if len(lengths):
         rate = recording.terminations[recording.ends - 1].mean()
         row("terminated", f"{rate:.1%} of the episodes; the others are truncated")
-    row("environment", "not known" if recording.env_spec is None else recording.env_spec.id)
-    row("observations", " ".join(str(recording.observation_space).split()))
-    row("actions", " ".join(str(recording.action_space).split()))
+    row("environment", "not known" if recording.source.env_spec is None else recording.source.env_spec.id)
+    row("observations", " ".join(str(recording.source.observation_space).split()))
+    row("actions", " ".join(str(recording.source.action_space).split()))
     columns = ("observations", "actions", "rewards", "next_observations")
     bad = {key: int((~np.isfinite(getattr(recording, key))).sum()) for key in columns}
     row("NaN or infinite", ", ".join(f"{count:,} in {key}" for key, count in bad.items() if count) or "none")
-    if recording.path is not None:
-        row("on disk", f"{_megabytes(recording.path)}, {recording.path}")
+    row("on disk", f"{_megabytes(recording.source.path)}, {recording.source.path}")
     return table
 
 

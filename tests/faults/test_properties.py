@@ -167,7 +167,7 @@ def test_every_stage_goes_through_or_says_why_not(make_trainer, case):
 @given(case=cases())
 @pytest.mark.filterwarnings("ignore")
 def test_no_segment_crosses_the_end_of_an_episode(case):
-    """The observations name row and episode; float32 tells them apart up to 2^24 rows."""
+    """The observations name row and episode; float32 keeps them apart up to 2^24 rows."""
     case = case._replace(next_recorded=True)
     rows = np.arange(sum(case.lengths), dtype=case.kind)
     episode = np.repeat(np.arange(len(case.lengths), dtype=case.kind), case.lengths)
