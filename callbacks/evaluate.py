@@ -65,12 +65,7 @@ class EvaluateInEnvironment(EveryNUpdates):
         self.log_evaluation(trainer, pl_module, self.evaluate(trainer, pl_module))
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Evaluation:
-        """Runs the episodes, this rank its part of them.
-
-        Args:
-            trainer: The trainer, whose data module names the environment and the reference scores.
-            pl_module: The agent.
-        """
+        """Runs the episodes, this rank its part; the data module names the environment and the reference scores."""
         data, seeds = trainer.datamodule, getattr(pl_module, "seeds", 1)  # type: ignore[attr-defined]
         part = torch.arange(self.episodes).tensor_split(trainer.world_size)[trainer.global_rank]
         returns = torch.zeros((seeds, self.episodes) if seeds > 1 else self.episodes, dtype=torch.float64)
@@ -96,13 +91,7 @@ class EvaluateInEnvironment(EveryNUpdates):
         return summarize(returns.numpy(), None if data.reference is None else data.reference.normalize)
 
     def log_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule, evaluation: Evaluation) -> None:
-        """Adds an evaluation to the history, the loggers and the progress bar.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The agent.
-            evaluation: The result.
-        """
+        """Adds an evaluation to the history, the loggers and the progress bar."""
         found = {name: getattr(evaluation, name) for name in ("score", "score_low", "score_high")}
         scores = {name: value for name, value in found.items() if value is not None}
         step, mean = trainer.global_step, evaluation.mean_return

@@ -20,17 +20,11 @@ __all__ = ["Absolute", "Codec", "Differences", "Imagined", "InpaintedAbsolute"]
 
 
 class Imagined(NamedTuple):
-    """Imagined futures.
+    """Imagined futures."""
 
-    Args:
-        observations: ``s_t`` (as given) and ``s_{t+1} .. s_{t+H}``, shape (B, H + 1, O).
-        rewards: ``r_t .. r_{t+H-1}``, shape (B, H).
-        terminations: How far the task is believed to have ended at each step, around 0 or 1, shape (B, H).
-    """
-
-    observations: Tensor
-    rewards: Tensor
-    terminations: Tensor
+    observations: Tensor  # s_t (as given) and s_{t+1} .. s_{t+H}, shape (B, H + 1, O)
+    rewards: Tensor  # r_t .. r_{t+H-1}, shape (B, H)
+    terminations: Tensor  # how far the task is believed to have ended at each step, around 0 or 1, shape (B, H)
 
 
 class Codec(nn.Module, ABC):
