@@ -59,8 +59,8 @@ def evaluate(
 ) -> Evaluation:
     """Runs E episodes with the seeds ``seed, seed + 1, ...`` and summarises their returns.
 
-    ``normalize`` turns a return into a score, such as ``ReferenceScores.normalize``; ``seeds`` is the number S of agents
-    trained side by side, each of which plays all episodes. The other settings are those of `run_episodes`.
+    ``normalize`` turns a return into a score, such as ``ReferenceScores.normalize``; ``seeds`` is the number S of
+    agents trained side by side, each of which plays all episodes. The other settings are those of `run_episodes`.
     """
     played = range(seed, seed + episodes)
     limits = action_space, max_episode_steps, env_id_key
@@ -114,19 +114,14 @@ def run_episodes(
         if made:
             envs = GymnasiumEnvironments(made, env_id_key)
             units = recorded_box(action_space, envs.env, envs.named)
-            _play(act, envs, units, seeds, returns, device)
+            _play(lambda observations: act(observations.to(device)), envs, units, seeds, returns)
     return returns if agents > 1 else returns[0]
 
 
 def _play(
-    act: Policy,
-    envs: GymnasiumEnvironments,
-    units: gym.spaces.Box,
-    seeds: Sequence[int],
-    returns: NDArray,
-    device: Device,
+    act: Policy, envs: GymnasiumEnvironments, units: gym.spaces.Box, seeds: Sequence[int], returns: NDArray
 ) -> None:
-    """Plays the episodes of all agents, whose environments follow one another, and adds up the returns, shape (S, E)."""
+    """Adds up the returns, shape (S, E), of all episodes of all agents, whose environments follow one another."""
     agents, slots, allowed = len(returns), len(envs.envs), envs.env.action_space
     assert isinstance(allowed, gym.spaces.Box)
     count = slots // agents
@@ -148,7 +143,7 @@ def _play(
         padded[:, :count] = torch.from_numpy(envs.observations).view(agents, count, -1)
         observations = padded.clone() if agents > 1 else padded[0].clone()
         with torch.no_grad():
-            answer = act(observations.to(device))
+            answer = act(observations)
         got, expected = tuple(answer.shape), (*observations.shape[:-1], *allowed.shape)
         if got != expected:
             raise UserError(f"--agent: got actions of shape {got} from act, expected {expected}; mend its act")
