@@ -115,8 +115,6 @@ class DiffusionWorldModel(UpdateModule):
         """A fixed sample of held-out segments."""
         return data.validation_segment_loader(rank, world_size)
 
-    # Training
-
     def update(self, batch: Segments) -> dict[str, Tensor]:
         """One step on the denoising loss, and one of the regression baseline, on segments (B, H, ...)."""
         start, x = batch.observations[:, 0], self.codec.encode(batch)
@@ -140,8 +138,6 @@ class DiffusionWorldModel(UpdateModule):
         total = self.trainer.max_steps
         rate = self.learning_rate * warmup * (0.5 * (1 + math.cos(math.pi * index / total)) if total > 0 else 1.0)
         return [rate] * len(self.parameter_groups())
-
-    # Imagining
 
     @torch.no_grad()
     def imagine(
@@ -175,8 +171,6 @@ class DiffusionWorldModel(UpdateModule):
         inpaint = self.preconditioning.inpainting(self.codec.known(observations))
         x = self.sampler.sample(denoise, sigmas, noise, generator, inpaint)
         return self.codec.decode(observations, x[:, -self.horizon :])
-
-    # Validation
 
     def validation_step(self, batch: Segments, batch_idx: int) -> None:
         """Squared errors per step of imagined futures against the recorded ones.

@@ -29,7 +29,7 @@ LOG_STD_RANGE = (-20.0, 2.0)
 class IQL(OfflineAgent):
     """Implicit Q-learning with a Gaussian policy whose standard deviation is the same at every observation.
 
-    Those that `OfflineAgent` takes are explained there.
+    `OfflineAgent` explains the settings that every agent takes.
 
     Args:
         hidden: Widths of the hidden layers of actor, value network and each critic.
@@ -87,13 +87,6 @@ class IQL(OfflineAgent):
         values = [*self.value.parameters(), *self.critics.parameters()]
         self.optimizer = Adam([{"params": policy}, {"params": values}], lr=learning_rate, fused=True)
 
-    # Losses
-
-    def value_loss(self, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The expectile regression of V on the target critics, from ``Q'(s, a) - V(s)``, shape (..., B)."""
-        loss = expectile_loss(advantages, self.expectile)
-        return loss, {"value_loss": loss.detach(), "advantage": advantages.detach().mean()}
-
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         """Both critics' squared TD error against one target, on prepared transitions."""
         with torch.no_grad():
@@ -119,12 +112,11 @@ class IQL(OfflineAgent):
         with torch.no_grad():
             target_values = self.target_critics(torch.cat([batch.observations, batch.actions], dim=-1))
         advantages = target_values.squeeze(-1).amin(dim=-2) - self.value(batch.observations).squeeze(-1)
-        value_loss, value_metrics = self.value_loss(advantages)
+        value_loss = expectile_loss(advantages, self.expectile)  # the expectile regression of V on the target critics
+        value_metrics = {"value_loss": value_loss.detach(), "advantage": advantages.detach().mean()}
         critic_loss, critic_metrics = self.critic_loss(batch)
         actor_loss, actor_metrics = self.actor_loss(batch, advantages)
         return value_loss + critic_loss + actor_loss, value_metrics | critic_metrics | actor_metrics
-
-    # Update
 
     def update(self, batch: Transitions) -> dict[str, Tensor]:
         """One update of value network, critics, actor and targets."""

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from dawm.agents import losses
 from dawm.agents.base import OfflineAgent
-from dawm.agents.losses import (
-    behaviour_cloning_loss,
-    critic_loss,
-    policy_improvement_weight,
-    smoothed_actions,
-    td_target,
-)
 from dawm.data.transitions import Transitions
 from dawm.errors import require
 
@@ -27,9 +21,7 @@ __all__ = ["TD3BC"]
 
 
 class TD3BC(OfflineAgent):
-    """TD3 with behaviour cloning.
-
-    Those that `OfflineAgent` takes are explained there.
+    """TD3 with behaviour cloning; `OfflineAgent` explains the settings that every agent takes.
 
     Args:
         hidden: Widths of the hidden layers of the actor and of each critic.
@@ -82,18 +74,18 @@ class TD3BC(OfflineAgent):
         self.critic_optimizer = Adam(self.critics.parameters(), lr=learning_rate, fused=True)
         self.actor_optimizer = Adam(self.actor.parameters(), lr=learning_rate, fused=True)
 
-    # Losses
-
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         """Both critics' squared TD error against one target, on prepared transitions."""
         # target: the smaller of the two target critics at a noisy action of the target actor
         with torch.no_grad():
             noise = self.policy_noise * torch.randn_like(batch.actions)
-            next_actions = smoothed_actions(self.target_actor(batch.next_observations).tanh(), noise, self.noise_clip)
+            next_actions = self.target_actor(batch.next_observations).tanh()
+            next_actions = losses.smoothed_actions(next_actions, noise, self.noise_clip)
             next_values = self.target_critics(torch.cat([batch.next_observations, next_actions], dim=-1))
-            target = td_target(batch.rewards, batch.terminations, next_values.squeeze(-1).amin(dim=-2), self.discount)
+            next_values = next_values.squeeze(-1).amin(dim=-2)
+            target = losses.td_target(batch.rewards, batch.terminations, next_values, self.discount)
         values = self.critics(torch.cat([batch.observations, batch.actions], dim=-1)).squeeze(-1)
-        loss = critic_loss(values, target)
+        loss = losses.critic_loss(values, target)
         return loss, {"critic_loss": loss.detach(), "q": values.detach().mean()}
 
     def actor_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,12 +93,10 @@ class TD3BC(OfflineAgent):
         actions = self.actor(batch.observations).tanh()
         # of the first critic alone, whose weights are constants here
         values = self.critics.head(torch.cat([batch.observations, actions], dim=-1), 0).squeeze(-1)
-        value_loss = -policy_improvement_weight(values, self.alpha) * values.mean(dim=-1)
-        cloning_loss = behaviour_cloning_loss(actions, batch.actions)
+        value_loss = -losses.policy_improvement_weight(values, self.alpha) * values.mean(dim=-1)
+        cloning_loss = losses.behaviour_cloning_loss(actions, batch.actions)
         loss = value_loss + cloning_loss
         return loss, {"actor_loss": loss.detach(), "cloning_loss": cloning_loss.detach()}
-
-    # Update
 
     def update(self, batch: Transitions) -> dict[str, Tensor]:
         """One update of the critics, and every ``policy_every`` times one of the actor and the targets."""

@@ -179,14 +179,8 @@ def denoising_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted squared error of the denoiser (Karras et al. 2022, equation 8), and the unweighted one as a metric.
 
-    Args:
-        preconditioning: Which noise levels, and how the network is wrapped.
-        network: A `dawm.diffusion.denoisers.Denoiser`.
-        x: Clean samples, shape (B, H, D).
-        condition: What ``x`` depends on, shape (B, C).
-        generator: Source of the noise.
-        weights: Weight of each entry, of mean 1, shape broadcastable to (B, H, D).
-        known: Steps before ``x`` that the sampler inpaints, shape (B, K, D); they are seen but not learnt.
+    Of clean samples ``x``, shape (B, H, D), under a condition (B, C). ``weights``, of mean 1, broadcast to (B, H, D);
+    the ``known`` steps before ``x`` that the sampler inpaints, shape (B, K, D), are seen but not learnt.
     """
     inpaint = preconditioning.inpainting(known)
     whole = x if known is None else torch.cat([known, x], dim=1)
@@ -194,8 +188,7 @@ def denoising_loss(
     noise = torch.randn(whole.shape, generator=generator, device=x.device, dtype=x.dtype)
     x_t = whole + _broadcast(sigma) * noise
     x_t = x_t if inpaint is None else inpaint(x_t, sigma)
-    estimate = preconditioning.denoise(network, x_t, sigma, condition)[:, -x.shape[1] :]
-    squared_error = (estimate - x) ** 2
+    squared_error = (preconditioning.denoise(network, x_t, sigma, condition)[:, -x.shape[1] :] - x) ** 2
     weighted = _broadcast(preconditioning.loss_weight(sigma)) * squared_error
     weighted = weighted if weights is None else weights * weighted
     return weighted.mean(), {"denoising_error": squared_error.mean().detach()}
