@@ -95,7 +95,7 @@ class RegenerateRollouts(EveryNUpdates):
         super().on_train_start(trainer, pl_module)
         data: TransitionDataModule = trainer.datamodule  # type: ignore[attr-defined]
         statistics = DataStatistics.of(data.episodes)
-        self._watch = Watch(statistics, dict(self.limits), self.key)
+        self._watch = Watch(statistics, self.limits, self.key)
         self._synthesizer = self.synthesizer(statistics)
         for model in self._models or ():
             model.to(trainer.strategy.root_device)

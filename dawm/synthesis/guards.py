@@ -4,7 +4,7 @@ Symbols: B rollouts, H horizon, M imagined steps, O observation size.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -84,7 +84,6 @@ def _widened(low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     return low - slack, high + slack
 
 
-@dataclass
 class Watch:
     """Compares imagined transitions with the data, and warns where they drift from them beyond a limit.
 
@@ -92,13 +91,12 @@ class Watch:
 
     Args:
         data: What the data are like.
-        limits: ``max_rejected``, ``max_reward_drift`` and ``max_termination_drift``, those that have not yet warned.
+        limits: ``max_rejected``, ``max_reward_drift`` and ``max_termination_drift``.
         key: The group of settings that holds the limits, for messages.
     """
 
-    data: DataStatistics
-    limits: dict[str, float]
-    key: str
+    def __init__(self, data: DataStatistics, limits: Mapping[str, float], key: str) -> None:
+        self.data, self.limits, self.key = data, dict(limits), key
 
     def measure(self, transitions: Transitions, counts: Counter[str]) -> dict[str, float]:
         """What the M transitions kept are like, given all steps by fate as in `Rollouts`; warns if need be."""

@@ -125,9 +125,8 @@ class Synthesizer:
         self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
         """Observations, actions, rewards, terminations and disagreements of one chunk, as they were imagined."""
-        path, rewards, terminations = self.world_model.imagine(
-            observations, actions, returns_to_go, guidance=self.guidance, generator=generator
-        )
-        inferred = self.inverse_dynamics.infer(path[:, :-1].flatten(0, 1), path[:, 1:].flatten(0, 1))
-        inferred_actions, disagreement = (part.unflatten(0, rewards.shape) for part in inferred)
-        return path, inferred_actions, rewards, terminations, disagreement
+        imagined = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator)
+        before, after = imagined.observations[:, :-1], imagined.observations[:, 1:]
+        inferred = self.inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
+        inferred_actions, disagreement = (part.unflatten(0, before.shape[:2]) for part in inferred)
+        return imagined.observations, inferred_actions, imagined.rewards, imagined.terminations, disagreement
