@@ -50,9 +50,8 @@ class EveryNUpdates(L.Callback, ABC):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks that runs fall on the ends of training steps."""
         chunk = getattr(trainer.datamodule, "updates_per_step", 1)  # type: ignore[attr-defined]
-        expected = f"a multiple of data.updates_per_step, which is {chunk}"
-        fits = self.every_n_steps % chunk == 0
-        require(f"{self.key}.every_n_steps", self.every_n_steps, fits, expected, "change one of the two")
+        holds, expected = self.every_n_steps % chunk == 0, f"a multiple of data.updates_per_step, which is {chunk}"
+        require(f"{self.key}.every_n_steps", self.every_n_steps, holds, expected, "change one of the two")
         if self.last_step is None:
             self.last_step = trainer.global_step
 
