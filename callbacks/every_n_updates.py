@@ -36,19 +36,10 @@ class EveryNUpdates(L.Callback, ABC):
 
     @abstractmethod
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What to do; ``trainer.global_step`` is the count of updates.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module in training.
-        """
+        """What to do; ``trainer.global_step`` is the count of updates."""
 
     def should_run(self, step: int) -> bool:
-        """Whether a multiple was crossed since the last run.
-
-        Args:
-            step: Updates done.
-        """
+        """Whether a multiple was crossed since the last run, with ``step`` updates done."""
         return step // self.every_n_steps > (self.last_step or 0) // self.every_n_steps
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

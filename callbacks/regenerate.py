@@ -77,20 +77,11 @@ class RegenerateRollouts(EveryNUpdates):
         self._models: tuple[DiffusionWorldModel, InverseDynamics] | None = None
 
     def connect(self, world_model: DiffusionWorldModel, inverse_dynamics: InverseDynamics) -> None:
-        """Names the trained models to imagine with.
-
-        Args:
-            world_model: Trained world model.
-            inverse_dynamics: Trained inverse dynamics.
-        """
+        """Names the trained models to imagine with."""
         self._models = world_model.eval(), inverse_dynamics.eval()
 
     def synthesizer(self, statistics: DataStatistics) -> Synthesizer:
-        """What imagines: the connected models with these settings.
-
-        Args:
-            statistics: What the real data are like.
-        """
+        """What imagines: the connected models with these settings."""
         if self._models is None:
             raise UserError("RegenerateRollouts has no models; call connect(world_model, inverse_dynamics) first")
         bounds = statistics.bounds(self.margin)
@@ -113,12 +104,7 @@ class RegenerateRollouts(EveryNUpdates):
             self.refill(trainer, trainer.global_step)
 
     def refill(self, trainer: L.Trainer, step: int) -> None:
-        """Imagines again, hands the transitions to the data module, and logs what they are like.
-
-        Args:
-            trainer: The agent's trainer.
-            step: Update that the rollouts are for.
-        """
+        """Imagines for an update, hands the transitions to the data module, and logs what they are like."""
         data: TransitionDataModule = trainer.datamodule  # type: ignore[attr-defined]
         made = self._synthesizer.rollouts(data, self.rollouts, self.seed, trainer.global_rank, step)
         made.require_some(f"{self.key}.margin")
