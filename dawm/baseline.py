@@ -15,9 +15,7 @@ __all__ = ["OneStepRegression"]
 
 
 class OneStepRegression(nn.Module):
-    """An MLP that predicts one step of ``x`` from ``(s_t, a_t)``, with an optimiser of its own.
-
-    It sees the same batches and the same codec as the world model, which passes the codec in and takes the step.
+    """An MLP that predicts one step of ``x`` from ``(s_t, a_t)``, on the world model's batches and with its codec.
 
     Args:
         observation_size: O.
@@ -32,32 +30,15 @@ class OneStepRegression(nn.Module):
         self.optimizer = Adam(self.network.parameters(), lr=learning_rate, fused=True)
 
     def forward(self, codec: Codec, observations: Tensor, actions: Tensor) -> Tensor:
-        """The predicted step of ``x``, shape (B, D).
-
-        Args:
-            codec: The world model's codec.
-            observations: ``s_t``, shape (B, O).
-            actions: ``a_t`` in [-1, 1], shape (B, A).
-        """
+        """The predicted step of ``x``, shape (B, D), for ``s_t``, shape (B, O), and ``a_t``, shape (B, A)."""
         return self.network(torch.cat([codec.observation_normalizer(observations), actions], dim=-1))
 
     def loss(self, codec: Codec, segments: Segments, x: Tensor) -> Tensor:
-        """Mean squared error of the first step, shape ().
-
-        Args:
-            codec: The world model's codec.
-            segments: Segments, fields of shape (B, H, ...).
-            x: The segments as the codec encodes them, shape (B, H, D).
-        """
+        """Mean squared error of the first step, shape (), on segments encoded as ``x``, shape (B, H, D)."""
         return (self(codec, segments.observations[:, 0], segments.actions[:, 0]) - x[:, 0]).square().mean()
 
     def roll_out(self, codec: Codec, segments: Segments) -> Imagined:
-        """Futures made step by step, each from the last predicted observation and the recorded action.
-
-        Args:
-            codec: The world model's codec.
-            segments: Segments, fields of shape (B, H, ...).
-        """
+        """Futures made step by step, each from the last predicted observation and the recorded action."""
         observations, rewards, terminations = [segments.observations[:, :1]], [], []
         for actions in segments.actions.unbind(dim=1):
             current = observations[-1][:, 0]

@@ -1,12 +1,9 @@
 """DiffusionWorldModel: imagines observations and rewards, no actions.
 
 Learns ``p(s_{t+1} .. s_{t+H}, r_t .. r_{t+H-1}, end | s_t, a_t, g_t)`` as DWM (arXiv 2402.03570) and DAWM
-(arXiv 2509.19538) do, with a termination channel beside them. A `dawm.diffusion.codecs.Codec` says what one sample
-``x`` holds.
-
-The condition is the normalised ``s_t``, the action ``a_t`` in [-1, 1], the normalised return-to-go ``g_t`` and a flag
-that is 0 where the return was dropped, so that one network is both the conditional and the unconditional model of
-classifier-free guidance (arXiv 2207.12598).
+(arXiv 2509.19538) do, with a termination channel beside them. `dawm.diffusion.codecs` says what a sample ``x`` holds.
+The return-to-go ``g_t`` is hidden from a fraction of the batch, so that one network is both the conditional and the
+unconditional model of classifier-free guidance (arXiv 2207.12598).
 
 Symbols: B batch, H horizon, O observation size, A action size.
 """
@@ -91,12 +88,10 @@ class DiffusionWorldModel(UpdateModule):
         self.max_gradient_norm = max_gradient_norm
 
         self.codec = codec(observation_size, action_size)
-        known_steps = self.codec.known_steps
-        self.network = network(known_steps + horizon, self.codec.features, self.codec.condition_size)
-        weights = torch.ones(horizon)
-        weights[0] = first_step_weight
-        weights = torch.cat([torch.zeros(known_steps), weights / weights.mean()])  # known steps are not learnt
-        self.register_buffer("step_weights", weights.view(1, -1, 1), persistent=False)
+        self.network = network(self.codec.known_steps + horizon, self.codec.features, self.codec.condition_size)
+        weights = torch.ones(1, horizon, 1)
+        weights[:, 0] = first_step_weight
+        self.register_buffer("step_weights", weights / weights.mean(), persistent=False)
         self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.ema.requires_grad_(False)
         self.optimizer = Adam(self.network.parameters(), lr=learning_rate, fused=True)
@@ -110,20 +105,16 @@ class DiffusionWorldModel(UpdateModule):
         return [self.optimizer] if self.baseline is None else [self.optimizer, self.baseline.optimizer]
 
     def fit_normalizers(self, data: TransitionDataModule) -> None:
-        """Takes the codec's statistics from the training episodes.
-
-        Args:
-            data: The data module.
-        """
+        """Takes the codec's statistics from the training episodes."""
         rows = data.episodes.sample_rows(data.training_episodes)
         self.codec.fit(data.episodes.transitions[rows], data.returns_to_go[rows])
 
     def train_loader(self, data: TransitionDataModule, updates: int, rank: int) -> BatchLoader:
-        """Random segments; see `UpdateModule.train_loader`."""
+        """Random segments of the training episodes."""
         return data.segment_loader(updates, rank)
 
     def validation_loader(self, data: TransitionDataModule, rank: int, world_size: int) -> Iterable[Segments]:
-        """Held-out segments; see `UpdateModule.validation_loader`."""
+        """A fixed sample of held-out segments."""
         return data.validation_segment_loader(rank, world_size)
 
     # Training
@@ -134,19 +125,17 @@ class DiffusionWorldModel(UpdateModule):
         Args:
             batch: Segments, fields of shape (B, H, ...).
         """
-        start, imagined = batch.observations[:, 0], self.codec.encode(batch)
+        start, x = batch.observations[:, 0], self.codec.encode(batch)
         keep = (torch.rand(len(start), device=start.device) >= self.return_dropout).to(start)
         condition = self.codec.condition(start, batch.actions[:, 0], batch.returns_to_go, keep)
-        known = self.codec.known(start)
-        x = imagined if known is None else torch.cat([known, imagined], dim=1)
         loss, metrics = denoising_loss(
-            self.preconditioning, self.network, x, condition, weights=self.step_weights, known=known
+            self.preconditioning, self.network, x, condition, weights=self.step_weights, known=self.codec.known(start)
         )
         self.minimize(loss, self.optimizer, self.max_gradient_norm)
         self.ema.update_parameters(self.network)
         metrics["loss"] = loss.detach()
         if self.baseline is not None:
-            regression_loss = self.baseline.loss(self.codec, batch, imagined)
+            regression_loss = self.baseline.loss(self.codec, batch, x)
             self.minimize(regression_loss, self.baseline.optimizer, self.max_gradient_norm)
             metrics["regression_loss"] = regression_loss.detach()
         return metrics
@@ -196,7 +185,7 @@ class DiffusionWorldModel(UpdateModule):
         sigmas = self.preconditioning.sampler_sigmas(self.sampler.num_steps, observations.device)
         inpaint = self.preconditioning.inpainting(self.codec.known(observations))
         x = self.sampler.sample(denoise, sigmas, noise, generator, inpaint)
-        return self.codec.decode(observations, x[:, self.codec.known_steps :])
+        return self.codec.decode(observations, x[:, -self.horizon :])
 
     # Validation
 
@@ -204,8 +193,7 @@ class DiffusionWorldModel(UpdateModule):
         """Squared errors per step of imagined futures against the recorded ones.
 
         Observation and reward errors are in units of the data's variance; the termination error is the fraction of
-        wrong answers. The future also depends on later actions, which the world model does not see; the baseline,
-        rolled out step by step, does.
+        wrong answers. The later actions, which matter too, are seen by the baseline but not by the world model.
 
         Args:
             batch: Held-out segments, fields of shape (B, H, ...).
@@ -234,5 +222,5 @@ class DiffusionWorldModel(UpdateModule):
                 self.log_dict({f"world_model/{source}_{key}_error/step_{k + 1}": v for k, v in enumerate(values)})
         first = {source: float(errors["observation"][0]) for source, errors in sources.items()}
         self.log("world_model/validation_error", first["validation"], prog_bar=True)
-        if self.baseline is not None:
+        if "regression" in first:
             self.log("world_model/first_step_error_ratio", first["validation"] / max(first["regression"], 1e-12))

@@ -110,6 +110,14 @@ def test_loss_of_a_blind_network_is_known():
     assert set(metrics) == {"denoising_error"}
 
 
+def test_known_steps_are_seen_but_not_learnt():
+    network, x, known = Echo(), torch.randn(4, 2, 3), torch.full((4, 1, 3), 1e6)
+    loss, metrics = denoising_loss(EDM(), network, x, torch.zeros(4, 1), known=known)
+    assert network.x_t.shape == (4, 3, 3)
+    torch.testing.assert_close(network.x_t[:, :1], known)
+    assert max(loss.item(), metrics["denoising_error"].item()) < 100
+
+
 def test_guidance_mixes_and_saves_the_second_evaluation():
     with_, without = GaussianDenoiser(3.0, 0.0), GaussianDenoiser(1.0, 0.0)
     x_t, sigma = torch.zeros(2, 1, 1), torch.ones(2)

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: preconditioning, samplers, denoisers."""
+"""The mathematics of diffusion: codecs, preconditioning, samplers, denoisers."""

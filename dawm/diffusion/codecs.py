@@ -1,10 +1,7 @@
 """Codecs: from recorded segments to the ``x`` that diffusion generates, and from a generated ``x`` to a future.
 
-One sample ``x`` has H steps of D = O + 2 features. Step k holds
-
-* the observation ``s_{t+k+1}``, in the way that the codec's class says,
-* the normalised reward ``r_{t+k}``,
-* the termination: +1 if the task has ended at or before ``s_{t+k+1}``, else -1.
+Step k of the H steps of ``x`` holds the observation ``s_{t+k+1}`` as the codec's class says, the normalised reward
+``r_{t+k}``, and +1 if the task has ended at or before ``s_{t+k+1}``, else -1: D = O + 2 features.
 
 Symbols: B batch, H horizon, O observation size, A action size, D features, C condition size.
 """
@@ -44,8 +41,7 @@ class Codec(nn.Module, ABC):
         action_size: A.
     """
 
-    known_steps = 0
-    """Steps of ``x`` before the imagined ones, known beforehand and inpainted."""
+    known_steps = 0  # K, the steps that are inpainted before the H imagined ones
 
     def __init__(self, observation_size: int, action_size: int) -> None:
         super().__init__()
@@ -70,46 +66,24 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def encode_observations(self, observations: Tensor) -> Tensor:
-        """The observations' part of ``x``, shape (B, H, O).
-
-        Args:
-            observations: ``s_t .. s_{t+H}``, shape (B, H + 1, O).
-        """
+        """The observations' part of ``x`` from ``s_t .. s_{t+H}``, (B, H + 1, O) -> (B, H, O)."""
 
     @abstractmethod
     def decode_observations(self, start: Tensor, encoded: Tensor) -> Tensor:
-        """``s_{t+1} .. s_{t+H}``, shape (B, H, O).
-
-        Args:
-            start: ``s_t``, shape (B, O).
-            encoded: The observations' part of ``x``, shape (B, H, O).
-        """
+        """``s_{t+1} .. s_{t+H}`` from ``s_t``, shape (B, O), and that part of ``x``, (B, H, O) -> (B, H, O)."""
 
     def known(self, start: Tensor) -> Tensor | None:
-        """What is known of ``x`` before the imagined steps, shape (B, known_steps, D); None for nothing.
-
-        Args:
-            start: ``s_t``, shape (B, O).
-        """
+        """The known steps of ``x`` from ``s_t``, (B, O) -> (B, K, D); None for none."""
         return None
 
     def encode(self, segments: Segments) -> Tensor:
-        """``x`` of recorded segments, shape (B, H, D).
-
-        Args:
-            segments: Segments, fields of shape (B, H, ...).
-        """
+        """``x`` of recorded segments, shape (B, H, D)."""
         observations = self.encode_observations(segments.observations)
         rewards = self.reward_normalizer(segments.rewards.unsqueeze(-1))
         return torch.cat([observations, rewards, 2 * segments.terminations.unsqueeze(-1) - 1], dim=-1)
 
     def decode(self, start: Tensor, x: Tensor) -> Imagined:
-        """The futures that ``x`` stands for.
-
-        Args:
-            start: ``s_t``, shape (B, O).
-            x: Imagined steps, shape (B, H, D).
-        """
+        """The futures that start in ``s_t``, shape (B, O), and hold the steps ``x``, shape (B, H, D)."""
         observations = self.decode_observations(start, x[..., :-2])
         rewards = self.reward_normalizer.inverse(x[..., -2:-1]).squeeze(-1)
         return Imagined(torch.cat([start.unsqueeze(1), observations], dim=1), rewards, (x[..., -1] + 1) / 2)

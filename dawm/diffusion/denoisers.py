@@ -147,9 +147,8 @@ class TemporalUNet(Denoiser):
         kernel_size: int = 5,
     ) -> None:
         require("world_model.network.width", width, width >= 1, "at least 1")
-        require(
-            "world_model.network.multipliers", multipliers, min(multipliers, default=0) >= 1, "numbers of at least 1"
-        )
+        lowest = min(multipliers, default=0)
+        require("world_model.network.multipliers", multipliers, lowest >= 1, "numbers of at least 1")
         require("world_model.network.kernel_size", kernel_size, kernel_size % 2 == 1, "an odd number")
         super().__init__(horizon, features, condition_size)
         channels = [width * multiplier for multiplier in multipliers]

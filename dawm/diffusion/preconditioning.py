@@ -6,8 +6,8 @@ Everything is written in the variance-exploding form of Karras et al. 2022 (arXi
 ``x_t = x + sigma * n`` with ``n`` standard normal is noisy, and a denoiser ``D(x_t, sigma)`` estimates ``x``. A DDPM,
 which preserves the variance, is the same thing seen through ``x_t / sqrt(1 + sigma^2)``, so any sampler serves either.
 
-Two parts are chosen by class path: a `Preconditioning` (which noise levels are learnt, and how the network's output
-becomes an estimate of ``x``) and a `Sampler` from `dawm.diffusion.samplers` (how noise becomes ``x``). In short::
+A `Preconditioning` (which levels are learnt, how the network's output becomes an estimate of ``x``) and a `Sampler` of
+`dawm.diffusion.samplers` (how noise becomes ``x``) are chosen by class path. In short::
 
     loss, metrics = denoising_loss(preconditioning, network, x, condition)
     denoise = lambda x_t, sigma: preconditioning.denoise(network, x_t, sigma, condition)
@@ -16,14 +16,17 @@ becomes an estimate of ``x``) and a `Sampler` from `dawm.diffusion.samplers` (ho
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from dawm.diffusion.samplers import Denoise, Inpaint
 from dawm.errors import require
 
 __all__ = ["EDM", "NoisePrediction", "Preconditioning", "denoising_loss", "guided"]
+
+Device = torch.device | str | None
 
 
 def _broadcast(values: Tensor) -> Tensor:
@@ -38,29 +41,19 @@ class Preconditioning(ABC):
     """
 
     @abstractmethod
-    def training_sigmas(
-        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> Tensor:
+    def training_sigmas(self, batch: int, generator: Generator | None = None, device: Device = None) -> Tensor:
         """Random noise levels to train on, shape (B,)."""
 
     @abstractmethod
-    def sampler_sigmas(self, steps: int, device: torch.device | str | None = None) -> Tensor:
+    def sampler_sigmas(self, steps: int, device: Device = None) -> Tensor:
         """The levels a sampler visits, decreasing to 0, shape (steps + 1,)."""
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``c_skip``, ``c_out`` and ``c_in``, each shape (B,).
-
-        Args:
-            sigma: Noise levels, shape (B,).
-        """
+        """``c_skip``, ``c_out`` and ``c_in`` at levels sigma, each shape (B,)."""
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
-        """Weight of the squared error of ``x``; ``1 / c_out^2`` makes every level's target equally large, shape (B,).
-
-        Args:
-            sigma: Noise levels, shape (B,).
-        """
+        """Weight of the squared error, shape (B,); ``1 / c_out^2`` makes the targets of all levels equally large."""
         return self.coefficients(sigma)[1] ** -2
 
     def denoise(self, network: nn.Module, x_t: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
@@ -69,7 +62,7 @@ class Preconditioning(ABC):
         Args:
             network: A `dawm.diffusion.denoisers.Denoiser`.
             x_t: Noisy samples, shape (B, H, D).
-            sigma: Their noise levels, shape (B,).
+            sigma: Their levels, shape (B,).
             condition: What ``x`` depends on, shape (B, C).
         """
         c_skip, c_out, c_in = (_broadcast(c) for c in self.coefficients(sigma))
@@ -92,13 +85,14 @@ class Preconditioning(ABC):
         return inpaint
 
 
+@dataclass(eq=False)
 class EDM(Preconditioning):
-    """Preconditioning of Karras et al. 2022 (table 1), with the deviation that is left once the condition is known.
+    """Preconditioning of Karras et al. 2022 (table 1), for a condition that leaves little open.
 
-    Karras et al. know one number about the data, their standard deviation. Here the condition (s_t, a_t) gives away
-    most of the answer, so that two numbers matter: ``sigma_data``, the standard deviation over all of ``x``, and
-    ``sigma_conditional`` = s, that under a given condition. ``c_skip = s^2 / (s^2 + sigma^2)`` trusts ``x_t`` only
-    where its noise is below s, ``c_in`` scales the input to variance 1, and ``c_out`` the network's target::
+    The condition (s_t, a_t) gives away most of the answer, so that two numbers matter here: ``sigma_data``, the
+    standard deviation over all of ``x``, and ``sigma_conditional`` = s, that under a given condition. ``c_skip =
+    s^2 / (s^2 + sigma^2)`` trusts ``x_t`` only where its noise is below s, ``c_in`` scales the input to variance 1,
+    and ``c_out`` the network's target::
 
         c_out^2 = E[(x - c_skip x_t)^2] = (1 - c_skip)^2 sigma_data^2 + c_skip^2 sigma^2
 
@@ -115,33 +109,24 @@ class EDM(Preconditioning):
         rho: Exponent of the sampling levels; higher puts more of them near ``sigma_min``.
     """
 
-    def __init__(
-        self,
-        sigma_data: float = 1.0,
-        sigma_conditional: float = 0.1,
-        log_sigma_mean: float = 1.0,
-        log_sigma_std: float = 1.2,
-        sigma_min: float = 0.02,
-        sigma_max: float = 20.0,
-        rho: float = 7.0,
-    ) -> None:
-        expected = f"above 0 and below sigma_max {sigma_max}"
-        require("world_model.preconditioning.sigma_min", sigma_min, 0 < sigma_min < sigma_max, expected)
-        self.sigma_data = sigma_data
-        self.sigma_conditional = sigma_conditional
-        self.log_sigma_mean = log_sigma_mean
-        self.log_sigma_std = log_sigma_std
-        self.sigma_min = sigma_min
-        self.sigma_max = sigma_max
-        self.rho = rho
+    sigma_data: float = 1.0
+    sigma_conditional: float = 0.1
+    log_sigma_mean: float = 1.0
+    log_sigma_std: float = 1.2
+    sigma_min: float = 0.02
+    sigma_max: float = 20.0
+    rho: float = 7.0
 
-    def training_sigmas(
-        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> Tensor:
+    def __post_init__(self) -> None:
+        """Checks the levels of sampling."""
+        holds, expected = 0 < self.sigma_min < self.sigma_max, f"above 0 and below sigma_max {self.sigma_max}"
+        require("world_model.preconditioning.sigma_min", self.sigma_min, holds, expected)
+
+    def training_sigmas(self, batch: int, generator: Generator | None = None, device: Device = None) -> Tensor:
         """Log-normal noise levels, shape (B,)."""
         return (self.log_sigma_mean + self.log_sigma_std * torch.randn(batch, generator=generator, device=device)).exp()
 
-    def sampler_sigmas(self, steps: int, device: torch.device | str | None = None) -> Tensor:
+    def sampler_sigmas(self, steps: int, device: Device = None) -> Tensor:
         """``sigma_max`` to ``sigma_min`` evenly in ``sigma^(1/rho)`` (equation 5), then 0, shape (steps + 1,)."""
         ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device=device)
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
@@ -178,14 +163,12 @@ class NoisePrediction(Preconditioning):
         alpha_bar = (cosine[1:] / cosine[:-1]).clamp(min=0.001).cumprod(0)
         self.levels = ((1 - alpha_bar) / alpha_bar).sqrt().float()
 
-    def training_sigmas(
-        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> Tensor:
+    def training_sigmas(self, batch: int, generator: Generator | None = None, device: Device = None) -> Tensor:
         """Noise levels drawn uniformly from the K of the schedule, shape (B,)."""
         index = torch.randint(self.steps, (batch,), generator=generator, device=device)
         return self.levels.to(index.device)[index]
 
-    def sampler_sigmas(self, steps: int, device: torch.device | str | None = None) -> Tensor:
+    def sampler_sigmas(self, steps: int, device: Device = None) -> Tensor:
         """Every (K / steps)-th level from the K-th down, then 0, shape (steps + 1,)."""
         expected = f"at most {self.steps}, the levels that NoisePrediction trains on"
         require("world_model.sampler.num_steps", steps, steps <= self.steps, expected, "lower it")
@@ -202,7 +185,7 @@ def denoising_loss(
     network: nn.Module,
     x: Tensor,
     condition: Tensor,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     weights: Tensor | None = None,
     known: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -214,22 +197,22 @@ def denoising_loss(
         x: Clean samples, shape (B, H, D).
         condition: What ``x`` depends on, shape (B, C).
         generator: Source of the noise.
-        weights: Weight of each entry, of mean 1 where all entries count, shape broadcastable to (B, H, D).
-        known: First steps of ``x`` that the sampler will inpaint, shape (B, K, D); give those steps weight 0.
+        weights: Weight of each entry, of mean 1, shape broadcastable to (B, H, D).
+        known: Steps before ``x`` that the sampler inpaints, shape (B, K, D); they are seen but not learnt.
 
     Returns:
         The loss, and metrics: ``denoising_error``, the unweighted squared error.
     """
-    sigma = preconditioning.training_sigmas(len(x), generator, x.device)
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    x_t = x + _broadcast(sigma) * noise
     inpaint = preconditioning.inpainting(known)
-    if inpaint is not None:
-        x_t = inpaint(x_t, sigma)
-    squared_error = (preconditioning.denoise(network, x_t, sigma, condition) - x) ** 2
+    whole = x if known is None else torch.cat([known, x], dim=1)
+    sigma = preconditioning.training_sigmas(len(x), generator, x.device)
+    noise = torch.randn(whole.shape, generator=generator, device=x.device, dtype=x.dtype)
+    x_t = whole + _broadcast(sigma) * noise
+    x_t = x_t if inpaint is None else inpaint(x_t, sigma)
+    estimate = preconditioning.denoise(network, x_t, sigma, condition)[:, -x.shape[1] :]
+    squared_error = (estimate - x) ** 2
     weighted = _broadcast(preconditioning.loss_weight(sigma)) * squared_error
-    if weights is not None:
-        weighted = weights * weighted
+    weighted = weighted if weights is None else weights * weighted
     return weighted.mean(), {"denoising_error": squared_error.mean().detach()}
 
 

@@ -7,6 +7,7 @@ Symbols: B batch, H horizon, D features, N steps. As in `dawm.diffusion.precondi
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -23,12 +24,7 @@ Inpaint = Callable[[Tensor, Tensor], Tensor]
 
 
 class Estimate:
-    """A `Denoise` at one level for the whole batch; it clips, and remembers its last level and estimate.
-
-    Args:
-        denoise: Estimates ``x`` from (x_t, sigma).
-        clip: Bound on the estimates; None for no bound.
-    """
+    """A `Denoise` at one level for the whole batch; it clips, and remembers its last level and estimate."""
 
     def __init__(self, denoise: Denoise, clip: float | None) -> None:
         self._denoise = denoise
@@ -36,12 +32,7 @@ class Estimate:
         self.last: tuple[float, Tensor] | None = None
 
     def __call__(self, x_t: Tensor, sigma: float) -> Tensor:
-        """Estimate of ``x``, shape (B, H, D).
-
-        Args:
-            x_t: Noisy samples, shape (B, H, D).
-            sigma: Their level.
-        """
+        """Estimate of ``x`` from ``x_t``, (B, H, D) -> (B, H, D)."""
         x = self._denoise(x_t, _full(x_t, sigma))
         x = x if self._clip is None else x.clamp(-self._clip, self._clip)
         self.last = sigma, x
@@ -49,17 +40,19 @@ class Estimate:
 
 
 class Sampler(ABC):
-    """Goes down the noise levels; a subclass writes one `step`.
+    """Goes down the noise levels; a subclass is a dataclass with the two fields below, and writes one `step`.
 
     Args:
         num_steps: N, the number of noise levels above 0.
         clip: Estimates of ``x`` are held within [-clip, clip]; None leaves them. For data with known bounds.
     """
 
-    def __init__(self, num_steps: int, clip: float | None = None) -> None:
-        require("world_model.sampler.num_steps", num_steps, num_steps >= 1, "at least 1")
-        self.num_steps = num_steps
-        self.clip = clip
+    num_steps: int
+    clip: float | None
+
+    def __post_init__(self) -> None:
+        """Checks the number of steps."""
+        require("world_model.sampler.num_steps", self.num_steps, self.num_steps >= 1, "at least 1")
 
     def sample(
         self,
@@ -100,22 +93,19 @@ class Sampler(ABC):
         """
 
 
+@dataclass(eq=False)
 class DDIM(Sampler):
     """DDIM (Song et al. 2020, arXiv 2010.02502, equation 12) and, with eta 1, ancestral DDPM sampling; N evaluations.
 
     Args:
-        num_steps: N.
         eta: 0 is deterministic; 1 samples the posterior of the level below.
         temperature: Factor on the standard deviation of the added noise; DWM samples with eta 1 and temperature 0.5.
-        clip: Bound on the estimates of ``x``; None for no bound.
     """
 
-    def __init__(
-        self, num_steps: int = 10, eta: float = 0.0, temperature: float = 1.0, clip: float | None = None
-    ) -> None:
-        super().__init__(num_steps, clip)
-        self.eta = eta
-        self.temperature = temperature
+    num_steps: int = 10
+    eta: float = 0.0
+    temperature: float = 1.0
+    clip: float | None = None
 
     def step(self, x_t: Tensor, sigma: float, lower: float, estimate: Estimate, generator: Generator | None) -> Tensor:
         """Keeps a part of the level's noise and draws the rest, shape (B, H, D)."""
@@ -130,18 +120,15 @@ class DDIM(Sampler):
         return x_t
 
 
+@dataclass(eq=False)
 class DPMSolverPP2M(Sampler):
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order at N evaluations.
 
     Six steps were as good as 128 on three data sets: `benchmarks/results/edm-and-sampler-defaults-2026-11-24.md`.
-
-    Args:
-        num_steps: N.
-        clip: Bound on the estimates of ``x``; None for no bound.
     """
 
-    def __init__(self, num_steps: int = 6, clip: float | None = None) -> None:
-        super().__init__(num_steps, clip)
+    num_steps: int = 6
+    clip: float | None = None
 
     def step(self, x_t: Tensor, sigma: float, lower: float, estimate: Estimate, generator: Generator | None) -> Tensor:
         """Extrapolates from the estimate before, shape (B, H, D)."""
@@ -153,29 +140,21 @@ class DPMSolverPP2M(Sampler):
         return ahead + lower / sigma * (x_t - ahead)
 
 
+@dataclass(eq=False)
 class Heun(Sampler):
     """Heun's second-order sampler of Karras et al. 2022 (algorithms 1 and 2); 2 N - 1 evaluations.
 
     Args:
-        num_steps: N.
         churn: S_churn, the noise added and removed again over the whole run; 0 is deterministic.
         churn_min: S_tmin, the lowest level at which noise is added.
         churn_max: S_tmax, the highest level at which noise is added.
-        clip: Bound on the estimates of ``x``; None for no bound.
     """
 
-    def __init__(
-        self,
-        num_steps: int = 10,
-        churn: float = 0.0,
-        churn_min: float = 0.0,
-        churn_max: float = math.inf,
-        clip: float | None = None,
-    ) -> None:
-        super().__init__(num_steps, clip)
-        self.churn = churn
-        self.churn_min = churn_min
-        self.churn_max = churn_max
+    num_steps: int = 10
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float = math.inf
+    clip: float | None = None
 
     def step(self, x_t: Tensor, sigma: float, lower: float, estimate: Estimate, generator: Generator | None) -> Tensor:
         """An Euler step with the mean slope of its two ends, shape (B, H, D)."""
@@ -190,26 +169,22 @@ class Heun(Sampler):
         return x_t + (lower - sigma) * slope
 
 
+@dataclass
 class GaussianDenoiser:
-    """The exact denoiser of data that are normal with known mean and standard deviation: the measure of samplers.
+    """The exact denoiser of normal data, the measure of samplers.
 
     Args:
         mean: Mean of ``x``, a number or shape broadcastable to (B, H, D).
         std: Standard deviation of ``x``, a number or shape broadcastable to (B, H, D).
+        evaluations: How often it was called.
     """
 
-    def __init__(self, mean: Tensor | float, std: Tensor | float) -> None:
-        self.mean = mean
-        self.std = std
-        self.evaluations = 0
+    mean: Tensor | float
+    std: Tensor | float
+    evaluations: int = 0
 
     def __call__(self, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """E[x | x_t], shape (B, H, D).
-
-        Args:
-            x_t: Noisy samples, shape (B, H, D).
-            sigma: Their noise levels, shape (B,).
-        """
+        """E[x | x_t] at level sigma, shape (B,): (B, H, D) -> (B, H, D)."""
         self.evaluations += 1
         noise, data = sigma.view(-1, 1, 1) ** 2, self.std**2
         return (data * x_t + noise * self.mean) / (data + noise)
