@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import h5py
-import lightning as L
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -116,21 +115,6 @@ def modules(horizon: int) -> list[UpdateModule]:
     ]
 
 
-def train(trainer: L.Trainer, module: UpdateModule, data: TransitionDataModule) -> None:
-    """A few updates and a validation, as an experiment sets them up."""
-    episodes, real = data.episodes, data.episodes.transitions
-    rows = episodes.sample_rows(data.training_episodes)
-    if isinstance(module, DiffusionWorldModel):
-        module.fit_normalizers(real[rows], data.returns_to_go[rows])
-        trainer.fit(module, data.segment_loader(UPDATES), data.validation_segment_loader())
-    elif isinstance(module, InverseDynamics):
-        module.fit_normalizers(real[rows])
-        trainer.fit(module, data.transition_loader(UPDATES), data.validation_transition_loader())
-    else:
-        module.fit_normalizers(real, episodes.returns())
-        trainer.fit(module, data.mixed_loader(UPDATES))
-
-
 @EXAMPLES
 @given(case=cases())
 @pytest.mark.filterwarnings("ignore")
@@ -150,7 +134,7 @@ def test_every_stage_goes_through_or_says_why_not(make_trainer, case):
         for module in modules(case.horizon):
             message = ""
             try:
-                train(make_trainer(UPDATES, val_check_interval=1), module, data)
+                make_trainer(UPDATES, val_check_interval=1).fit(module, datamodule=data)
             except UserError as error:
                 message = str(error)
             if message:
