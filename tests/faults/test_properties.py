@@ -127,7 +127,7 @@ def test_every_stage_goes_through_or_says_why_not(make_trainer, case):
     # without next observations the last row of a truncated episode is lost
     kept = [n - (not end and not case.next_recorded) for n, end in zip(case.lengths, case.terminated)]
     if max(kept) < case.horizon:
-        with pytest.raises(UserError, match="^horizon: |is empty"), loaded(case, walk[:-1], walk[1:]):
+        with pytest.raises(UserError, match="^--data.horizon: |is empty"), loaded(case, walk[:-1], walk[1:]):
             pass
         return
     with loaded(case, walk[:-1], walk[1:]) as data:
@@ -140,7 +140,7 @@ def test_every_stage_goes_through_or_says_why_not(make_trainer, case):
             if message:
                 segments = isinstance(module, DiffusionWorldModel)
                 assert segments or isinstance(module, InverseDynamics)
-                assert message.startswith("horizon: no segment" if segments else "data.dataset: ")
+                assert message.startswith("--data.horizon: " if segments else "--data.dataset: ")
                 continue
             for key, value in module.state_dict().items():
                 # no validation is better than this one: it starts there
