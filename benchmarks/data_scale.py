@@ -111,37 +111,28 @@ def draw(kind: str, count: int, held: bool) -> dict:
             start = time.perf_counter()
             next(batches)
             times.append(1e3 * (time.perf_counter() - start))
-        first, rest = (
-            times[:20],
-            times[len(times) // 2 :],
-        )  # a process maps the pages that it draws from for the first time
+        # a process maps the pages that it draws from for the first time
+        first, rest = times[:20], times[len(times) // 2 :]
         result[f"{name} first"], result[name] = statistics.mean(first), statistics.mean(rest)
     return result | memory()
 
 
 def train(kind: str, count: int, held: bool) -> dict:
-    """Both ways of drawing under a Trainer, normalisers first."""
+    """Both ways of drawing under a Trainer, normalizers first."""
     data = loaded(kind, count, held)
-    real, rows = data.episodes.transitions, data.episodes.sample_rows(data.training_episodes)
     settings = dict(accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, num_sanity_val_steps=0,
-                    enable_progress_bar=False, enable_model_summary=False, check_val_every_n_epoch=None)  # fmt: skip
+                    enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)  # fmt: skip
     result = {}
     world_model = DiffusionWorldModel(OBSERVATIONS, ACTIONS, horizon=data.horizon)
     agent = TD3BC(OBSERVATIONS, ACTIONS)
-    for name, learner in (("world_model", world_model), ("agent", agent)):
+    for learner in (world_model, agent):
         start = time.perf_counter()
-        if name == "agent":
-            agent.fit_normalizers(real[data.episodes.sample_rows()], data.episodes.returns())
-        else:
-            world_model.fit_normalizers(real[rows], data.returns_to_go[rows])
-        result[f"{name} normalizers"] = time.perf_counter() - start
+        learner.fit_normalizers(data)
+        result[f"{learner.name} normalizers"] = time.perf_counter() - start
         trainer = L.Trainer(max_steps=320, **settings)
         start = time.perf_counter()
-        if name == "agent":
-            trainer.fit(learner, datamodule=data)
-        else:
-            trainer.fit(learner, data.segment_loader(320))
-        result[f"{name} updates/s"] = 320 / (time.perf_counter() - start)
+        trainer.fit(learner, datamodule=data)
+        result[f"{learner.name} updates/s"] = 320 / (time.perf_counter() - start)
     return result | memory()
 
 

@@ -3,67 +3,30 @@
     python -m benchmarks.evaluation                  # some 5 minutes
 
 All contestants play the same episodes, by their seeds, to their ends. The steps counted are those of the episodes: what
-a vector environment steps on behind an episode's end, while others still run, takes time and counts nothing. Resets
+a vector environment steps on after an episode's end, while others still run, takes time and counts nothing. Resets
 take part. The environments of DAWM are made within the measured time, those of the others beforehand.
 
 Contestants: one environment in a loop, as single-file research code evaluates; Gymnasium's vector environments, in the
-process and in processes of their own; `run_episodes` with environments of any kind; `mujoco.rollout` with one step of
-the policy a call, robots that have fallen left out; `run_episodes` as it is, with MuJoCo's `mj_step` on every robot's
-own data. The last column is the largest difference of a return from the loop's: 0 is equality to the last bit, and all
-but `mujoco.rollout` must reach it. Hopper's policy is the expert inside the package, some of whose episodes end early;
-the others' are fresh. One thread, except where a name says otherwise and in AsyncVectorEnv.
+process and in processes of their own; DAWM's `run_episodes`. All must earn the loop's returns to the last bit. Hopper's
+policy is the expert inside the package, some of whose episodes end early; the others' are fresh. One thread, except in
+AsyncVectorEnv.
 """
 
 import argparse
 from collections.abc import Callable
 from importlib.resources import files
-from typing import Any
-from unittest.mock import patch
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
-from mujoco.rollout import Rollout
 from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor, nn
 
 from benchmarks.measure import interleave, ratio, report, rows
-from dawm.evaluation.environments import PlanarRobots
 from dawm.evaluation.episodes import Policy, run_episodes
 
 LOOP = "one environment in a loop"
-
-
-class RolloutRobots(PlanarRobots):
-    """The robots simulated by ``mujoco.rollout``, which takes B states and returns those after each physics step."""
-
-    def __init__(self, env: Any, robot: Any, count: int, threads: int) -> None:
-        super().__init__(env, robot, count, threads)
-        self.kind = mujoco.mjtState.mjSTATE_FULLPHYSICS
-        self.states = np.zeros((count, mujoco.mj_stateSize(self.model, self.kind)))
-        self.rollout = Rollout(nthread=threads if threads > 1 else 0)
-        self.workspaces = [mujoco.MjData(self.model) for _ in range(threads)]
-
-    def reset(self, slot: int, seed: int) -> None:
-        super().reset(slot, seed)
-        mujoco.mj_getState(self.model, self.template, self.states[slot], self.kind)
-
-    def move(self, slots: list[int], actions: NDArray) -> None:
-        controls = np.repeat(actions[:, None].astype(np.float64), self.frame_skip, axis=1)
-        chunk = -(-len(slots) // self.threads)
-        after, _ = self.rollout.rollout(
-            self.model, self.workspaces, self.states[slots], controls, nstep=self.frame_skip, chunk_size=chunk
-        )
-        self.states[slots] = after[:, -1]
-        size = self.model.nq
-        # a state is the time, the positions and the velocities
-        self.positions[slots], self.velocities[slots] = after[:, -1, 1 : 1 + size], after[:, -1, 1 + size :]
-
-    def close(self) -> None:
-        self.rollout.close()
-        super().close()
 
 
 def make_policy(name: str, env: gym.Env) -> Policy:
@@ -81,15 +44,13 @@ def make_policy(name: str, env: gym.Env) -> Policy:
 
 
 def pad(observations: NDArray) -> Tensor:
-    """Rows padded to a multiple of 16: a matrix product may round otherwise for another number of rows."""
+    """Observations padded to a multiple of 16: a matmul may round otherwise for another number of them."""
     padded = np.zeros((-(-len(observations) // 16) * 16, observations.shape[1]), dtype=np.float32)
     padded[: len(observations)] = observations
     return torch.from_numpy(padded)
 
 
-def contestants(
-    name: str, episodes: int, num_envs: int, threads: int, returns: dict[str, NDArray]
-) -> dict[str, Callable[[], int]]:
+def contestants(name: str, episodes: int, num_envs: int, returns: dict[str, NDArray]) -> dict[str, Callable[[], int]]:
     """Each contestant's work, which answers with the episodes' steps and leaves their returns in a dictionary."""
     env = gym.make(name, disable_env_checker=True)
     policy = make_policy(name, env)
@@ -132,28 +93,12 @@ def contestants(
 
         return work
 
-    def ours(label: str, environment: Any, threads: int, robots: type = PlanarRobots) -> Callable[[], int]:
-        def work() -> int:
-            with patch("dawm.evaluation.episodes.PlanarRobots", robots):
-                returns[label] = run_episodes(policy, environment, range(episodes), num_envs, threads=threads)
-            return steps
+    def ours() -> int:
+        returns[f"DAWM, {num_envs}"] = run_episodes(policy, name, range(episodes), num_envs)
+        return steps
 
-        return work
-
-    def make() -> gym.Env:
-        return gym.make(name, disable_env_checker=True)
-
-    works = {LOOP: loop}
-    for mode in ("sync", "async"):
-        label = f"{mode.capitalize()}VectorEnv, {num_envs}"
-        works[label] = vector(label, mode)
-    label = f"any environments, {num_envs}"
-    works[label] = ours(label, make, 1)
-    for count in dict.fromkeys((1, threads)):
-        suffix = f"{num_envs}" + (f", {count} threads" if count > 1 else "")
-        works[f"mujoco.rollout, {suffix}"] = ours(f"mujoco.rollout, {suffix}", name, count, RolloutRobots)
-        works[f"DAWM, {suffix}"] = ours(f"DAWM, {suffix}", name, count)
-    return works
+    vectors = {f"{mode.capitalize()}VectorEnv, {num_envs}": mode for mode in ("sync", "async")}
+    return {LOOP: loop, **{label: vector(label, mode) for label, mode in vectors.items()}, f"DAWM, {num_envs}": ours}
 
 
 def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
@@ -161,22 +106,19 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser.add_argument("--environments", nargs="+", default=["Hopper-v5", "HalfCheetah-v5"])
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--num_envs", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     tables, headlines = [], []
     for name in options.environments:
         returns: dict[str, NDArray] = {}
-        works = contestants(name, options.episodes, options.num_envs, options.threads, returns)
+        works = contestants(name, options.episodes, options.num_envs, returns)
         results = interleave(works, options.rounds)
-        differences = {label: float(np.abs(earned - returns[LOOP]).max()) for label, earned in returns.items()}
-        for label, difference in differences.items():
-            if difference and not label.startswith("mujoco.rollout"):
+        for label, earned in returns.items():
+            if not np.array_equal(earned, returns[LOOP]):
                 raise AssertionError(f"{name}: the returns of {label} are not those of {LOOP}")
-        header = ["contestant", "steps/s, median", "min to max", f"x {LOOP}", "difference of a return"]
-        body = [[*row, f"{differences[row[0]]:.2g}"] for row in rows(results, [LOOP])]
-        tables.append((name, header, body))
+        header = ["contestant", "steps/s, median", "min to max", f"x {LOOP}"]
+        tables.append((name, header, rows(results, [LOOP])))
         headlines.append((f"evaluation, {name}: DAWM x {LOOP}", ratio(results, f"DAWM, {options.num_envs}", LOOP)))
     command = f"python -m benchmarks.evaluation --episodes {options.episodes} --rounds {options.rounds}"
     report("evaluation", command, tables, "All contestants" + __doc__.split("All contestants", 1)[1].rstrip())

@@ -87,7 +87,7 @@ def make_trainer(tmp_path):
 
 def update_each(module: UpdateModule, batches: Iterable[Any]) -> None:
     """One update on each batch, numbered from 0 as training numbers them."""
-    for module.update_index, batch in enumerate(batches):  # noqa: B020
+    for module.update_index, batch in enumerate(batches):
         module.update(batch)
 
 
