@@ -6,7 +6,7 @@
 Contestants: a plain PyTorch loop as single-file research code writes it (`plain_agents`); the same networks and losses
 in naive Lightning (a DataLoader over single transitions, one update per training step, progress bar and log); d3rlpy
 where it is installed; DAWM's update called in a loop; DAWM in its Trainer with K updates per training step. DAWM's
-matrix products are made as its commands make them: by oneDNN on AMD processors with AVX-512, where PyTorch's default
+matmuls are computed as its commands compute them: by oneDNN on AMD processors with AVX-512, where PyTorch's default
 leaves AVX-512 unused; the plain loop is measured with that setting too.
 
 "seeds" counts the updates of all agents trained side by side.
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.measure import interleave, ratio, report, rows, with_fast_products
+from benchmarks.measure import interleave, ratio, report, rows, with_dawm_matmuls
 from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
 from dawm.agents import IQL, TD3BC
 from dawm.data.batches import BatchLoader, RowStream, take
@@ -103,8 +103,8 @@ def contestants(name: str, data: Transitions, updates: int, device: str, seeds: 
 
         def work() -> int:
             for batches in loader(packed, sizes, updates, count):
-                for index in range(len(batches)):
-                    agent.update(batches[index])
+                for agent.update_index, batch in enumerate(batches):
+                    agent.update(batch)
             wait()
             return updates * count
 
@@ -129,10 +129,10 @@ def contestants(name: str, data: Transitions, updates: int, device: str, seeds: 
 
     found = {
         "plain PyTorch loop": plain_loop,
-        "plain PyTorch loop, DAWM's products": with_fast_products(plain_loop),
+        "plain PyTorch loop, DAWM's matmuls": with_dawm_matmuls(plain_loop),
         "naive Lightning": naive,
-        "DAWM, update in a loop": with_fast_products(ours(1)),
-        f"DAWM, Trainer, K={CHUNK}": with_fast_products(in_trainer(fitted)),
+        "DAWM, update in a loop": with_dawm_matmuls(ours(1)),
+        f"DAWM, Trainer, K={CHUNK}": with_dawm_matmuls(in_trainer(fitted)),
     }
     if device != "cpu":
         graphed = kind(*sizes)
@@ -142,7 +142,7 @@ def contestants(name: str, data: Transitions, updates: int, device: str, seeds: 
     if peer is not None:
         found["d3rlpy"] = lambda: peer(updates)
     if seeds > 1:
-        found[f"DAWM, {seeds} seeds side by side"] = with_fast_products(ours(seeds))
+        found[f"DAWM, {seeds} seeds side by side"] = with_dawm_matmuls(ours(seeds))
     return found
 
 
@@ -152,9 +152,8 @@ def _d3rlpy(name: str, data: Transitions, device: str) -> Callable[[int], int] |
     except ImportError as error:
         print(f"d3rlpy is left out ({error})")
         return None
-    count = min(
-        len(data), 100_000
-    )  # its buffer of Python objects is slow to build; its drawing does not depend on the size
+    # its buffer of Python objects is slow to build, and its drawing does not depend on the size
+    count = min(len(data), 100_000)
     terminals = np.zeros(count)
     terminals[999::1000] = 1
     dataset = d3rlpy.dataset.MDPDataset(

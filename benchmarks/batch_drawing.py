@@ -92,9 +92,8 @@ def contestants(data: Transitions) -> dict[str, Callable[[], int]]:
     try:
         import d3rlpy
 
-        count = min(
-            len(data), 100_000
-        )  # a buffer of Python objects, slow to build; its drawing does not depend on the size
+        # its buffer of Python objects is slow to build, and its drawing does not depend on the size
+        count = min(len(data), 100_000)
         terminals = np.zeros(count)
         terminals[999::1000] = 1
         columns = data.observations[:count].numpy(), data.actions[:count].numpy(), data.rewards[:count].numpy()

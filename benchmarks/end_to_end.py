@@ -5,9 +5,8 @@
 One `fit` of the config in a process of its own, from nothing: data set and cache are built in a temporary folder. The
 progress bar is drawn as on a terminal. "networks" is `update`, all forward and backward passes with the optimisers;
 "drawing" is the making of batches; "validation" is on held-out data; "evaluation" and "regeneration" are the agent's
-callbacks; "the rest" is what remains of a stage: Lightning, logs, progress bar, checkpoints, normalisers. All is
-measured once. Then `synthesize` writes imagined
-transitions of that run as a Minari data set, in another process.
+callbacks; "the rest" is what remains of a stage: Lightning, logs, progress bar, checkpoints, normalizers. All is
+measured once. Then `synthesize` writes imagined transitions of that run as a Minari data set, in another process.
 """
 
 import argparse
@@ -56,11 +55,11 @@ class Clock:
         return mock.patch.object(owner, name, timed)
 
     def wrap_stage(self, function: Callable) -> Callable:
-        def timed(experiment: Any, name: str, *args: Any) -> Any:
-            self.stage = name
+        def timed(experiment: Any, stage: Any, *args: Any) -> Any:
+            self.stage = stage.name
             try:
                 with self.measure("stage"):
-                    return function(experiment, name, *args)
+                    return function(experiment, stage, *args)
             finally:
                 self.stage = "after"
 
@@ -83,8 +82,8 @@ def timed_fit(arguments: list[str]) -> dict[str, float]:
     """Seconds by stage and part of one ``fit``; for a process of its own, as it replaces the package's functions."""
     from dawm import callbacks
     from dawm.agents import IQL, TD3BC
-    from dawm.cli import fit as commands
-    from dawm.cli import main as cli
+    from dawm.cli import fit
+    from dawm.cli.main import main as dawm_main
     from dawm.data.batches import BatchLoader
     from dawm.data.module import TransitionDataModule
     from dawm.inverse_dynamics import InverseDynamics
@@ -97,15 +96,15 @@ def timed_fit(arguments: list[str]) -> dict[str, float]:
             (TransitionDataModule, "setup", "data"),
             (callbacks.EvaluateInEnvironment, "evaluate", "evaluation"),
             (callbacks.RegenerateRollouts, "refill", "regeneration"),
-            (commands, "_evaluate", "last evaluation"),
+            (fit, "score", "last evaluation"),
             *((kind, "update", "networks") for kind in (DiffusionWorldModel, InverseDynamics, TD3BC, IQL)),
             *((kind, "validation_step", "validation") for kind in (DiffusionWorldModel, InverseDynamics)),
         ):
             stack.enter_context(clock.wrap(owner, name, part))
-        stack.enter_context(mock.patch.object(Experiment, "run_stage", clock.wrap_stage(Experiment.run_stage)))
+        stack.enter_context(mock.patch.object(Experiment, "run", clock.wrap_stage(Experiment.run)))
         stack.enter_context(mock.patch.object(BatchLoader, "__iter__", clock.wrap_batches(BatchLoader.__iter__)))
         with clock.measure("fit"):
-            code = cli.main(arguments)
+            code = dawm_main(arguments)
     if code:
         raise SystemExit(code)
     clock.seconds["fit"] = clock.seconds.pop("before/fit", 0.0) + clock.seconds.pop("after/fit", 0.0)

@@ -45,7 +45,7 @@ def updates(count: int, number: int = 256) -> Callable[[], int]:
 
     def work() -> int:
         for _ in range(number // 32):
-            for batch in next(drawn):
+            for agent.update_index, batch in enumerate(next(drawn)):
                 agent.update(batch)
         return number
 

@@ -3,7 +3,7 @@
     python -m benchmarks.long_run                    # some 20 minutes
 
 One `fit` of the quickstart's config in a process of its own, with short first stages, 200,000 updates of the agent,
-2,000 rollouts anew every 1,000 updates, an evaluation every 20,000 and a checkpoint every 10,000. "Allocated" is what
+2,000 new rollouts every 1,000 updates, an evaluation every 20,000 and a checkpoint every 10,000. "Allocated" is what
 the process has asked for and not given back; "resident" also holds free memory that the allocator keeps.
 """
 

@@ -51,8 +51,8 @@ def interleave(contestants: Mapping[str, Callable[[], int]], rounds: int) -> lis
     return [Rates(name, values) for name, values in rates.items()]
 
 
-def with_fast_products(work: Callable[[], int]) -> Callable[[], int]:
-    """The same work with matrix products as DAWM's commands make them; other contestants keep PyTorch's default."""
+def with_dawm_matmuls(work: Callable[[], int]) -> Callable[[], int]:
+    """The same work with matmuls as DAWM's commands compute them; other contestants keep PyTorch's default."""
 
     def done() -> int:
         matmul = torch.backends.mkldnn.matmul

@@ -6,7 +6,7 @@
 Contestants of the first part, on Hopper's shape, networks untrained and of equal width: DAWM's residual MLP over a
 whole horizon with its few-step sampler, and the same network over a single transition with EDM's stochastic Heun
 sampler of 128 steps (255 evaluations, churn 80 at levels of 0.05 to 50), as SynthER (arXiv 2303.06614) generates; both
-with the matrix products that DAWM's commands choose. A horizon of H counts as H transitions.
+with the matmuls that DAWM's commands choose. A horizon of H counts as H transitions.
 
 The second part takes ONE trained world model, swaps its sampler and compares what it imagines with held-out segments:
 "sliced Wasserstein" is the mean distance over random directions between the distributions of whole futures (normalised

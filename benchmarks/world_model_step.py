@@ -4,8 +4,8 @@
 
 Contestants: DAWM's world model (denoising loss, clipping, averaged weights, without the regression baseline) with its
 networks, the default one and wider ones; and a residual MLP of 1024x6 on single transitions with EDM's loss in a plain
-loop, the network of SynthER (arXiv 2303.06614), with and without the matrix products that DAWM's commands choose. An
-update of DAWM's learns H transitions of each row of its batch at once, one of SynthER's a single one.
+loop, the network of SynthER (arXiv 2303.06614), with and without the matmuls that DAWM's commands choose. An update of
+DAWM's learns H transitions of each segment of its batch at once, one of SynthER's a single one.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import lightning as L
 import torch
 
-from benchmarks.measure import interleave, ratio, report, rows, with_fast_products
+from benchmarks.measure import interleave, ratio, report, rows, with_dawm_matmuls
 from benchmarks.synthesis import ACTIONS, OBSERVATIONS
 from dawm.data.transitions import Segments
 from dawm.diffusion.denoisers import Denoiser, ResidualMLP, TemporalTransformer, TemporalUNet
@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     tables, headlines = [], []
     for horizon in options.horizons:
         for batch in options.batches:
-            entries = {n: with_fast_products(ours(network, horizon, batch)) for n, network in NETWORKS.items()}
-            entries[f"{PEER}, DAWM's products"] = with_fast_products(peer(batch))
+            entries = {n: with_dawm_matmuls(ours(network, horizon, batch)) for n, network in NETWORKS.items()}
+            entries[f"{PEER}, DAWM's matmuls"] = with_dawm_matmuls(peer(batch))
             entries[PEER] = peer(batch)
             header = ["contestant", "updates/s, median", "min to max", f"x {PEER}"]
             results = interleave(entries, options.rounds)

@@ -1,6 +1,8 @@
 """What all tests share: seeds, one thread, no touching of the user's data, a data set whose rows know who they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import h5py
 import lightning as L
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dawm.data.transitions import Transitions
 from dawm.nn.matmul import prefer_onednn
 from dawm.training.updates import UpdateModule
 
@@ -80,6 +83,21 @@ def make_trainer(tmp_path):
         return L.Trainer(max_steps=max_steps, **settings | kwargs)
 
     return make
+
+
+def update_each(module: UpdateModule, batches: Iterable[Any]) -> None:
+    """One update on each batch, numbered from 0 as training numbers them."""
+    for module.update_index, batch in enumerate(batches):
+        module.update(batch)
+
+
+def data_of(transitions: Transitions, episode_returns: Sequence[float] = (0.0,)) -> SimpleNamespace:
+    """What `fit_normalizers` asks of a data module whose rows are all used for training."""
+    rows = torch.arange(len(transitions))
+    episodes = SimpleNamespace(
+        transitions=transitions, sample_rows=lambda *_: rows, episode_returns=torch.tensor(episode_returns)
+    )
+    return SimpleNamespace(episodes=episodes, training_episodes=None)
 
 
 class Recorder(UpdateModule):

@@ -1,6 +1,7 @@
 """Offline data of five tiny problems whose values are known, and the contract that every agent keeps."""
 
 import math
+import warnings
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -8,9 +9,11 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from conftest import data_of, update_each
 from torch.utils.data import DataLoader
 
 from dawm.agents import IQL, TD3BC, OfflineAgent
+from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
 
@@ -34,8 +37,7 @@ def uniform(rows: int = 512) -> Transitions:
 
 
 def train(agent: OfflineAgent, data: Transitions, updates: int = 400, batch_size: int = 64) -> OfflineAgent:
-    for _ in range(updates):
-        agent.update(data[torch.randint(len(data), (batch_size,))])
+    update_each(agent, (data[torch.randint(len(data), (batch_size,))] for _ in range(updates)))
     return agent
 
 
@@ -109,7 +111,7 @@ def test_actor_moves_in_units_of_the_data(make):
         data, observations=data.observations * 100 + 5000, next_observations=data.next_observations * 100 + 5000
     )
     agent = make()
-    agent.fit_normalizers(far, torch.tensor([0.0, 1000.0]))
+    agent.fit_normalizers(data_of(far, [0.0, 1000.0]))
     prepared = agent.prepare(far)
     assert torch.equal(prepared.observations, prepared.next_observations)
     train(agent, far)
@@ -119,16 +121,16 @@ def test_actor_moves_in_units_of_the_data(make):
 def test_rewards_are_scaled_to_a_span_of_1000_and_shifted():
     agent = IQL(1, 1, normalize_rewards=True, reward_shift=-1.0)
     data = replace(uniform(), rewards=torch.full((512,), 3.0))
-    agent.fit_normalizers(data, torch.tensor([100.0, 600.0, 300.0]))
+    agent.fit_normalizers(data_of(data, [100.0, 600.0, 300.0]))
     torch.testing.assert_close(agent.prepare(data).rewards, torch.full((512,), 3.0 * 1000 / 500 - 1))
-    with pytest.raises(ValueError, match="episodes"):
-        agent.fit_normalizers(data)
+    agent.fit_normalizers(data_of(data, [600.0, 600.0]))  # which says nothing about the scale
+    torch.testing.assert_close(agent.prepare(data).rewards, torch.full((512,), 3.0 - 1))
 
 
 def test_normalisation_can_be_switched_off():
     agent = TD3BC(1, 1, normalize_observations=False)
     data = uniform()
-    agent.fit_normalizers(data)
+    agent.fit_normalizers(data_of(data))
     assert torch.equal(agent.prepare(data).observations, data.observations)
     assert torch.equal(agent.prepare(data).rewards, data.rewards)
 
@@ -161,6 +163,7 @@ def test_td3_bc_updates_actor_and_targets_every_second_time():
     assert "actor_loss" not in agent.update(uniform(64))
     assert all(torch.equal(a, b) for a, b in zip(actor, agent.actor.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(targets, agent.target_critics.parameters()))
+    agent.update_index = 1
     assert "actor_loss" in agent.update(uniform(64))
     assert not any(torch.equal(a, b) for a, b in zip(actor, agent.actor.parameters()))
     assert not any(torch.equal(a, b) for a, b in zip(targets, agent.target_critics.parameters()))
@@ -266,7 +269,7 @@ def test_results_do_not_depend_on_batches_per_step(make, tmp_path):
 def test_checkpoint_holds_everything(make, tmp_path):
     data = replace(uniform(16 * 12), rewards=torch.randn(16 * 12))
     agent = make()
-    agent.fit_normalizers(replace(data, observations=data.observations * 3 + 7), torch.tensor([0.0, 10.0]))
+    agent.fit_normalizers(data_of(replace(data, observations=data.observations * 3 + 7), [0.0, 10.0]))
     trainer = fit(agent, data, 3, 1, tmp_path)
     trainer.save_checkpoint(tmp_path / "agent.ckpt")
     loaded = type(agent).load_from_checkpoint(tmp_path / "agent.ckpt", weights_only=True)
@@ -284,6 +287,49 @@ def test_checkpoint_holds_everything(make, tmp_path):
         agent.run_updates(Transitions.unpack(rows, 1, 1), index, [agent.learning_rates(index)])
     fit(resumed, rest, 8, 1, tmp_path, ckpt_path=tmp_path / "agent.ckpt")
     assert equal_weights(agent, resumed)
+
+
+def small(dataset: str) -> TransitionDataModule:
+    return TransitionDataModule(dataset, horizon=2, batch_size=8, updates_per_step=2, synthetic_fraction=0.0)
+
+
+@pytest.mark.parametrize("make", [TD3BC, IQL])
+def test_a_plain_trainer_takes_the_statistics_from_the_data(make, dataset, make_trainer):
+    agent, data = make(2, 1, hidden=(8,)), small(dataset)
+    make_trainer(4).fit(agent, datamodule=data)
+    torch.testing.assert_close(agent.observation_normalizer.mean, data.episodes.transitions.observations.mean(dim=0))
+    returns = data.episodes.episode_returns
+    scale = 1000 / (returns.max() - returns.min()) if isinstance(agent, IQL) else torch.ones(())
+    torch.testing.assert_close(agent.reward_scale, scale)
+
+
+@pytest.mark.parametrize("make", [TD3BC, IQL])
+def test_a_loaded_agent_keeps_its_statistics_on_other_data(make, dataset, write_dataset, make_trainer, tmp_path):
+    agent, first, other = make(2, 1, hidden=(8,)), small(dataset), small(write_dataset((4, 9), (True, True), first=100))
+    trainer = make_trainer(4)
+    trainer.fit(agent, datamodule=first)
+    trainer.save_checkpoint(tmp_path / "agent.ckpt")
+    loaded = make.load_from_checkpoint(tmp_path / "agent.ckpt", weights_only=True)
+    expected, foreign = make(2, 1), make(2, 1)
+    expected.fit_normalizers(first)
+    foreign.fit_normalizers(other)
+    assert not torch.equal(expected.observation_normalizer.mean, foreign.observation_normalizer.mean)
+    for trained in (agent, loaded):
+        make_trainer(4).fit(trained, datamodule=other)
+        assert torch.equal(trained.observation_normalizer.mean, expected.observation_normalizer.mean)
+        assert torch.equal(trained.reward_scale, expected.reward_scale)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_without_a_data_module_warns_of_missing_statistics(tmp_path):
+    data = uniform(32)
+    with pytest.warns(UserWarning, match="TD3BC trains on data that are not normalised; give its Trainer.*datamodule="):
+        fit(TD3BC(1, 1, **SETTINGS), data, 2, 1, tmp_path)
+    fitted = TD3BC(1, 1, **SETTINGS)
+    fitted.fit_normalizers(data_of(data))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "TD3BC trains on")
+        fit(fitted, data, 2, 1, tmp_path)
 
 
 def test_half_precision_with_loss_scaling_is_refused():
@@ -311,11 +357,10 @@ def test_a_seed_among_several_learns_as_one_alone(make):
     alone = [member(agent, index, make) for index in range(3)]
     data = uniform()
     data = replace(data, rewards=data.observations[:, 0].sign(), terminations=(data.actions[:, 0] > 0).float())
-    for _ in range(4):
-        rows = torch.randint(len(data), (3, 64))
-        agent.update(data[rows])
-        for index in range(3):
-            alone[index].update(data[rows[index]])
+    rows = torch.randint(len(data), (4, 3, 64))
+    update_each(agent, data[rows])
+    for index in range(3):
+        update_each(alone[index], data[rows[:, index]])
     actions = agent.act(data.observations)
     assert actions.shape == (3, len(data), 1)
     assert not torch.allclose(actions[0], actions[1], atol=1e-3)

@@ -92,6 +92,7 @@ def test_the_plain_loop_and_dawm_learn_the_same(plain_kind, kind):
         torch.manual_seed(index)
         plain.train([field[rows] for field in buffer.fields])
         torch.manual_seed(index)
+        ours.update_index = index
         ours.update(data[rows])
     for pair, network in zip(twins, (ours.critics, ours.target_critics)):
         torch.testing.assert_close(network.weights, torch.stack([weights(c) for c in pair]), atol=1e-8, rtol=1e-6)

@@ -1,12 +1,13 @@
 """A graph of K updates does what the updates do one by one; a stand-in repeats the recorded work on a CPU."""
 
+import lightning as L
 import pytest
 import torch
 
 from dawm.agents import IQL, TD3BC
 from dawm.data.module import TransitionDataModule
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.training import graphs, updates
+from dawm.training import graphs
 from dawm.training.graphs import UpdateGraph, reason_against
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -33,8 +34,8 @@ class Repeated:
 
 @pytest.fixture
 def repeated(monkeypatch):
-    monkeypatch.setattr(updates, "reason_against", lambda *args: None)
-    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, Repeated))
+    monkeypatch.setattr(graphs, "reason_against", lambda *args: None)
+    monkeypatch.setattr(graphs, "UpdateGraph", lambda module: UpdateGraph(module, Repeated))
     Repeated.launches = 0
 
 
@@ -65,7 +66,7 @@ def test_a_graph_learns_what_updates_one_by_one_learn(make, max_steps, dataset, 
     plain, _ = trained(make, dataset, make_trainer, False, max_steps)
     graphed, trainer = trained(make, dataset, make_trainer, True, max_steps)
     assert Repeated.launches == 48 // 4 - graphs.WARM_UP
-    assert graphed.update_index == plain.update_index == max_steps
+    assert graphed.update_index == plain.update_index == max_steps - 1
     for key, value in plain.state_dict().items():
         assert torch.equal(graphed.state_dict()[key], value), key
     assert trainer.callback_metrics["agent/critic_loss"].isfinite()
@@ -77,7 +78,7 @@ def test_a_checkpoint_made_in_between_has_no_trace_of_the_graph(dataset, make_tr
     path = tmp_path / "last.ckpt"
     make = MODULES[1].values[0]
 
-    class Save(updates.L.Callback):
+    class Save(L.Callback):
         def on_train_batch_end(self, trainer, module, *args):
             if trainer.global_step == 24:
                 assert isinstance(module.parameter_groups()[0]["lr"], torch.Tensor)
@@ -105,17 +106,17 @@ class Recorder:
 
 
 def test_updates_that_cannot_be_recorded_run_one_by_one(dataset, make_trainer, monkeypatch):
-    monkeypatch.setattr(updates, "reason_against", lambda *args: None)
+    monkeypatch.setattr(graphs, "reason_against", lambda *args: None)
 
     def refuse(work):
         raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
 
-    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, refuse))
+    monkeypatch.setattr(graphs, "UpdateGraph", lambda module: UpdateGraph(module, refuse))
     plain, _ = trained(MODULES[0].values[0], dataset, make_trainer, False)
     with pytest.warns(UserWarning, match="^cuda_graphs: .*when stream is capturing.; they run one by one$"):
         refused, _ = trained(MODULES[0].values[0], dataset, make_trainer, True)
     assert all(torch.equal(value, refused.state_dict()[key]) for key, value in plain.state_dict().items())
-    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, Recorder))
+    monkeypatch.setattr(graphs, "UpdateGraph", lambda module: UpdateGraph(module, Recorder))
     with pytest.warns(UserWarning, match="sets learning rates itself"):
         trained(lambda *sizes: Setting(*sizes, **HIDDEN), dataset, make_trainer, True)
 

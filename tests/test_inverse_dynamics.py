@@ -1,11 +1,12 @@
 import lightning as L
 import pytest
 import torch
+from conftest import data_of
 
 from dawm.data.batches import BatchLoader, FixedBatches, RowStream
 from dawm.data.transitions import Transitions
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.training.checkpoints import SaveCheckpoint
+from dawm.training.save_checkpoint import SaveCheckpoint
 
 
 def linear(count):
@@ -29,7 +30,7 @@ def looping(transitions, updates, batch_size=64, updates_per_step=10):
 def test_linear_dynamics_are_recovered(make_trainer):
     data, held_out = linear(2000), linear(200)
     model = InverseDynamics(3, 2, members=2, hidden=(32,), learning_rate=5e-3)
-    model.fit_normalizers(data)
+    model.fit_normalizers(data_of(data))
     make_trainer(400, val_check_interval=20).fit(model, looping(data, 400), FixedBatches([linear(300)]))
     inferred = model.infer(held_out.observations, held_out.next_observations)
     assert float((inferred.actions - held_out.actions).abs().mean()) < 0.03
@@ -44,10 +45,10 @@ class Stepping(InverseDynamics):
         super().__init__(1, 1, members=1, hidden=())
         self.script = script
         with torch.no_grad():
-            self.network.layers()[0][0].zero_()
+            self.network.layers(self.network.weights)[0][0].zero_()
 
     def update(self, batch):
-        self.network.layers()[0][1].data.fill_(self.script[self.update_index])
+        self.network.layers(self.network.weights.data)[0][1].fill_(self.script[self.update_index])
         return {"loss": torch.zeros(())}
 
     def answer(self):
@@ -125,8 +126,9 @@ def test_validation_error_by_hand(make_trainer):
     """Of the mean over the members, held to [-1, 1]."""
     model = InverseDynamics(1, 2, members=2, hidden=())
     with torch.no_grad():
-        model.network.layers()[0][0].zero_()
-        model.network.layers()[0][1].copy_(torch.tensor([[3.0, 0.0], [0.0, 0.4]]).unsqueeze(-1))
+        ((weights, biases),) = model.network.layers(model.network.weights)
+        weights.zero_()
+        biases.copy_(torch.tensor([[3.0, 0.0], [0.0, 0.4]]).unsqueeze(-1))
     actions = torch.tensor([[0.5, 0.0], [0.5, 0.2]])
     data = Transitions(torch.zeros(2, 1), actions, torch.zeros(2), torch.ones(2, 1), torch.zeros(2))
     metrics = make_trainer(1).validate(model, FixedBatches([data[:1], data[1:]]), verbose=False)[0]
@@ -147,8 +149,9 @@ def test_disagreement_of_equal_and_of_different_members():
 
 def test_disagreement_is_that_of_the_worst_dimension():
     model = InverseDynamics(1, 2, members=2, hidden=())
-    model.network.layers()[0][0].data.zero_()
-    model.network.layers()[0][1].data.copy_(torch.tensor([[0.1, -0.5], [0.3, 0.5]]).unsqueeze(-1))
+    ((weights, biases),) = model.network.layers(model.network.weights.data)
+    weights.zero_()
+    biases.copy_(torch.tensor([[0.1, -0.5], [0.3, 0.5]]).unsqueeze(-1))
     inferred = model.infer(torch.zeros(4, 1), torch.zeros(4, 1))
     torch.testing.assert_close(inferred.actions, torch.tensor([[0.2, 0.0]]).expand(4, 2))
     torch.testing.assert_close(inferred.disagreement, torch.full((4,), 0.5))

@@ -43,7 +43,7 @@ def test_a_precision_set_before_stays(monkeypatch):
     assert use(monkeypatch, AMD) == (False, "ieee")
 
 
-def test_products_have_single_precision():
+def test_matmuls_have_single_precision():
     matmul.prefer_onednn()
     assert matmul._single_precision()
 

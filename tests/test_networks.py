@@ -1,6 +1,5 @@
 """Batched networks against loops of plain ones, and the contract of the denoisers."""
 
-import copy
 import itertools
 
 import pytest
@@ -9,14 +8,13 @@ from torch import nn
 
 from dawm.diffusion.denoisers import ResidualMLP, TemporalTransformer, TemporalUNet
 from dawm.errors import UserError
-from dawm.nn import mlp
 from dawm.nn.mlp import BatchedMLP
 
 
-def plain_copy(batched, member):
-    """The member of a BatchedMLP as plain layers, with the activation between them."""
+def plain_copy(batched, index):
+    """One network of a BatchedMLP as plain layers, with the activation between them."""
     layers = []
-    for weight, bias, *norm in batched.layers(batched.weights[member].detach()):
+    for weight, bias, *norm in batched.layers(batched.weights[index].detach()):
         linear = nn.Linear(*weight.T.shape)
         linear.weight.data, linear.bias.data = weight.clone(), bias[:, 0].clone()
         layers.append(linear)
@@ -27,72 +25,66 @@ def plain_copy(batched, member):
     return nn.Sequential(*layers[:-1])
 
 
-@pytest.mark.parametrize("members", [(), (1,), (3,), (3, 2)])
+def batched_road(network, inputs):
+    """Outputs by batched matmuls, as on a GPU; on a CPU the networks run one after the other."""
+    ensemble = network.weights.shape[:-1]
+    inputs = inputs if inputs.dim() == 2 else inputs[(slice(None), *(len(ensemble) - 1) * (None,))]
+    x = inputs.expand(*ensemble, *inputs.shape[-2:]).flatten(end_dim=-3).mT
+    return network._network(x, network.weights.flatten(end_dim=-2), torch.baddbmm).mT.unflatten(0, ensemble)
+
+
+@pytest.mark.parametrize("own_inputs", [False, True])
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_batched_mlp_is_a_loop_of_plain_ones(members, layer_norm):
+@pytest.mark.parametrize("hidden", [(), (7,), (8, 6)])
+@pytest.mark.parametrize(
+    ("ensemble", "road"),
+    [((), BatchedMLP.forward), *itertools.product([(1,), (3,), (3, 2)], [BatchedMLP.forward, batched_road])],
+)
+def test_batched_mlp_equals_plain_networks_in_value_and_gradient(ensemble, hidden, layer_norm, own_inputs, road):
     torch.manual_seed(0)
-    batched = BatchedMLP(members, 4, (8, 6), 3, layer_norm=layer_norm)
+    batched = BatchedMLP(ensemble, 4, hidden, 3, layer_norm=layer_norm).double()
     nn.init.normal_(batched.weights)
-    shared, own = torch.randn(5, 4), torch.randn(*members[:1], 5, 4)
-    outputs, outputs_own = batched(shared), batched(own)
-    assert outputs.shape == outputs_own.shape == (*members, 5, 3)
-    for member in itertools.product(*map(range, members)):
-        plain = plain_copy(batched, member)
-        torch.testing.assert_close(outputs[member], plain(shared))
-        torch.testing.assert_close(outputs_own[member], plain(own[member[:1]]))
+    inputs = torch.randn(*ensemble[: int(own_inputs)], 5, 4, dtype=torch.float64, requires_grad=True)
+    outputs = road(batched, inputs)
+    assert outputs.shape == (*ensemble, 5, 3)
+    gradients = torch.autograd.grad(outputs.square().sum(), (batched.weights, inputs))
+
+    input_gradient = torch.zeros_like(inputs)
+    for index in itertools.product(*map(range, ensemble)):
+        own = index[: inputs.dim() - 2]
+        plain, plain_inputs = plain_copy(batched, index), inputs[own].detach().requires_grad_()
+        plain_outputs = plain(plain_inputs)
+        plain_outputs.square().sum().backward()
+        torch.testing.assert_close(outputs[index], plain_outputs)
+        weight_gradient = torch.cat([parameter.grad.flatten() for parameter in plain.parameters()])
+        torch.testing.assert_close(gradients[0][index], weight_gradient)
+        input_gradient[own] += plain_inputs.grad
+    torch.testing.assert_close(gradients[1], input_gradient)
 
 
-@pytest.mark.parametrize("hidden", [(), (7,), (6, 5)])
-@pytest.mark.parametrize("constant_inputs", [False, True])
-@pytest.mark.parametrize("constant_weights", [False, True])
-@pytest.mark.parametrize("members", [(2,), (3, 2)])
-@pytest.mark.parametrize("at_once", [False, True])  # as on a GPU
-def test_gradients_written_by_hand_are_those_of_autograd(
-    hidden, constant_inputs, constant_weights, members, at_once, monkeypatch
-):
-    if at_once:
-        monkeypatch.setattr(mlp, "_parts", lambda networks: (networks,))
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_head_is_one_network_of_the_innermost_dimension(detach):
     torch.manual_seed(0)
-    network = BatchedMLP(members, 3, hidden, 2).double()
-    inputs = torch.randn(*members[:-1], 4, 3, dtype=torch.float64, requires_grad=not constant_inputs)
-    wanted = [x for x, constant in ((inputs, constant_inputs), (network.weights, constant_weights)) if not constant]
-    if not wanted:
-        return
-
-    def gradients():
-        outputs = network.head(inputs, 1) if constant_weights else network(inputs)
-        return torch.autograd.grad(outputs.square().sum(), wanted)
-
-    by_hand = gradients()
-    network.dropout = 1e-12  # drops nothing here, but takes the general way
-    torch.testing.assert_close(by_hand, gradients())
-
-
-def test_one_of_the_copies_answers_with_constant_weights():
-    torch.manual_seed(0)
-    critics, inputs = BatchedMLP((5, 2), 4, (8,), 1), torch.randn(5, 6, 4)
-    torch.testing.assert_close(critics.head(inputs, 0), critics(inputs)[:, 0])
-    assert not critics.head(inputs, 0).requires_grad
-
-
-@pytest.mark.parametrize("change", ["optimiser", "load", "data", "copy"])
-def test_a_network_answers_by_the_weights_it_has_now(change):
-    torch.manual_seed(0)
-    network, other, inputs = BatchedMLP((2,), 4, (8,), 1), BatchedMLP((2,), 4, (8,), 1), torch.randn(6, 4)
-    before = network(inputs), network.head(inputs, 0)
-    if change == "optimiser":
-        network.weights.grad = network.weights.detach() - other.weights.detach()
-        torch.optim.SGD(network.parameters(), lr=1.0).step()
-    elif change == "load":
-        network.load_state_dict(other.state_dict())
-    elif change == "data":
-        network.weights.data = other.weights.data.clone()
+    critics, inputs = BatchedMLP((5, 2), 4, (8,), 1), torch.randn(5, 6, 4, requires_grad=True)
+    head, all_outputs = critics.head(inputs, 1, detach=detach), critics(inputs)[:, 1]
+    torch.testing.assert_close(head, all_outputs)
+    wanted = (inputs, critics.weights)
+    gradients = torch.autograd.grad(head.square().sum(), wanted, allow_unused=True)
+    expected = torch.autograd.grad(all_outputs.square().sum(), wanted)
+    torch.testing.assert_close(gradients[0], expected[0])
+    if detach:
+        assert gradients[1] is None, "its weights are constants"
     else:
-        network = copy.deepcopy(network)
-        network.load_state_dict(other.state_dict())
-    torch.testing.assert_close(network(inputs), other(inputs))
-    torch.testing.assert_close(network.head(inputs, 0), other(inputs)[0])
-    assert not torch.allclose(network(inputs), before[0])
+        torch.testing.assert_close(gradients[1], expected[1])
+
+
+@pytest.mark.parametrize("ensemble", [(), (2,)])
+def test_units_are_dropped_in_training_alone(ensemble):
+    torch.manual_seed(0)
+    network, inputs = BatchedMLP(ensemble, 4, (8,), 1, dropout=0.25), torch.randn(6, 4)
+    assert not torch.equal(network(inputs), network(inputs))
+    network.eval()
+    assert torch.equal(network(inputs), network(inputs))
 
 
 def test_members_do_not_share_gradients_or_weights():
@@ -106,7 +98,8 @@ def test_members_do_not_share_gradients_or_weights():
 
 def test_initialisation_is_that_of_torch_linear():
     torch.manual_seed(0)
-    ((weights, bias),), reference = BatchedMLP((3,), 400, (), 300).layers(), nn.Linear(400, 300)
+    network, reference = BatchedMLP((3,), 400, (), 300), nn.Linear(400, 300)
+    ((weights, bias),) = network.layers(network.weights)
     for weight in (*weights, reference.weight):  # uniform in +-1/sqrt(400)
         assert weight.abs().max().item() == pytest.approx(0.05, rel=1e-3)
         assert weight.std().item() == pytest.approx(0.05 / 3**0.5, rel=1e-2)

@@ -240,7 +240,7 @@ def test_a_checkpoint_loads_without_unpickling_and_imagines_the_same(make_traine
         },
     }
     data = accelerating(50, 2)
-    world_model = build_module(description)(2, 1)
+    world_model = build_module(description, 2, 1)
     fit_normalizers(world_model, data)
     trainer = make_trainer(10)
     trainer.fit(world_model, looping(data, 10, 16))

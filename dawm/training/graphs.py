@@ -133,7 +133,7 @@ class UpdateGraph:
         if self._rates is not None:
             self._rates.copy_(torch.tensor(rates))
         metrics = self._launch()
-        self.module.update_index = first + count
+        self.module.update_index = first + count - 1
         return {key: value.clone() for key, value in metrics.items()}  # the next launch overwrites them
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ def test_updates_in_a_graph_are_those_one_by_one(dataset, make_trainer, make):
         data.setup()
         torch.manual_seed(0)
         agent = make(data.observation_size, data.action_size)
-        agent.fit_normalizers(data.episodes.transitions[:], data.episodes.returns())
+        agent.fit_normalizers(data)
         agent.cuda_graphs = cuda_graphs
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "cuda_graphs")
@@ -56,21 +56,16 @@ def test_updates_in_a_graph_are_those_one_by_one(dataset, make_trainer, make):
 def test_compiled_networks_learn(dataset, make_trainer, stage):
     data = TransitionDataModule(dataset, horizon=2, batch_size=8, segment_batch_size=8, updates_per_step=2,
                                 synthetic_fraction=0.0)  # fmt: skip
-    data.setup()
-    real, sizes = data.episodes.transitions[:], (data.observation_size, data.action_size)
-    trainer = make_trainer(10, accelerator="gpu", devices=1)
-    data.to(trainer.strategy.root_device)
+    sizes = data.observation_size, data.action_size
     if stage == "world_model":
         module = DiffusionWorldModel(*sizes, horizon=2)
-        module.fit_normalizers(real, data.returns_to_go)
-        network, loaders = module.network, {"train_dataloaders": data.segment_loader(10)}
+        network = module.network
     else:
         module = TD3BC(*sizes, hidden=(32, 32))
-        module.fit_normalizers(real)
-        network, loaders = module.critics, {"datamodule": data}
+        network = module.critics
     before = [parameter.clone() for parameter in network.parameters()]
     network.compile()
-    trainer.fit(module, **loaders)
+    make_trainer(10, accelerator="gpu", devices=1).fit(module, datamodule=data)
     after = [parameter.cpu() for parameter in network.parameters()]
     assert all(value.isfinite().all() for value in after)
     assert not any(torch.equal(*pair) for pair in zip(before, after))

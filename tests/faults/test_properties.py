@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import h5py
-import lightning as L
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -116,21 +115,6 @@ def modules(horizon: int) -> list[UpdateModule]:
     ]
 
 
-def train(trainer: L.Trainer, module: UpdateModule, data: TransitionDataModule) -> None:
-    """A few updates and a validation, as an experiment sets them up."""
-    episodes, real = data.episodes, data.episodes.transitions
-    rows = episodes.sample_rows(data.training_episodes)
-    if isinstance(module, DiffusionWorldModel):
-        module.fit_normalizers(real[rows], data.returns_to_go[rows])
-        trainer.fit(module, data.segment_loader(UPDATES), data.validation_segment_loader())
-    elif isinstance(module, InverseDynamics):
-        module.fit_normalizers(real[rows])
-        trainer.fit(module, data.transition_loader(UPDATES), data.validation_transition_loader())
-    else:
-        module.fit_normalizers(real, episodes.episode_returns)
-        trainer.fit(module, data.mixed_loader(UPDATES))
-
-
 @EXAMPLES
 @given(case=cases())
 @pytest.mark.filterwarnings("ignore")
@@ -143,20 +127,20 @@ def test_every_stage_goes_through_or_says_why_not(make_trainer, case):
     # without next observations the last row of a truncated episode is lost
     kept = [n - (not end and not case.next_recorded) for n, end in zip(case.lengths, case.terminated)]
     if max(kept) < case.horizon:
-        with pytest.raises(UserError, match="^--data.horizon: |it is empty"), loaded(case, walk[:-1], walk[1:]):
+        with pytest.raises(UserError, match="^--data.horizon: |is empty"), loaded(case, walk[:-1], walk[1:]):
             pass
         return
     with loaded(case, walk[:-1], walk[1:]) as data:
         for module in modules(case.horizon):
             message = ""
             try:
-                train(make_trainer(UPDATES, val_check_interval=1), module, data)
+                make_trainer(UPDATES, val_check_interval=1).fit(module, datamodule=data)
             except UserError as error:
                 message = str(error)
             if message:
                 segments = isinstance(module, DiffusionWorldModel)
                 assert segments or isinstance(module, InverseDynamics)
-                assert message.startswith("--data.horizon: got" if segments else "--data.dataset: got")
+                assert message.startswith("--data.horizon: " if segments else "--data.dataset: ")
                 continue
             for key, value in module.state_dict().items():
                 # no validation is better than this one: it starts there
@@ -167,7 +151,7 @@ def test_every_stage_goes_through_or_says_why_not(make_trainer, case):
 @given(case=cases())
 @pytest.mark.filterwarnings("ignore")
 def test_no_segment_crosses_the_end_of_an_episode(case):
-    """The observations name row and episode; float32 keeps them apart up to 2^24 rows."""
+    """The observations name row and episode; float32 tells them apart up to 2^24 rows."""
     case = case._replace(next_recorded=True)
     rows = np.arange(sum(case.lengths), dtype=case.kind)
     episode = np.repeat(np.arange(len(case.lengths), dtype=case.kind), case.lengths)
@@ -190,6 +174,6 @@ def test_no_segment_crosses_the_end_of_an_episode(case):
     assert (row == np.minimum(row[..., :1] + steps, end)).all()  # on to the end's observation, which then repeats
     valid = segments.valid.numpy().astype(bool)
     assert (valid == (row[..., :1] + steps[:-1] < end)).all()
-    assert (valid | terminated[which[..., :-1]]).all()  # nothing is made up after a truncation
+    assert (valid | terminated[which[..., :-1]]).all()  # nothing is made up behind a truncation
     at_end = terminated[which[..., :-1]] & (row[..., :1] + steps[:-1] >= end - 1)
     assert (segments.terminations.numpy().astype(bool) == at_end).all()

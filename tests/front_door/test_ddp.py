@@ -39,7 +39,6 @@ SCRIPT = '''
 """The three stages and both callbacks by hand, as in the README, on two devices."""
 import os, sys
 import lightning as L
-from dawm.agents import TD3BC
 from dawm.callbacks import EvaluateInEnvironment, RegenerateRollouts
 from dawm.data.module import TransitionDataModule
 from dawm.inverse_dynamics import InverseDynamics
@@ -52,19 +51,12 @@ def trainer(**settings):
 
 L.seed_everything(0)
 data = TransitionDataModule(sys.argv[1], horizon=3, batch_size=16, segment_batch_size=16, updates_per_step=5)
-data.setup()
 sizes = data.observation_size, data.action_size
-real = data.episodes.transitions
 world_model = DiffusionWorldModel(*sizes, horizon=3)
-world_model.fit_normalizers(real[:], data.returns_to_go)
 inverse_dynamics = InverseDynamics(*sizes, hidden=(16,), members=2)
-inverse_dynamics.fit_normalizers(real[:])
 agent = Probe(*sizes, hidden=(16, 16))
-agent.fit_normalizers(real[:])
-first = trainer(max_steps=20)
-rank = first.global_rank
-first.fit(world_model, data.segment_loader(20, rank))
-trainer(max_steps=20).fit(inverse_dynamics, data.transition_loader(20, rank))
+trainer(max_steps=20).fit(world_model, datamodule=data)
+trainer(max_steps=20).fit(inverse_dynamics, datamodule=data)
 regenerate = RegenerateRollouts(every_n_steps=10, rollouts=50, margin=10)
 regenerate.connect(world_model, inverse_dynamics)
 trainer(max_steps=40, callbacks=[regenerate, EvaluateInEnvironment(20, episodes=2)]).fit(agent, datamodule=data)
