@@ -29,11 +29,7 @@ POINTS = 500  # of a curve in the report; longer ones are averaged
 
 
 def read_logs(stage_folder: Path) -> dict[str, Curve]:
-    """All metrics over the updates of a stage, from its CSV logs (one per start of the run).
-
-    Args:
-        stage_folder: Folder of the stage.
-    """
+    """All metrics over the updates of a stage, from its CSV logs (one per start of the run)."""
     curves: dict[str, dict[int, float]] = {}
     for path in sorted(stage_folder.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
         with path.open(newline="") as file:
@@ -47,31 +43,17 @@ def read_logs(stage_folder: Path) -> dict[str, Curve]:
 
 
 def read_curve(stage_folder: Path, metric: str) -> Curve:
-    """One metric over the updates of a stage.
-
-    Args:
-        stage_folder: Folder of the stage.
-        metric: Name of the metric.
-    """
+    """One metric over the updates of a stage."""
     return read_logs(stage_folder).get(metric, ([], []))
 
 
 def stage_logs(results: Mapping[str, Any]) -> dict[str, dict[str, Curve]]:
-    """The logs of the stages that ran.
-
-    Args:
-        results: What `dawm.cli.report.collect_results` made.
-    """
+    """The logs of the stages that ran."""
     return {name: read_logs(Path(stage["checkpoint"]).parent) for name, stage in results["stages"].items()}
 
 
 def draw_curves(output_dir: Path, results: Mapping[str, Any]) -> None:
-    """Draws what the held-out data and the environment say of each stage into ``curves.png``.
-
-    Args:
-        output_dir: Folder of the run.
-        results: What `dawm.cli.report.collect_results` made.
-    """
+    """Draws what the held-out data and the environment say of each stage into ``curves.png``."""
     from matplotlib.figure import Figure  # slow to import, and needed only here
 
     panels = _main_panels(results, stage_logs(results))
@@ -82,12 +64,7 @@ def draw_curves(output_dir: Path, results: Mapping[str, Any]) -> None:
 
 
 def draw_evaluations(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
-    """Draws what the checkpoints of a run earn.
-
-    Args:
-        path: The picture.
-        evaluations: For each checkpoint ``step``, ``return``, and its bounds ``low`` and ``high``.
-    """
+    """Draws what the checkpoints of a run earn."""
     from matplotlib.figure import Figure  # slow to import, and needed only here
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -101,11 +78,7 @@ def draw_evaluations(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> No
 
 
 def learning_figures(results: Mapping[str, Any]) -> dict[str, str]:
-    """The learning curves of all stages, as SVG by description: those of ``curves.png``, then the training losses.
-
-    Args:
-        results: What `dawm.cli.report.collect_results` made.
-    """
+    """The learning curves of all stages, as SVG by description: those of ``curves.png``, then the training losses."""
     logs = stage_logs(results)
     captions = {
         "world_model": "Error of the first imagined observation on held-out data. Lower is better.",
@@ -122,12 +95,7 @@ def learning_figures(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def imagined_figures(curves: Mapping[str, Curve], limits: Mapping[str, float]) -> dict[str, str]:
-    """What imagined data were like over the agent's updates, as SVG by description; empty where nothing was imagined.
-
-    Args:
-        curves: Logs of the agent's stage.
-        limits: Limits of the callback that refills the data: ``max_rejected`` and the like.
-    """
+    """What imagined data were like over the agent's updates, as SVG by description; empty where nothing was imagined."""
     logged = {name.removeprefix("synthetic/"): curve for name, curve in curves.items() if name.startswith("synthetic/")}
     if not logged.keys() >= REQUIRED:
         return {}
@@ -171,11 +139,7 @@ def _main_panels(results: Mapping[str, Any], logs: Mapping[str, Mapping[str, Cur
 
 
 def _lines(
-    title: str,
-    lines: Mapping[str, Curve],
-    legend: bool = True,
-    logarithmic: bool = False,
-    limits: Sequence[float] = (),
+    title: str, lines: Mapping[str, Curve], legend: bool = True, logarithmic: bool = False, limits: Sequence[float] = ()
 ) -> Callable[[Any], None]:
     """A drawing of some metrics."""
 

@@ -210,11 +210,7 @@ def _score(returns: NDArray, reference: ReferenceScores | None) -> str:
 
 
 def _histogram(returns: NDArray[np.float64]) -> Table:
-    """Numbers of episodes by return, as bars.
-
-    Args:
-        returns: Undiscounted returns, shape (E,); those that are not finite are left out.
-    """
+    """Numbers of episodes by return, as bars."""
     table = Table(title="episodes by return", title_justify="left", show_header=False, box=None)
     finite = returns[np.isfinite(returns)]
     if not len(finite):

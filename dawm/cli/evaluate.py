@@ -81,17 +81,7 @@ def score(
     seed: int,
     max_episode_steps: int | None = None,
 ) -> Evaluation:
-    """Plays an agent and normalizes what it earns.
-
-    Args:
-        agent: Any module with ``act``; with ``seeds`` above 1 each seed plays all episodes.
-        environment: Where to play.
-        action_space: The data's Box of actions, in whose units the policy's are played.
-        reference: What a score of 0 and of 100 stand for.
-        episodes: Episodes to play.
-        seed: Seed of the first episode.
-        max_episode_steps: Time limit of an environment that has none.
-    """
+    """Plays an agent and normalizes what it earns."""
     return evaluate(
         cast(Policy, agent.act),
         environment,

@@ -27,12 +27,7 @@ __all__ = ["fit"]
 
 
 def fit(args: Sequence[str], console: Console) -> None:
-    """Trains the stages in order, scores the agent, writes and shows the results.
-
-    Args:
-        args: The command line after ``fit``.
-        console: Where to draw.
-    """
+    """Trains the stages in order, scores the agent, writes and shows the results."""
     _quieten()
     with as_user_error("config"):
         settings = parse_fit(args)

@@ -79,15 +79,7 @@ def write_report(
     command: str,
     rows: Iterable[Sequence[str]],
 ) -> None:
-    """Writes ``report.html``.
-
-    Args:
-        output_dir: Folder of the run.
-        results: What `dawm.cli.report.collect_results` made.
-        settings: All settings as plain values.
-        command: Command line that repeats the run.
-        rows: The final table, label and value of each row.
-    """
+    """Writes ``report.html``."""
     title = f"{results['agent']['class'].split('.')[-1]} on {results['data']['dataset']}"
     logs = read_logs(Path(results["stages"]["agent"]["checkpoint"]).parent)
     limits = _limits(settings)

@@ -31,9 +31,6 @@ __all__ = ["main", "make_parser"]
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command.
 
-    Args:
-        args: Command line; None takes the process's own.
-
     Returns:
         Exit code: 0; 1 if defects were found in a data set; 2 after a user's mistake; 130 after Ctrl-C.
     """
@@ -96,10 +93,7 @@ class Command(NamedTuple):
         return 1 if self.function(console, **self.parser().instantiate(config).as_dict()) else 0
 
 
-COMMANDS = {
-    "evaluate": Command(evaluate_run),
-    "synthesize": Command(synthesize_dataset),
-}
+COMMANDS = {"evaluate": Command(evaluate_run), "synthesize": Command(synthesize_dataset)}
 DATASETS = {
     "list": Command(datasets.list_datasets),
     "show": Command(datasets.show_dataset, "dataset"),

@@ -70,22 +70,13 @@ class Parser(ArgumentParser):
 
 
 def one_line(text: str) -> str:
-    """A text with its line breaks taken out, and its end if it is long.
-
-    Args:
-        text: Any text.
-    """
+    """A text with its line breaks taken out, and its end if it is long."""
     flat = " ".join(text.split())
     return flat if len(flat) <= LONGEST else flat[: LONGEST - 3] + "..."
 
 
 def explain(message: str, of_class: type | None = None) -> str:
-    """A parser's message as one line: setting and reason.
-
-    Args:
-        message: What jsonargparse says, over any number of lines.
-        of_class: The class whose arguments were parsed, if they were a class's alone.
-    """
+    """A parser's message as one line: setting and reason."""
     flat = " ".join(message.split())
     keys = [key for match in KEY.finditer(flat) if (key := match.group(1))]
     setting = ".".join(dict.fromkeys(keys))
@@ -115,12 +106,7 @@ def _unknown_option(option: str, of_class: type | None) -> str:
 
 
 def check_groups(settings: Mapping[str, Any], groups: tuple[str, ...]) -> None:
-    """Raises a UserError where a single value is given in place of a group of settings.
-
-    Args:
-        settings: Plain settings.
-        groups: Keys of groups, such as ``stages.agent``; a group before those inside it.
-    """
+    """Raises a UserError where a single value is given in place of a group of settings."""
     for group in groups:
         value: Any = settings
         for key in group.split("."):
@@ -130,13 +116,7 @@ def check_groups(settings: Mapping[str, Any], groups: tuple[str, ...]) -> None:
 
 
 def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, setting: str = "") -> None:
-    """Raises a UserError where a setting is empty (``key:`` in YAML) that must have a value.
-
-    Args:
-        settings: Plain settings; those of a class, ``{"class_path": ..., "init_args": {...}}``, at any depth.
-        function: What takes them as its arguments, where that is known.
-        setting: Their key, such as ``model.init_args``.
-    """
+    """Raises a UserError where a setting is empty (``key:`` in YAML) that must have a value."""
     if isinstance(settings, list):
         for index, value in enumerate(settings):
             check_no_gaps(value, None, f"{setting}[{index}]")
@@ -160,12 +140,7 @@ def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, set
 
 @contextmanager
 def as_user_error(setting: str, only: type[Exception] = Exception) -> Iterator[None]:
-    """Turns any exception raised while ``setting`` is used into a one-line UserError.
-
-    Args:
-        setting: The settings' group, such as ``world_model``.
-        only: The kind of exceptions to turn.
-    """
+    """Turns any exception raised while ``setting`` is used into a one-line UserError."""
     try:
         yield
     except (UserError, OSError):
@@ -186,11 +161,7 @@ def as_user_error(setting: str, only: type[Exception] = Exception) -> Iterator[N
 
 @contextmanager
 def disk_errors(output_dir: Path) -> Iterator[None]:
-    """Reports a disk that is full or may not be written in one line; whatever wrote to it: loggers, plots, results.
-
-    Args:
-        output_dir: Folder of the run.
-    """
+    """Reports a disk that is full or may not be written in one line; whatever wrote to it: loggers, plots, results."""
     original = threading.excepthook
 
     def quiet(failed: threading.ExceptHookArgs) -> None:  # TensorBoard's thread keeps the error for the next write

@@ -129,11 +129,7 @@ def make_fit_parser() -> FitParser:
 
 
 def parse_fit(args: Sequence[str]) -> Settings:
-    """Parses the arguments of ``fit`` and builds what can be built without the data.
-
-    Args:
-        args: The command line after ``fit``.
-    """
+    """Parses the arguments of ``fit`` and builds what can be built without the data."""
     parser = make_fit_parser()
     # as arguments and not as defaults: of a default class the arguments' defaults would pass for given ones
     config = parser.parse_args([*DEFAULTS, *_forgetting_replaced_lists(args)])

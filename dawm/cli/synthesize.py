@@ -204,15 +204,7 @@ def _described(part: object) -> dict[str, Any]:
 def _imagine(
     synthesizer: Synthesizer, data: TransitionDataModule, transitions: int, seed: int, counts: Counter[str]
 ) -> Iterator[EpisodeColumns]:
-    """Chunks of episodes until there are enough steps: chunk k is what the agent's rank k would begin with.
-
-    Args:
-        synthesizer: Makes the rollouts.
-        data: The real data to start from.
-        transitions: Steps to make in all.
-        seed: Seed of all chunks.
-        counts: Takes up the steps by fate; ``surplus`` are those beyond what is asked for.
-    """
+    """Chunks of episodes until there are enough steps: chunk k is what the agent's rank k would begin with."""
     chunk = 0
     while (missing := transitions - counts["kept"]) > 0:
         number = min(CHUNK, max(FEWEST, math.ceil(missing / synthesizer.world_model.horizon)))
@@ -227,13 +219,7 @@ def _imagine(
 
 
 def _columns(rollouts: Rollouts, action_space: gym.spaces.Box, most: int) -> EpisodeColumns:
-    """The kept steps as episodes in the data's units.
-
-    Args:
-        rollouts: Fields of shape (B, ...), on the CPU.
-        action_space: The data's Box of actions.
-        most: Steps to take at most.
-    """
+    """The kept steps as episodes in the data's units."""
     before = rollouts.lengths.cumsum(0) - rollouts.lengths
     lengths = torch.minimum(rollouts.lengths, (most - before).clamp(min=0))
     steps = rollouts._replace(lengths=lengths).transitions()

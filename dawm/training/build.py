@@ -26,13 +26,7 @@ INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
 def build_module(description: Mapping[str, Any], observation_size: int, action_size: int) -> L.LightningModule:
-    """Builds a module; the sizes are handed to it if its constructor has parameters of that name.
-
-    Args:
-        description: ``class_path`` and ``init_args``, plain values.
-        observation_size: O.
-        action_size: A.
-    """
+    """Builds a module; the sizes are handed to it if its constructor has parameters of that name."""
     class_path: str = description["class_path"]
     module_class = import_class(class_path)
     sizes = {"observation_size": observation_size, "action_size": action_size}
@@ -43,20 +37,12 @@ def build_module(description: Mapping[str, Any], observation_size: int, action_s
 
 
 def build_logger(description: Mapping[str, Any]) -> Logger:
-    """Builds a Lightning logger.
-
-    Args:
-        description: ``class_path`` and ``init_args``, plain values.
-    """
+    """Builds a Lightning logger."""
     return instantiate_module(import_class(description["class_path"], Logger), description.get("init_args") or {})
 
 
 def load_module(path: Path) -> L.LightningModule:
-    """A trained module from its checkpoint alone.
-
-    Args:
-        path: A stage's checkpoint, written by `fit`.
-    """
+    """A trained module from its checkpoint alone."""
     checkpoint = read_checkpoint(path)
     origin = checkpoint.get(ORIGIN)
     if origin is None:
@@ -69,12 +55,7 @@ def load_module(path: Path) -> L.LightningModule:
 
 
 def import_class(class_path: str, kind: type = L.LightningModule) -> type[Any]:
-    """The class behind a class path.
-
-    Args:
-        class_path: Module and class name, joined with a dot.
-        kind: What it has to derive from.
-    """
+    """The class behind a class path."""
     module, _, name = class_path.rpartition(".")
     try:
         found = getattr(import_module(module), name)
@@ -88,11 +69,7 @@ def import_class(class_path: str, kind: type = L.LightningModule) -> type[Any]:
 
 
 def parameters_of(function: type[Any]) -> set[str]:
-    """Names of a constructor's parameters; where it hands ``**kwargs`` on, those of the base class too.
-
-    Args:
-        function: The class.
-    """
+    """Names of a constructor's parameters; where it hands ``**kwargs`` on, those of the base class too."""
     names: set[str] = set()
     for base in function.__mro__:
         if "__init__" not in vars(base):

@@ -38,13 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._read_back = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | PathLike, storage_options: Any = None) -> None:
-        """Saves a checkpoint; a kill at any moment leaves the old file or the new one, never half a file.
-
-        Args:
-            checkpoint: What to save.
-            path: Where to.
-            storage_options: Unused.
-        """
+        """Saves a checkpoint; a kill at any moment leaves the old file or the new one, never half a file."""
         path = Path(path)
         checkpoint = plain(checkpoint)
         try:
@@ -61,13 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self._read_back = True
 
     def load_checkpoint(self, path: str | PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads a checkpoint for Lightning, as `read_checkpoint` does.
-
-        Args:
-            path: File to read.
-            args: Unused; what Lightning would choose is decided here.
-            kwargs: Unused.
-        """
+        """Loads a checkpoint for Lightning, as `read_checkpoint` does."""
         return read_checkpoint(path)
 
 
@@ -118,11 +106,7 @@ def plain(value: Any, where: tuple[str, ...] = ()) -> Any:
 
 
 def previous_of(path: Path) -> Path:
-    """Where the checkpoint before the last one is kept.
-
-    Args:
-        path: Where the last one is kept.
-    """
+    """Where the checkpoint before the last one is kept."""
     return path.with_name(f"previous{path.suffix}")
 
 

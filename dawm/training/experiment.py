@@ -91,11 +91,7 @@ class Experiment:
         self._keys: dict[str, str] = {}
 
     def build(self, stage: Stage) -> L.LightningModule:
-        """The stage's module, untrained.
-
-        Args:
-            stage: The stage.
-        """
+        """The stage's module, untrained."""
         # a seed for each stage, so that a reused stage leaves the next one as it would have been
         L.seed_everything(derive_seed(self.seed, stage.name) % 2**32, verbose=False)
         module = build_module(self.settings[stage.name], self.data.observation_size, self.data.action_size)
@@ -105,10 +101,6 @@ class Experiment:
 
     def run(self, stage: Stage, trained: Mapping[str, L.LightningModule]) -> L.LightningModule:
         """Trains one stage, or takes it from where it is complete.
-
-        Args:
-            stage: The stage.
-            trained: The modules of the stages before it.
 
         Returns:
             The trained module, in evaluation mode, on the CPU.
@@ -136,12 +128,7 @@ class Experiment:
         return module.cpu().eval()
 
     def key(self, stage: Stage, max_steps: int | None = None) -> str:
-        """Hash of all that the stage's result depends on.
-
-        Args:
-            stage: The stage.
-            max_steps: A length in place of the stage's own; 0 for a hash that does not depend on it.
-        """
+        """Hash of all that the stage's result depends on."""
         parts = stage.hashed(self.settings)
         if max_steps is not None:
             parts["stage"] = parts["stage"] | {"max_steps": max_steps}

@@ -32,14 +32,7 @@ WARM_UP = 2
 
 
 def reason_against(module: UpdateModule, device: torch.device, world_size: int, precision: str) -> str | None:
-    """Why a module's updates cannot be one CUDA graph, or None where they can.
-
-    Args:
-        module: The module.
-        device: The training device.
-        world_size: Number of processes.
-        precision: The Trainer's precision.
-    """
+    """Why a module's updates cannot be one CUDA graph, or None where they can."""
     if device.type != "cuda":
         return f"it needs a CUDA device, and training is on {device.type}"
     if world_size > 1:
@@ -52,11 +45,7 @@ def reason_against(module: UpdateModule, device: torch.device, world_size: int, 
 
 
 def graph_for(module: UpdateModule) -> UpdateGraph | None:
-    """A graph for a module's updates, or None with a warning that says why not.
-
-    Args:
-        module: The module, attached to its Trainer.
-    """
+    """A graph for a module's updates, or None with a warning that says why not."""
     trainer = module.trainer
     reason = reason_against(module, trainer.strategy.root_device, trainer.world_size, trainer.precision)
     if reason is None:
@@ -67,9 +56,6 @@ def graph_for(module: UpdateModule) -> UpdateGraph | None:
 
 def record_on_cuda(work: Work) -> Work:
     """Records work as a CUDA graph, without running it.
-
-    Args:
-        work: Launches kernels on the current device, and answers with tensors.
 
     Returns:
         A function that runs what was recorded, and answers with the same tensors, filled again.
@@ -105,13 +91,7 @@ class UpdateGraph:
         self._launch: Work | None = None
 
     def run_updates(self, batches: Any, first: int, rates: list[list[float] | None]) -> dict[str, Tensor]:
-        """Some updates; as `UpdateModule.run_updates`.
-
-        Args:
-            batches: A dataclass of tensors, fields of shape (K, B, ...).
-            first: Number of the first update.
-            rates: Learning rates of the parameter groups at each update, at most K of them.
-        """
+        """Some updates; as `UpdateModule.run_updates`."""
         count = len(getattr(batches, fields(batches)[0].name))
         self._size = self._size or count  # the last training step may have fewer
         whole = len(rates) == count == self._size and first % self.period == 0 and count % self.period == 0
@@ -157,12 +137,7 @@ class UpdateGraph:
 
 
 def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
-    """Sets the learning rate of a parameter group, in place where it is a tensor that a CUDA graph reads.
-
-    Args:
-        group: The group.
-        rate: Its learning rate.
-    """
+    """Sets the learning rate of a parameter group, in place where it is a tensor that a CUDA graph reads."""
     if not isinstance(group["lr"], Tensor):
         group["lr"] = rate
     elif isinstance(rate, Tensor):
@@ -172,21 +147,13 @@ def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
 
 
 def forget_graph(checkpoint: dict[str, Any]) -> None:
-    """Leaves no trace of a CUDA graph in a checkpoint, which may be resumed without one.
-
-    Args:
-        checkpoint: What Lightning is about to save.
-    """
+    """Leaves no trace of a CUDA graph in a checkpoint, which may be resumed without one."""
     for state in checkpoint.get("optimizer_states", []):  # a checkpoint of weights alone has none
         for group in state["param_groups"]:
             plain_group(group)
 
 
 def plain_group(group: dict[str, Any]) -> None:
-    """Gives a parameter group of an optimiser, or of its saved state, a learning rate that is a number again.
-
-    Args:
-        group: The group.
-    """
+    """Gives a parameter group of an optimiser, or of its saved state, a learning rate that is a number again."""
     if isinstance(group["lr"], Tensor):
         group["capturable"], group["lr"] = False, float(group["lr"])

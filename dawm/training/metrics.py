@@ -31,12 +31,7 @@ class MeanPerColumn(Metric):
         self.add_state("count", torch.zeros(columns, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weights: Tensor | None = None) -> None:
-        """Adds rows.
-
-        Args:
-            values: Values, shape (B, H).
-            weights: How much each value counts (0 leaves it out), shape (B, H); all 1 if None.
-        """
+        """Adds rows."""
         weights = torch.ones_like(values) if weights is None else weights
         self.total += (values * weights).sum(dim=0).double()
         self.count += weights.sum(dim=0).double()
@@ -64,14 +59,7 @@ class HorizonErrors(torch.nn.Module):
         self.termination = MeanPerColumn(horizon)
 
     def update(self, observation: Tensor, reward: Tensor, termination: Tensor, valid: Tensor) -> None:
-        """Adds segments.
-
-        Args:
-            observation: Errors of the observations, shape (B, H, O); their mean over O counts.
-            reward: Errors of the rewards, shape (B, H).
-            termination: Errors of the terminations, shape (B, H).
-            valid: 0 where a step was not recorded, else 1, shape (B, H).
-        """
+        """Adds segments."""
         self.observation.update(observation.mean(dim=-1), valid)
         self.reward.update(reward, valid)
         self.termination.update(termination, valid)

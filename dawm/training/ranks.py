@@ -27,9 +27,6 @@ def end_with_first_rank(trainer: L.Trainer) -> None:
 
     Lightning itself watches the other direction, and torchrun and SLURM both. Without this, a rank would wait in the
     next collective for as long as the backend lets it: half an hour with NCCL.
-
-    Args:
-        trainer: The trainer whose ranks these are, before its first fit.
     """
     if trainer.world_size == 1:
         return
@@ -46,21 +43,13 @@ def end_with_first_rank(trainer: L.Trainer) -> None:
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether an error says no more than that another rank has ended.
-
-    Args:
-        error: What was raised.
-    """
+    """Whether an error says no more than that another rank has ended."""
     text = str(error)
     return isinstance(error, torch.distributed.DistError) or ("gloo" in text and "onnection" in text)
 
 
 def check_launcher(trainer: Mapping[str, Any]) -> None:
-    """Raises a UserError where torchrun started more processes than the settings join into one group.
-
-    Args:
-        trainer: Settings of the Trainer.
-    """
+    """Raises a UserError where torchrun started more processes than the settings join into one group."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
     count = len(devices) if isinstance(devices, list) else devices
@@ -77,10 +66,6 @@ def only_run_in(folder: Path, wait: bool) -> Iterator[None]:
 
     The lock is the kernel's, on the file ``.lock``, so that it ends with the process, however that ends. The file says
     which host and process hold it; where the file system knows no locks, a holder on this host that has ended is stale.
-
-    Args:
-        folder: The folder.
-        wait: Wait for another run to end instead of raising a UserError.
     """
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or "0"
     if rank != "0":  # the first rank holds it for all

@@ -23,11 +23,7 @@ class Interrupted(Exception):
 
 
 def requeue_signal(trainer: L.Trainer) -> int | None:
-    """The signal upon which Lightning asks SLURM to start this job again; None where it does not.
-
-    Args:
-        trainer: The trainer.
-    """
+    """The signal upon which Lightning asks SLURM to start this job again; None where it does not."""
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal
@@ -35,11 +31,7 @@ def requeue_signal(trainer: L.Trainer) -> int | None:
 
 
 def remove_requeue_checkpoints(folder: Path) -> None:
-    """Removes what Lightning's handler of SLURM's requeue signal saved, beside ``last.ckpt`` with the same state.
-
-    Args:
-        folder: The trainer's ``default_root_dir``.
-    """
+    """Removes what Lightning's handler of SLURM's requeue signal saved, beside ``last.ckpt`` with the same state."""
     for path in folder.glob("hpc_ckpt_*.ckpt"):
         path.unlink(missing_ok=True)
 

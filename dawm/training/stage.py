@@ -84,22 +84,14 @@ class Stage:
                 )
 
     def hashed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that this stage's result depends on.
-
-        Args:
-            settings: All settings of the experiment as plain values.
-        """
+        """The settings that this stage's result depends on."""
         groups = {"data": settings["data"], "stage": settings["stages"][self.name], "trainer": settings["trainer"]}
         leave = {**NO_MATTER, "data": NO_MATTER["data"] | self.no_matter}
         chosen = {g: {k: v for k, v in values.items() if k not in leave[g]} for g, values in groups.items()}
         return {"name": self.name, "module": settings[self.name], **chosen}
 
     def connect(self, trained: Mapping[str, L.LightningModule]) -> None:
-        """Hands the modules trained before to whatever in this stage uses them.
-
-        Args:
-            trained: The modules by stage.
-        """
+        """Hands the modules trained before to whatever in this stage uses them."""
 
 
 @dataclass
@@ -129,11 +121,7 @@ class AgentStage(Stage):
     after = ("world_model", "inverse_dynamics")
 
     def connect(self, trained: Mapping[str, L.LightningModule]) -> None:
-        """Connects the callbacks that imagine, or leaves them out where no model was trained.
-
-        Args:
-            trained: The modules by stage.
-        """
+        """Connects the callbacks that imagine, or leaves them out where no model was trained."""
         for callback in [callback for callback in self.callbacks if hasattr(callback, "connect")]:
             if trained:
                 callback.connect(*(trained[name] for name in self.after))
@@ -156,11 +144,7 @@ class Stages:
     agent: AgentStage = field(default_factory=AgentStage)
 
     def needed(self, data: TransitionDataModule) -> Iterator[Stage]:
-        """The stages in order; the agent's alone where nothing is imagined.
-
-        Args:
-            data: The data module, whose ``synthetic_fraction`` decides.
-        """
+        """The stages in order; the agent's alone where nothing is imagined."""
         for part in fields(self):
             stage: Stage = getattr(self, part.name)
             if data.synthetic_fraction > 0 or not stage.imagines:

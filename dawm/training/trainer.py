@@ -32,17 +32,7 @@ def make_trainer(
     loggers: Iterable[Logger],
     console: Console,
 ) -> L.Trainer:
-    """A Trainer that counts, logs, validates and saves by updates.
-
-    Args:
-        stage: The stage.
-        module: Its module.
-        folder: Where it logs.
-        save: Saves its checkpoints.
-        settings: All settings of the experiment.
-        loggers: The run's loggers besides CSV and TensorBoard.
-        console: Where to draw progress.
-    """
+    """A Trainer that counts, logs, validates and saves by updates."""
     chunk: int = settings["data"]["updates_per_step"]
     unit = "updates" if isinstance(module, UpdateModule) else "training steps"
     callbacks = [*stage.callbacks, StageProgress(stage.name.replace("_", " "), console, settings["quiet"], unit), save]

@@ -50,9 +50,6 @@ class UpdateModule(L.LightningModule):
     def update(self, batch: Any) -> dict[str, Tensor]:
         """One gradient update on one batch.
 
-        Args:
-            batch: One batch, fields of shape (B, ...).
-
         Returns:
             Metrics without gradient, of any shape, whose mean is logged under ``<name>/<key>``.
         """
@@ -62,30 +59,14 @@ class UpdateModule(L.LightningModule):
         """The module's optimisers: the same objects in the same order at every call."""
 
     def fit_normalizers(self, data: Any) -> None:
-        """Takes the normalizers' statistics from real data; called once, before training.
-
-        Args:
-            data: The data module.
-        """
+        """Takes the normalizers' statistics from real data; called once, before training."""
 
     def train_loader(self, data: Any, updates: int, rank: int) -> Iterable[Any]:
-        """What to train on: by default the mixture of real and synthetic transitions.
-
-        Args:
-            data: The data module.
-            updates: Updates to draw for.
-            rank: The process that draws; each draws different batches.
-        """
+        """What to train on: by default the mixture of real and synthetic transitions."""
         return data.mixed_loader(updates, rank, seeds=getattr(self, "seeds", 1))
 
     def validation_loader(self, data: Any, rank: int, world_size: int) -> Iterable[Any] | None:
-        """What to validate on; None for no validation.
-
-        Args:
-            data: The data module.
-            rank: This process.
-            world_size: Number of processes.
-        """
+        """What to validate on; None for no validation."""
         return None
 
     def setup(self, stage: str) -> None:
@@ -103,11 +84,7 @@ class UpdateModule(L.LightningModule):
             self.fit_normalizers(data)
 
     def learning_rates(self, index: int) -> list[float] | None:
-        """Learning rate of each parameter group of `configure_optimizers` at an update; None leaves them as they are.
-
-        Args:
-            index: Number of the update, from 0.
-        """
+        """Learning rate of each parameter group of `configure_optimizers` at an update; None leaves them as they are."""
         return None
 
     def minimize(self, loss: Tensor, optimizer: Optimizer, max_norm: float | None = None) -> None:
@@ -138,12 +115,7 @@ class UpdateModule(L.LightningModule):
         optimizer.step()
 
     def training_step(self, batches: Any, batch_idx: int) -> None:
-        """Runs one update per batch.
-
-        Args:
-            batches: A dataclass of tensors, fields of shape (K, B, ...).
-            batch_idx: Unused.
-        """
+        """Runs one update per batch."""
         count = getattr(batches, fields(batches)[0].name).shape[0]
         if self.trainer.max_steps > 0:
             count = min(count, self.trainer.max_steps - self.trainer.global_step)
@@ -163,11 +135,6 @@ class UpdateModule(L.LightningModule):
 
     def run_updates(self, batches: Any, first: int, rates: Sequence[Any]) -> dict[str, Tensor]:
         """Some updates, one after the other.
-
-        Args:
-            batches: A dataclass of tensors, fields of shape (K, B, ...).
-            first: Number of the first update.
-            rates: Learning rates of the parameter groups at each update, or None for it; as many as updates to run.
 
         Returns:
             Metrics of `update`, each the mean over the updates that gave it, shape ().
