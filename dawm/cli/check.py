@@ -62,20 +62,14 @@ def find_defects(recording: Recording) -> Iterator[str]:
         yield f"reference scores: the minimum {reference.minimum:g} is not below the maximum {reference.maximum:g}"
 
 
-def _inside(recording: Recording) -> NDArray[np.bool_]:
-    """Whether the next row belongs to the same episode, shape (N - 1,)."""
-    inside = np.ones(len(recording.rewards), bool)
-    inside[recording.ends - 1] = False
-    return inside[:-1]
-
-
 def _not_finite(recording: Recording) -> Iterator[str]:
     for key in ("observations", "actions", "rewards", "next_observations"):
         values = getattr(recording, key)
         bad = ~np.isfinite(values).reshape(len(values), -1)
         if key == "next_observations" and bad.any():
             # Those that were observed in the next row are reported already.
-            bad[:-1] &= ~(~np.isfinite(recording.observations[1:]) & _inside(recording)[:, None])
+            again = ~np.isfinite(recording.observations[1:])
+            bad[:-1] &= ~(again & ~_last(recording)[:-1, None])
             if recording.next_observed is not None:
                 bad[~recording.next_observed] = False
         for column in np.flatnonzero(bad.any(axis=0)):
@@ -84,23 +78,25 @@ def _not_finite(recording: Recording) -> Iterator[str]:
             yield f"{where}: {len(rows)} NaN or infinite values, the first in row {rows[0]}"
 
 
+def _last(recording: Recording) -> NDArray[np.bool_]:
+    """Whether a row is the last of its episode, shape (N,)."""
+    last = np.zeros(len(recording.rewards), bool)
+    last[recording.ends - 1] = True
+    return last
+
+
 def _outside(key: str, values: NDArray, box: Box) -> Iterator[str]:
     half = (box.high.astype(np.float64) - box.low) / 2
     slack = np.where(np.isfinite(half), _ROUNDING * half, 0.0)
     bad = (values < box.low - slack) | (values > box.high + slack)
     rows = np.flatnonzero(bad.any(axis=1))
     if len(rows):
-        columns = np.flatnonzero(bad.any(axis=0))
-        yield (
-            f"{key}: {len(rows)} rows outside the space in columns {', '.join(map(str, columns))}, "
-            f"the first in row {rows[0]}"
-        )
+        columns = ", ".join(map(str, np.flatnonzero(bad.any(axis=0))))
+        yield f"{key}: {len(rows)} rows outside the space in columns {columns}, the first in row {rows[0]}"
 
 
 def _jumps(recording: Recording) -> Iterator[str]:
-    last = np.zeros(len(recording.rewards), bool)
-    last[recording.ends - 1] = True
-    rows = jumps(recording.observations, recording.next_observations, last, _JUMP)
+    rows = jumps(recording.observations, recording.next_observations, _last(recording), _JUMP)
     if len(rows):
         yield (
             f"observations: {len(rows)} jumps inside episodes, of {_JUMP:.0f} times the usual step or more, the first "
@@ -119,15 +115,14 @@ def _constant(recording: Recording) -> Iterator[str]:
 
 
 def _too_long(recording: Recording) -> Iterator[str]:
-    limit = None if recording.env_spec is None else recording.env_spec.max_episode_steps
-    lengths = np.diff(recording.ends, prepend=0)
-    if recording.env_spec is None or limit is None or lengths.max() <= limit:
+    if recording.env_spec is None or recording.env_spec.max_episode_steps is None:
         return
-    first = int((lengths > limit).argmax())
-    yield (
-        f"episodes: {int((lengths > limit).sum())} longer than the {limit} steps of {recording.env_spec.id}, "
-        f"the first in row {recording.starts[first]}, of {lengths[first]} steps"
-    )
+    limit, lengths = recording.env_spec.max_episode_steps, np.diff(recording.ends, prepend=0)
+    for first in np.flatnonzero(lengths > limit)[:1]:
+        yield (
+            f"episodes: {(lengths > limit).sum()} longer than the {limit} steps of {recording.env_spec.id}, "
+            f"the first in row {recording.starts[first]}, of {lengths[first]} steps"
+        )
 
 
 def _repeated(recording: Recording) -> Iterator[str]:

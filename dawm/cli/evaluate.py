@@ -57,16 +57,13 @@ def evaluate_run(
     table = Table("updates", "return", "score", "checkpoint", title="checkpoints of the agent", title_style="bold")
     curve = []
     for path in sorted(last.parent.rglob("*.ckpt"), key=lambda path: (read_checkpoint(path)["global_step"], path)):
-        result, _ = _score_checkpoint(path, episodes, seed, env_id, max_episode_steps)
+        result, reference = _score_checkpoint(path, episodes, seed, env_id, max_episode_steps)
         steps = int(read_checkpoint(path)["global_step"])
         curve.append({"checkpoint": str(path), "step": steps, "return": result.mean_return, "low": result.low,
                       "high": result.high, "score": result.score})  # fmt: skip
-        shown = (
-            "" if result.score is None else f"{result.score:.1f} ({result.score_low:.1f} to {result.score_high:.1f})"
-        )
-        table.add_row(
-            f"{steps:,}", f"{result.mean_return:.1f} ({result.low:.1f} to {result.high:.1f})", shown, path.name
-        )
+        earned = f"{result.mean_return:.1f} ({result.low:.1f} to {result.high:.1f})"
+        scored = f"{result.score:.1f} ({result.score_low:.1f} to {result.score_high:.1f})" if reference else ""
+        table.add_row(f"{steps:,}", earned, scored, path.name)
     write_whole(folder / "evaluations.json", json.dumps(curve, indent=2) + "\n")
     draw_evaluations(folder / "evaluations.png", curve)
     console.print(table)
@@ -81,17 +78,13 @@ def score(
     seed: int,
     max_episode_steps: int | None = None,
 ) -> Evaluation:
-    """Plays an agent and normalizes what it earns."""
-    return evaluate(
-        cast(Policy, agent.act),
-        environment,
-        episodes,
-        seed,
-        normalize=None if reference is None else reference.normalize,
-        seeds=getattr(agent, "seeds", 1),
-        action_space=action_space,
-        max_episode_steps=max_episode_steps,
-    )
+    """Plays an agent (any module with ``act``; of several seeds each plays all episodes) and scores what it earns.
+
+    Its actions are in units of ``action_space``, the data's.
+    """
+    normalize, seeds = None if reference is None else reference.normalize, getattr(agent, "seeds", 1)
+    return evaluate(cast(Policy, agent.act), environment, episodes, seed, normalize=normalize, seeds=seeds,
+                    action_space=action_space, max_episode_steps=max_episode_steps)  # fmt: skip
 
 
 def _score_checkpoint(

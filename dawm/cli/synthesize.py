@@ -9,7 +9,6 @@ Symbols: B rollouts of a chunk, H horizon, E episodes kept, N steps kept, O obse
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from dawm.data.sources.minari import SOURCE
 from dawm.data.store.minari_writer import EpisodeColumns, write_dataset
 from dawm.data.store.staging import check_output, progress_bar
 from dawm.errors import UserError, first_line, require
+from dawm.files import expanded
 from dawm.synthesis.guards import DataStatistics, list_fates
 from dawm.synthesis.rollouts import CHUNK, Rollouts, Synthesizer
 from dawm.synthesis.targets import TargetReturn
@@ -82,17 +82,16 @@ def synthesize_dataset(
     for key, number, least in (("transitions", transitions, 1), ("num_steps", num_steps, 1), ("margin", margin, 0)):
         require(key, number, number is None or number >= least, f"at least {least}")
     check_output(output, overwrite)
-    run, place = Path(os.path.expandvars(run)).expanduser(), _device(device)
+    run, place = expanded(run), _device(device)
     stages = read_results(run)["stages"]
     data, callback, unchosen = _read_settings(run / "config.yaml")
     episodes = data.episodes
     others = [part.strip() for part in episodes.name.split("+")]
     require("output", output, output not in others, "another name than that of the data set the run learnt from")
-    options = {"target_return": target_return, "guidance": guidance, "margin": margin}
-    options["max_disagreement"] = max_disagreement
-    for key, value in options.items():
-        if value is not None:
-            setattr(callback, key, value)
+    options = {"target_return": target_return, "guidance": guidance, "margin": margin,
+               "max_disagreement": max_disagreement}  # fmt: skip
+    chosen = {key: value for key, value in options.items() if value is not None}
+    vars(callback).update(chosen)
     models, hashes = _load_models(run, stages, episodes.fingerprint, place)
     callback.connect(**models)
     synthesizer = callback.synthesizer(DataStatistics.of(episodes))
@@ -111,16 +110,16 @@ def synthesize_dataset(
         **{key: getattr(callback, key) for key in options},
         "target_return": _described(callback.target_return),
         "sampler": _described(sampler),
-        "chosen_by": {key: unchosen if value is None else "option" for key, value in options.items()}
+        "chosen_by": {key: "option" if key in chosen else unchosen for key in options}
         | {"num_steps": "run" if num_steps is None else "option"},
         "seed": seed,
         "device": place.type,
         "counts": counts,  # complete once all episodes are written
     }
     metadata: dict[str, Any] = {"synthesis": synthesis}
-    if episodes.reference is not None:
-        metadata |= {"ref_min_score": episodes.reference.minimum, "ref_max_score": episodes.reference.maximum}
-        metadata |= {SOURCE: f"those of {episodes.name} ({episodes.reference.source})"}
+    if (reference := episodes.reference) is not None:
+        metadata |= {"ref_min_score": reference.minimum, "ref_max_score": reference.maximum,
+                     SOURCE: f"those of {episodes.name} ({reference.source})"}  # fmt: skip
     with progress_bar(f"imagining {output}", transitions, visible=True) as bar:
         count, steps = write_dataset(
             output,
@@ -129,10 +128,8 @@ def synthesize_dataset(
             observation_space=episodes.observation_space,
             action_space=episodes.action_space,
             metadata=metadata,
-            description=(
-                f"Imagined by a diffusion world model trained on {episodes.name}: rollouts of up to {horizon} steps "
-                "from random real observations and actions; all later actions are inferred from the observations."
-            ),
+            description=f"Imagined by a diffusion world model trained on {episodes.name}: rollouts of up to {horizon} "
+            "steps from random real observations and actions; all later actions are inferred from the observations.",
             algorithm_name="DAWM world model",
             overwrite=overwrite,
             report=lambda done: bar.update(bar.task_ids[0], completed=done),
@@ -204,7 +201,10 @@ def _described(part: object) -> dict[str, Any]:
 def _imagine(
     synthesizer: Synthesizer, data: TransitionDataModule, transitions: int, seed: int, counts: Counter[str]
 ) -> Iterator[EpisodeColumns]:
-    """Chunks of episodes until there are enough steps: chunk k is what the agent's rank k would begin with."""
+    """Chunks of episodes until there are enough steps: chunk k is what the agent's rank k would begin with.
+
+    ``counts`` takes up the steps by fate; ``surplus`` are those beyond what is asked for.
+    """
     chunk = 0
     while (missing := transitions - counts["kept"]) > 0:
         number = min(CHUNK, max(FEWEST, math.ceil(missing / synthesizer.world_model.horizon)))
@@ -219,7 +219,7 @@ def _imagine(
 
 
 def _columns(rollouts: Rollouts, action_space: gym.spaces.Box, most: int) -> EpisodeColumns:
-    """The kept steps as episodes in the data's units."""
+    """The first ``most`` kept steps as episodes in the data's units, from rollouts of shape (B, ...) on the CPU."""
     before = rollouts.lengths.cumsum(0) - rollouts.lengths
     lengths = torch.minimum(rollouts.lengths, (most - before).clamp(min=0))
     steps = rollouts._replace(lengths=lengths).transitions()

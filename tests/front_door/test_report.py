@@ -17,7 +17,7 @@ from dawm.cli.report import log_summary, read_results, write_files
 
 REFILLS = {
     "kept": (70, 75), "after_end": (20, 15), "out_of_range": (10, 5), "uncertain": (0, 5), "non_finite": (0, 0),
-    "rejected_share": (0.125, 0.1), "mean_reward": (1.5, 1.625), "reward_drift": (0.25, 0.375),
+    "rejected_fraction": (0.125, 0.1), "mean_reward": (1.5, 1.625), "reward_drift": (0.25, 0.375),
     "termination_rate": (0.02, 0.01), "termination_drift": (0.015, 0.005),
 }  # fmt: skip
 SETTINGS = {
@@ -120,7 +120,7 @@ def test_it_holds_all_there_is_to_know(make_run):
     for part in (
         "TD3BC on mujoco/ hopper/ medium-v0", "Seed 7", "agent's score 24.1 (95 % interval 20.0 to 30.0",
         "data's mean score 50.0 (6 episodes)", "0:03:03 training time", "61.0 s for 1200 updates",
-        "Kept at the last one: 75.0 %", "rejected share 0.125 0.1 0.5", "reward drift 0.25 0.375 termination",
+        "Kept at the last one: 75.0 %", "rejected fraction 0.125 0.1 0.5", "reward drift 0.25 0.375 termination",
         "python -m dawm fit --config mine.yaml", "seed_everything: 7", "class_path: RegenerateRollouts",
         "python 3.", "lightning 2.", "numpy", "mujoco", "cores",
     ):  # fmt: skip
@@ -161,7 +161,7 @@ def test_names_are_text_and_not_markup(make_run, capsys):
 def test_limits_that_are_no_numbers_draw_no_line(make_run):
     callback = {"class_path": "Mine", "init_args": {"max_rejected": float("inf"), "max_reward_drift": "much"}}
     text = text_of(make_run(settings={"stages": {"agent": {"callbacks": [callback]}}}))
-    assert "rejected share 0.125 0.1 reward drift" in text
+    assert "rejected fraction 0.125 0.1 reward drift" in text
 
 
 def test_half_a_row_of_a_killed_run_is_left_out(tmp_path):
