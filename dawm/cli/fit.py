@@ -84,9 +84,10 @@ def _checked_environment(data: TransitionDataModule) -> object:
             f"--data.env_id: got None, expected an environment to score the agent in ({data.dataset!r} names none); "
             "set --data.env_id"
         )
-    episodes, limit = data.episodes, data.max_episode_steps
-    spaces = {"observation_space": episodes.observation_space, "action_space": episodes.action_space}
-    check_environment(data.env_spec, longest_episode=int(episodes.lengths.max()), max_episode_steps=limit, **spaces)
+    observations, actions = data.episodes.observation_space, data.episodes.action_space
+    check_environment(data.env_spec, observation_space=observations, action_space=actions,
+                      longest_episode=int(data.episodes.lengths.max()),
+                      max_episode_steps=data.max_episode_steps)  # fmt: skip
     return describe_environment(data.env_spec, data.env_id)
 
 

@@ -91,7 +91,8 @@ def synthesize_dataset(
     options = {"target_return": target_return, "guidance": guidance, "margin": margin,
                "max_disagreement": max_disagreement}  # fmt: skip
     chosen = {key: value for key, value in options.items() if value is not None}
-    vars(callback).update(chosen)
+    for key, value in chosen.items():
+        setattr(callback, key, value)
     models, hashes = _load_models(run, stages, episodes.fingerprint, place)
     callback.connect(**models)
     synthesizer = callback.synthesizer(DataStatistics.of(episodes))

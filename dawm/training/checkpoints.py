@@ -46,10 +46,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with whole(path, previous_of(path) if path.stem == "last" else None) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk in its own words
-            raise UserError(
-                f"--output_dir: got {path}, expected a place to write ({getattr(error, 'strerror', None) or error}); "
-                "free the disk or set --output_dir"
-            ) from None
+            place = f"a place to write ({getattr(error, 'strerror', None) or error})"
+            raise UserError(f"--output_dir: got {path}, expected {place}; free the disk or set --output_dir") from None
         if not self._read_back:
             read_checkpoint(path)
             self._read_back = True
@@ -135,12 +133,12 @@ def _read(path: str | PathLike) -> Any:
                 raise BadZipFile("a checksum does not fit")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise _refused(path, "no file", "check the path, or train that stage first") from None
+        found, remedy = "no file", "check the path, or train that stage first"
     except UnpicklingError as error:
-        reason = f"damaged or not a safe checkpoint: {first_line(error)}"
-        raise _refused(path, reason, "name one that `fit` wrote") from None
+        found, remedy = f"damaged or not a safe checkpoint: {first_line(error)}", "name one that `fit` wrote"
     except (BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise _refused(path, f"damaged: {first_line(error)}", "delete it to train from the start") from None
+        found, remedy = f"damaged: {first_line(error)}", "delete it to train from the start"
+    raise _refused(path, found, remedy)
 
 
 def _refused(path: str | PathLike, found: str, remedy: str) -> UserError:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class StageResult:
     unit: str = "updates"
 
 
+@dataclass
 class Experiment:
     """Trains the stages and keeps their results.
 
@@ -70,25 +71,20 @@ class Experiment:
         console: Where to draw progress.
     """
 
-    def __init__(
-        self,
-        data: TransitionDataModule,
-        settings: Mapping[str, Any],
-        output_dir: Path,
-        environment: Any,
-        loggers: Sequence[Logger],
-        console: Console,
-    ) -> None:
-        self.data = data
-        self.environment = environment
-        self.settings = settings
-        self.output_dir = output_dir.resolve()
-        self.seed: int = settings["seed_everything"]
-        self.console = console
-        self.results: dict[str, StageResult] = {}
-        self.loggers = loggers
-        self.rank = 0
-        self._keys: dict[str, str] = {}
+    data: TransitionDataModule
+    settings: Mapping[str, Any]
+    output_dir: Path
+    environment: Any
+    loggers: Sequence[Logger]
+    console: Console
+    results: dict[str, StageResult] = field(default_factory=dict, init=False)
+    rank: int = field(default=0, init=False)
+    _keys: dict[str, str] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        """Takes the seed from the settings."""
+        self.output_dir = self.output_dir.resolve()
+        self.seed: int = self.settings["seed_everything"]
 
     def build(self, stage: Stage) -> L.LightningModule:
         """The stage's module, untrained."""
@@ -128,7 +124,7 @@ class Experiment:
         return module.cpu().eval()
 
     def key(self, stage: Stage, max_steps: int | None = None) -> str:
-        """Hash of all that the stage's result depends on."""
+        """Hash of all that the stage's result depends on; ``max_steps`` 0 in place of its own leaves the length out."""
         parts = stage.hashed(self.settings)
         if max_steps is not None:
             parts["stage"] = parts["stage"] | {"max_steps": max_steps}
@@ -195,14 +191,11 @@ class Experiment:
 
     def _extend(self, stage: Stage, module: L.LightningModule, last: Path) -> Path | None:
         """The last checkpoint of the same stage with fewer updates, if there is one that more updates can follow."""
-        wanted, steps, shorter = self.key(stage, 0), 0, None
-        for note in last.parent.parent.glob(f"*/{ANY_LENGTH}"):
-            other = note.with_name(last.name)
-            if note.read_text().strip() == wanted and other.exists():
-                done = int(read_checkpoint(other)["global_step"])
-                if steps < done < stage.max_steps:
-                    steps, shorter = done, other
-        if shorter is None:
+        wanted, notes = self.key(stage, 0), last.parent.parent.glob(f"*/{ANY_LENGTH}")
+        same = [note.with_name(last.name) for note in notes if note.read_text().strip() == wanted]
+        done = [(int(read_checkpoint(other)["global_step"]), other) for other in same if other.exists()]
+        steps, shorter = max((found for found in done if 0 < found[0] < stage.max_steps), default=(0, last))
+        if not steps:
             return None
         if getattr(module, "schedule_follows_max_steps", False):
             self.console.print(

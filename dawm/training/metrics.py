@@ -31,7 +31,7 @@ class MeanPerColumn(Metric):
         self.add_state("count", torch.zeros(columns, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weights: Tensor | None = None) -> None:
-        """Adds rows."""
+        """Adds values (B, H), each with a weight (B, H); 0 leaves it out, and all are 1 if None."""
         weights = torch.ones_like(values) if weights is None else weights
         self.total += (values * weights).sum(dim=0).double()
         self.count += weights.sum(dim=0).double()
@@ -54,20 +54,15 @@ class HorizonErrors(torch.nn.Module):
 
     def __init__(self, horizon: int) -> None:
         super().__init__()
-        self.observation = MeanPerColumn(horizon)
-        self.reward = MeanPerColumn(horizon)
-        self.termination = MeanPerColumn(horizon)
+        self.errors = MeanPerColumn(3 * horizon)
 
     def update(self, observation: Tensor, reward: Tensor, termination: Tensor, valid: Tensor) -> None:
-        """Adds segments."""
-        self.observation.update(observation.mean(dim=-1), valid)
-        self.reward.update(reward, valid)
-        self.termination.update(termination, valid)
+        """Adds errors (B, H, O), of which the mean over O counts, (B, H), (B, H); valid (B, H) is 0 at unrecorded ones."""
+        errors = torch.cat([observation.mean(dim=-1), reward, termination], dim=1)
+        self.errors.update(errors, valid.repeat(1, 3))
 
     def compute_and_reset(self) -> dict[str, Tensor]:
         """Mean error at each step since the last call, by name, each shape (H,)."""
-        parts = {"observation": self.observation, "reward": self.reward, "termination": self.termination}
-        means = {name: part.means() for name, part in parts.items()}
-        for part in parts.values():
-            part.reset()
-        return means
+        means = self.errors.means().chunk(3)
+        self.errors.reset()
+        return dict(zip(("observation", "reward", "termination"), means))

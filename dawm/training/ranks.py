@@ -25,8 +25,8 @@ FIRST_RANK = "DAWM_FIRST_RANK"
 def end_with_first_rank(trainer: L.Trainer) -> None:
     """Ends a rank soon after the first one, from whose process Lightning started it, has ended in any way.
 
-    Lightning itself watches the other direction, and torchrun and SLURM both. Without this, a rank would wait in the
-    next collective for as long as the backend lets it: half an hour with NCCL.
+    Lightning watches the other direction, torchrun and SLURM both. A rank would otherwise wait in the next collective
+    for as long as the backend lets it: half an hour with NCCL.
     """
     if trainer.world_size == 1:
         return
@@ -74,16 +74,14 @@ def only_run_in(folder: Path, wait: bool) -> Iterator[None]:
     path = folder / ".lock"
     with path.open("a+") as file:
         while not _locked(file):
-            holder = _holder(path)
             if not wait:
+                holder = {"pid": "unknown", "host": "another host"} | _holder(path)
                 raise UserError(
-                    f"--output_dir: got {folder}, which process {holder.get('pid', 'unknown')} on "
-                    f"{holder.get('host', 'another host')} is training in, expected a folder of this run alone; "
-                    "set another --output_dir, or wait for it with --wait true"
+                    f"--output_dir: got {folder}, which process {holder['pid']} on {holder['host']} is training in, "
+                    "expected a folder of this run alone; set another --output_dir, or wait for it with --wait true"
                 )
             time.sleep(INTERVAL)
-        file.seek(0)
-        file.truncate()
+        file.truncate(0)  # it is appended to
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         file.flush()
         try:
@@ -108,10 +106,9 @@ def _locked(file: Any) -> bool:
 
 def _holder(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_running(pid: Any) -> bool:

@@ -53,10 +53,8 @@ class SaveCheckpoint(Checkpoint):
     def __init__(
         self, path: Path, every_n_steps: int, origin: dict[str, Any], keep_every_n_steps: int | None = None
     ) -> None:
-        self.path = path
-        self.every_n_steps = every_n_steps
-        self.keep_every_n_steps = keep_every_n_steps
-        self.origin = origin
+        self.path, self.origin = path, origin
+        self.every_n_steps, self.keep_every_n_steps = every_n_steps, keep_every_n_steps
         self.seconds = 0.0  # of training, over all starts of the run
         self._started = 0.0
         self.finished = False  # a callback has ended the stage before its last update
@@ -128,8 +126,7 @@ class SaveCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer, path: Path | None = None) -> None:
         now = time.monotonic()
-        self.seconds += now - self._started
-        self._started = now
+        self.seconds, self._started = self.seconds + now - self._started, now
         self._last_step = trainer.global_step
         self.finished = trainer.should_stop
         trainer.save_checkpoint(path or self.path, weights_only=False)

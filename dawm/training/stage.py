@@ -1,7 +1,7 @@
 """The three stages: what a config gives each of them, what its result depends on, and what only it knows.
 
-The batches that a stage trains on are the module's own affair (`UpdateModule.train_loader`); so are the statistics of
-its normalizers. So ``L.Trainer(...).fit(module, datamodule=data)`` in a script does what a stage does.
+Batches and normalizers are the module's own affair, so ``L.Trainer(...).fit(module, datamodule=data)`` in a script does
+what a stage does.
 """
 
 from collections.abc import Iterator, Mapping
@@ -73,8 +73,7 @@ class Stage:
         """Checks the settings."""
         for key in COUNTS:
             value = getattr(self, key)
-            optional = key in ("patience", "keep_every_n_steps")
-            holds = (value is None and optional) or (value is not None and 1 <= value < 2**63)
+            holds = key in ("patience", "keep_every_n_steps") if value is None else 1 <= value < 2**63
             require(f"stages.{self.name}.{key}", value, holds, "a whole number of at least 1")
         for callback in self.callbacks:
             if isinstance(callback, CANNOT_WORK):
@@ -122,11 +121,11 @@ class AgentStage(Stage):
 
     def connect(self, trained: Mapping[str, L.LightningModule]) -> None:
         """Connects the callbacks that imagine, or leaves them out where no model was trained."""
-        for callback in [callback for callback in self.callbacks if hasattr(callback, "connect")]:
-            if trained:
+        if not trained:
+            self.callbacks = [callback for callback in self.callbacks if not hasattr(callback, "connect")]
+        for callback in self.callbacks:
+            if hasattr(callback, "connect"):
                 callback.connect(*(trained[name] for name in self.after))
-            else:
-                self.callbacks.remove(callback)
 
 
 @dataclass
