@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterator
 
 import numpy as np
-from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
@@ -50,13 +49,8 @@ def find_defects(recording: Recording) -> Iterator[str]:
     if not len(recording.rewards):
         yield "steps: there are none"
         return
-    yield from _not_finite(recording)
-    yield from _outside("observations", recording.observations, recording.observation_space)
-    yield from _outside("actions", recording.actions, recording.action_space)
-    yield from _jumps(recording)
-    yield from _constant(recording)
-    yield from _too_long(recording)
-    yield from _repeated(recording)
+    for defects in (_not_finite, _outside, _jumps, _constant, _too_long, _repeated):
+        yield from defects(recording)
     reference = recording.reference
     if reference is not None and not reference.minimum < reference.maximum:
         yield f"reference scores: the minimum {reference.minimum:g} is not below the maximum {reference.maximum:g}"
@@ -85,14 +79,16 @@ def _last(recording: Recording) -> NDArray[np.bool_]:
     return last
 
 
-def _outside(key: str, values: NDArray, box: Box) -> Iterator[str]:
-    half = (box.high.astype(np.float64) - box.low) / 2
-    slack = np.where(np.isfinite(half), _ROUNDING * half, 0.0)
-    bad = (values < box.low - slack) | (values > box.high + slack)
-    rows = np.flatnonzero(bad.any(axis=1))
-    if len(rows):
-        columns = ", ".join(map(str, np.flatnonzero(bad.any(axis=0))))
-        yield f"{key}: {len(rows)} rows outside the space in columns {columns}, the first in row {rows[0]}"
+def _outside(recording: Recording) -> Iterator[str]:
+    for key in ("observation", "action"):
+        values, box = getattr(recording, f"{key}s"), getattr(recording, f"{key}_space")
+        half = (box.high.astype(np.float64) - box.low) / 2
+        slack = np.where(np.isfinite(half), _ROUNDING * half, 0.0)
+        bad = (values < box.low - slack) | (values > box.high + slack)
+        rows = np.flatnonzero(bad.any(axis=1))
+        if len(rows):
+            columns = ", ".join(map(str, np.flatnonzero(bad.any(axis=0))))
+            yield f"{key}s: {len(rows)} rows outside the space in columns {columns}, the first in row {rows[0]}"
 
 
 def _jumps(recording: Recording) -> Iterator[str]:

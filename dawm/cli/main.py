@@ -28,11 +28,7 @@ __all__ = ["main", "make_parser"]
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Returns:
-        Exit code: 0; 1 if defects were found in a data set; 2 after a user's mistake; 130 after Ctrl-C.
-    """
+    """Runs one command; exit code 0, 1 for defects in a data set, 2 after a user's mistake, 130 after Ctrl-C."""
     args = sys.argv[1:] if args is None else list(args)
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     prefer_onednn()
@@ -61,15 +57,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 class Command(NamedTuple):
-    """A command that is one function: its arguments are the options, its docstring the help.
+    """A command that is one function: its arguments are the options, its docstring the help."""
 
-    Args:
-        function: Takes the console first; a number it returns is a count of defects.
-        positional: The argument that is given without its name.
-    """
-
-    function: Callable[..., int | None]
-    positional: str | None = None
+    function: Callable[..., int | None]  # takes the console first; a number it returns is a count of defects
+    positional: str | None = None  # the argument that is given without its name
 
     def parser(self) -> Parser:
         """The parser of its options."""

@@ -1,7 +1,4 @@
-"""Users' mistakes on the command line, reported in one line.
-
-jsonargparse explains a bad value by every type it tried, over many lines. What helps is the setting and the reason.
-"""
+"""Users' mistakes on the command line, reported in one line where jsonargparse lists every type that it tried."""
 
 import errno
 import inspect
@@ -45,9 +42,7 @@ REASONS = (
 class Parser(ArgumentParser):
     """An argument parser whose errors are a user's mistakes: one line, no usage text.
 
-    Args:
-        elsewhere: Settings of the Trainer that are set by another key, and that key.
-        kwargs: See `jsonargparse.ArgumentParser`.
+    ``elsewhere`` names the settings of the Trainer that are set by another key, and that key.
     """
 
     def __init__(self, *args: Any, elsewhere: Mapping[str, str] | None = None, **kwargs: Any) -> None:

@@ -44,31 +44,26 @@ GROUPS = ("data", "trainer", "stages", "stages.world_model", "stages.inverse_dyn
 # some callbacks of Lightning have members of an enumeration as defaults
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
-# What the experiment sets itself, and where a user sets it instead.
 ELSEWHERE = {
-    "callbacks": "--stages.<stage>.callbacks",
-    "logger": "--logger",
-    "max_steps": "--stages.<stage>.max_steps",
-    "min_steps": "--stages.<stage>.max_steps",
-    "max_epochs": "--stages.<stage>.max_steps",
-    "min_epochs": "--stages.<stage>.max_steps",
+    **dict.fromkeys(("max_steps", "min_steps", "max_epochs", "min_epochs"), "--stages.<stage>.max_steps"),
     "max_time": "--stages.<stage>.max_steps (a run stopped by a signal resumes)",
     "log_every_n_steps": "--stages.<stage>.log_every_n_steps",
-    "val_check_interval": "--stages.<stage>.validate_every_n_steps",
-    "check_val_every_n_epoch": "--stages.<stage>.validate_every_n_steps",
-    "num_sanity_val_steps": "--stages.<stage>.validate_every_n_steps",
-    "enable_progress_bar": "--quiet",
-    "enable_model_summary": "a ModelSummary among --stages.<stage>.callbacks",
+    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"),
+                    "--stages.<stage>.validate_every_n_steps"),
     "enable_checkpointing": "--stages.<stage>.checkpoint_every_n_steps",
+    "callbacks": "--stages.<stage>.callbacks",
+    "enable_model_summary": "a ModelSummary among --stages.<stage>.callbacks",
+    "logger": "--logger",
+    "enable_progress_bar": "--quiet",
     "default_root_dir": "--output_dir",
-    "gradient_clip_val": "the module, such as --world_model.max_gradient_norm",
-    "gradient_clip_algorithm": "the module, such as --world_model.max_gradient_norm",
     "accumulate_grad_batches": "--data.batch_size",
-    "plugins": "nowhere: checkpoints are written by dawm",
+    **dict.fromkeys(("gradient_clip_val", "gradient_clip_algorithm"),
+                    "the module, such as --world_model.max_gradient_norm"),
+    **dict.fromkeys(("plugins", "model_registry"), "nowhere: checkpoints are written by dawm"),
     "use_distributed_sampler": "nowhere: ranks draw batches of their own",
     "reload_dataloaders_every_n_epochs": "nowhere: batches are drawn from memory",
-    "model_registry": "nowhere: checkpoints are written by dawm",
-}
+}  # fmt: skip
+"""What the experiment sets itself, and where a user sets it instead."""
 
 
 class FitParser(Parser):
@@ -84,15 +79,10 @@ class FitParser(Parser):
 
 
 class Settings(NamedTuple):
-    """Settings of an experiment in two forms.
+    """Settings of an experiment in two forms."""
 
-    Args:
-        parts: Data module and stages, built.
-        plain: All settings as plain values; `config.yaml` of the run.
-    """
-
-    parts: Namespace
-    plain: dict[str, Any]
+    parts: Namespace  # data module and stages, built
+    plain: dict[str, Any]  # all settings as plain values; `config.yaml` of the run
 
 
 OPTIONS: dict[str, tuple[Any, Any, str]] = {
@@ -154,10 +144,9 @@ def parse_fit(args: Sequence[str]) -> Settings:
     plain = yaml.safe_load(parser.dump(config, skip_validation=True, skip_unset=False))
     if isinstance(plain["logger"], dict):
         plain["logger"] = [plain["logger"]]
-    rest = config.clone()
     for name in (*MODULES, "logger"):
-        rest.pop(name)
-    return Settings(parser.instantiate(rest), plain)
+        config.pop(name)
+    return Settings(parser.instantiate(config), plain)
 
 
 def _forgetting_replaced_lists(args: Sequence[str]) -> Iterator[str]:

@@ -1,9 +1,6 @@
 """Write imagined transitions as a Minari data set: what ``python -m dawm synthesize`` does.
 
-Rollouts are imagined in chunks, and each goes straight to the disk, so memory holds one chunk whatever the size of the
-data set. An interrupted command leaves nothing behind.
-
-Symbols: B rollouts of a chunk, H horizon, E episodes kept, N steps kept, O observation size, A action size.
+Memory holds one chunk of B rollouts, whatever the size of the data set. An interrupted command leaves nothing behind.
 """
 
 import hashlib
@@ -101,20 +98,14 @@ def synthesize_dataset(
 
     counts: Counter[str] = Counter()
     synthesis = {
-        "dawm": __version__,
-        "run": str(run),
-        "dataset": episodes.name,
-        "fingerprint": episodes.fingerprint,
+        **{"dawm": __version__, "run": str(run), "dataset": episodes.name, "fingerprint": episodes.fingerprint},
         **hashes,
-        "horizon": horizon,
-        "transitions": transitions,
+        **{"horizon": horizon, "transitions": transitions, "seed": seed, "device": place.type},
         **{key: getattr(callback, key) for key in options},
         "target_return": _described(callback.target_return),
         "sampler": _described(sampler),
         "chosen_by": {key: "option" if key in chosen else unchosen for key in options}
         | {"num_steps": "run" if num_steps is None else "option"},
-        "seed": seed,
-        "device": place.type,
         "counts": counts,  # complete once all episodes are written
     }
     metadata: dict[str, Any] = {"synthesis": synthesis}

@@ -61,14 +61,7 @@ def plain(value: Any, where: tuple[str, ...] = ()) -> Any:
     """The same value in forms that ``torch.load(..., weights_only=True)`` reads.
 
     NumPy's scalars become numbers and its arrays tensors, paths become text, enumerations their values, dataclasses
-    dicts. What is plain already is returned as it is.
-
-    Args:
-        value: Any value.
-        where: Keys that lead to it, for the error's text.
-
-    Raises:
-        UserError: Something in it has no plain form.
+    dicts. What is plain already is returned as it is; what has no plain form is a UserError that says where it is.
     """
     if type(value) in AS_THEY_ARE or isinstance(value, Tensor):
         return value
@@ -90,9 +83,8 @@ def plain(value: Any, where: tuple[str, ...] = ()) -> Any:
         return {plain(part, where) for part in value}
     if isinstance(value, (Sequence, deque)) and not isinstance(value, (str, bytes)):
         items = [plain(part, (*where, str(index))) for index, part in enumerate(value)]
-        if type(value) in (list, tuple) and all(a is b for a, b in zip(items, value)):
-            return value
-        return tuple(items) if isinstance(value, tuple) else items
+        same = type(value) in (list, tuple) and all(a is b for a, b in zip(items, value))
+        return value if same else tuple(items) if isinstance(value, tuple) else items
     for kind in (bool, int, float, str):
         if isinstance(value, kind):  # a class of its own that derives from a plain one
             return kind(value)
@@ -109,14 +101,7 @@ def previous_of(path: Path) -> Path:
 
 
 def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU.
-
-    Args:
-        path: File to read.
-
-    Raises:
-        UserError: The file is missing, damaged, of another layout, or holds more than tensors and plain values.
-    """
+    """A checkpoint's content, on the CPU; a UserError for one missing, damaged, of another layout, or not plain."""
     checkpoint = _read(path)
     if not isinstance(checkpoint, dict):
         raise _refused(path, f"a {type(checkpoint).__name__}", "name one that `fit` wrote")

@@ -39,43 +39,25 @@ ANY_LENGTH = "any_length.txt"
 
 @dataclass
 class StageResult:
-    """What a finished stage leaves.
+    """What a finished stage leaves."""
 
-    Args:
-        checkpoint: Its last checkpoint.
-        steps: Updates trained, or training steps where the module is a plain LightningModule.
-        seconds: Seconds of training, over all starts of the run.
-        reused: Whether it was complete before this run.
-        metrics: Its last validation metrics.
-        unit: What ``steps`` counts.
-    """
-
-    checkpoint: str
+    checkpoint: str  # the last
     steps: int
-    seconds: float
-    reused: bool
-    metrics: dict[str, float]
-    unit: str = "updates"
+    seconds: float  # of training, over all starts of the run
+    reused: bool  # complete before this run
+    metrics: dict[str, float]  # of the last validation
+    unit: str = "updates"  # what ``steps`` counts; of a plain LightningModule it is training steps
 
 
 @dataclass
 class Experiment:
-    """Trains the stages and keeps their results.
+    """Trains the stages and keeps their results."""
 
-    Args:
-        data: The data, already set up.
-        settings: All settings of the experiment as plain values.
-        output_dir: Folder of the run.
-        environment: What checkpoints say of the evaluation environment, plain values.
-        loggers: The run's loggers besides CSV and TensorBoard.
-        console: Where to draw progress.
-    """
-
-    data: TransitionDataModule
-    settings: Mapping[str, Any]
+    data: TransitionDataModule  # already set up
+    settings: Mapping[str, Any]  # all of the experiment, as plain values
     output_dir: Path
-    environment: Any
-    loggers: Sequence[Logger]
+    environment: Any  # what checkpoints say of the evaluation environment, plain values
+    loggers: Sequence[Logger]  # besides CSV and TensorBoard
     console: Console
     results: dict[str, StageResult] = field(default_factory=dict, init=False)
     rank: int = field(default=0, init=False)
@@ -96,11 +78,7 @@ class Experiment:
         return module
 
     def run(self, stage: Stage, trained: Mapping[str, L.LightningModule]) -> L.LightningModule:
-        """Trains one stage, or takes it from where it is complete.
-
-        Returns:
-            The trained module, in evaluation mode, on the CPU.
-        """
+        """Trains one stage, or takes it from where it is complete: its module in evaluation mode, on the CPU."""
         module = self.build(stage)
         stage.connect(trained)
         if stage.ckpt_path is not None:
@@ -137,8 +115,6 @@ class Experiment:
             "layout": LAYOUT,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-    # One stage
 
     def _train(self, stage: Stage, module: L.LightningModule, folder: Path) -> StageResult:
         last = folder / "last.ckpt"
@@ -211,25 +187,18 @@ class Experiment:
             os.replace(last.with_name(".shorter"), last)
         return shorter
 
-    # Checkpoints
-
     def _origin(self, stage: Stage) -> dict[str, Any]:
         """What a checkpoint says of where it comes from; plain values only."""
         episodes = self.data.episodes
         return {
-            "dawm": __version__,
-            "layout": LAYOUT,
-            "stage": stage.name,
-            "module": self.settings[stage.name],
-            "observation_size": self.data.observation_size,
-            "action_size": self.data.action_size,
-            "dataset": episodes.name,
-            "fingerprint": episodes.fingerprint,
-            "environment": self.environment,
-            "max_episode_steps": self.data.max_episode_steps,
+            "dawm": __version__, "layout": LAYOUT,
+            "stage": stage.name, "module": self.settings[stage.name],
+            "observation_size": self.data.observation_size, "action_size": self.data.action_size,
+            "dataset": episodes.name, "fingerprint": episodes.fingerprint,
+            "environment": self.environment, "max_episode_steps": self.data.max_episode_steps,
             "action_space": [episodes.action_space.low.tolist(), episodes.action_space.high.tolist()],
             "reference": None if episodes.reference is None else asdict(episodes.reference),
-        }
+        }  # fmt: skip
 
     def _load(self, module: L.LightningModule, path: Path, setting: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(path)
@@ -243,10 +212,8 @@ class Experiment:
         try:
             module.load_state_dict(checkpoint["state_dict"])
         except (RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise UserError(
-                f"--{setting}: got {path}, expected weights of the networks in the settings ({reason}); name another"
-            ) from None
+            expected = f"weights of the networks in the settings ({' '.join(str(error).split())[:150]})"
+            raise UserError(f"--{setting}: got {path}, expected {expected}; name another") from None
         return checkpoint
 
 

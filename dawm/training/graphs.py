@@ -53,11 +53,7 @@ def graph_for(module: UpdateModule) -> UpdateGraph | None:
 
 
 def record_on_cuda(work: Work) -> Work:
-    """Records work on the current device as a CUDA graph, without running it.
-
-    Returns:
-        A function that runs what was recorded, and answers with the same tensors, filled again.
-    """
+    """Records work as a CUDA graph; the function returned runs it, and answers with the same tensors, filled again."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         metrics = work()
@@ -72,9 +68,7 @@ def record_on_cuda(work: Work) -> Work:
 class UpdateGraph:
     """Runs a module's updates as one graph; one by one at first, where a step is cut short, or where recording fails.
 
-    Args:
-        module: The module, whose ``update_period`` is set.
-        record: How work is recorded; a CUDA graph, but for tests.
+    Tests record in another way than as a CUDA graph.
     """
 
     def __init__(self, module: UpdateModule, record: Callable[[Work], Work] = record_on_cuda) -> None:

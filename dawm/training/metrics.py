@@ -13,13 +13,7 @@ __all__ = ["HorizonErrors", "MeanPerColumn"]
 
 
 class MeanPerColumn(Metric):
-    """Mean of each column over all rows that count, gathered over the ranks.
-
-    One column is a step of the horizon, or a dimension of an action.
-
-    Args:
-        columns: Number of columns H.
-    """
+    """Mean of each of H columns (horizon's steps, or an action's dimensions) over all rows, gathered over the ranks."""
 
     full_state_update = False
     total: Tensor
@@ -46,18 +40,14 @@ class MeanPerColumn(Metric):
 
 
 class HorizonErrors(torch.nn.Module):
-    """Observation, reward and termination errors at each step of the horizon.
-
-    Args:
-        horizon: Steps H.
-    """
+    """Observation, reward and termination errors at each of H steps."""
 
     def __init__(self, horizon: int) -> None:
         super().__init__()
         self.errors = MeanPerColumn(3 * horizon)
 
     def update(self, observation: Tensor, reward: Tensor, termination: Tensor, valid: Tensor) -> None:
-        """Adds errors (B, H, O), of which the mean over O counts, (B, H), (B, H); valid (B, H) is 0 at unrecorded ones."""
+        """Adds errors (B, H, O), averaged over O, (B, H), and (B, H); valid (B, H) is 0 where nothing was recorded."""
         errors = torch.cat([observation.mean(dim=-1), reward, termination], dim=1)
         self.errors.update(errors, valid.repeat(1, 3))
 

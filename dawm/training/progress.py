@@ -17,14 +17,9 @@ LOOK = 0.5  # seconds between two looks at the metrics, which cost a tenth of a 
 class StageProgress(ProgressBar):
     """Stage, updates done and to do, updates per second, time left, the newest metrics; from the first rank alone.
 
-    On a terminal that is a bar; elsewhere (a log file, a cluster job) a plain line at the start, the end, every 30 seconds
-    and each validation or evaluation, which is noticed by its metrics, logged as ``eval/...`` with ``prog_bar=True``.
-
-    Args:
-        stage: What is being trained, as shown.
-        console: Where to print.
-        quiet: Prints nothing.
-        unit: What ``max_steps`` counts, as shown.
+    On a terminal that is a bar; elsewhere (a log file, a cluster job) a plain line at the start, the end, every 30
+    seconds and each validation or evaluation, noticed by its progress-bar metrics ``eval/...``. ``unit`` is what
+    ``max_steps`` counts.
     """
 
     def __init__(self, stage: str, console: Console, quiet: bool = False, unit: str = "updates") -> None:

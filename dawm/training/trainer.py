@@ -46,18 +46,12 @@ def make_trainer(
         console.print(f"{stage.name}: the profiler's report goes to {folder}/fit-profile*", soft_wrap=True)
     try:
         return L.Trainer(
-            **chosen,
-            max_steps=stage.max_steps,
-            max_epochs=-1,
-            callbacks=callbacks,
+            **chosen, max_steps=stage.max_steps, max_epochs=-1, callbacks=callbacks,
             logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard"), *loggers],
-            default_root_dir=folder,
-            plugins=[AtomicCheckpointIO()],
+            default_root_dir=folder, plugins=[AtomicCheckpointIO()],
             log_every_n_steps=max(1, stage.log_every_n_steps // chunk),
             val_check_interval=max(1, min(stage.validate_every_n_steps, stage.max_steps) // chunk),
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            enable_model_summary=False,
+            check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_model_summary=False,
             # Lightning shards only its own loaders' samplers; ours draw by rank themselves
             use_distributed_sampler=False,
         )  # fmt: skip
