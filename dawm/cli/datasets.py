@@ -10,7 +10,7 @@ import minari
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dawm.data.episodes import read_recordings
@@ -44,10 +44,9 @@ def list_datasets(console: Console, remote: bool = False) -> None:
             f"--remote: got no answer ({first_line(error)}), expected Minari's server; leave --remote out"
         ) from error
     local = local_datasets()
-    table = Table(title=f"data sets in {dataset_folder()}")
-    for heading in ("data set", "where", "episodes", "steps", "size"):
-        left = heading in ("data set", "where")
-        table.add_column(heading, overflow="fold" if left else "ellipsis", justify="left" if left else "right")
+    columns = [Column(heading, overflow="fold") for heading in ("data set", "where")]
+    columns += [Column(heading, justify="right") for heading in ("episodes", "steps", "size")]
+    table = Table(*columns, title=f"data sets in {dataset_folder()}")
     for name, metadata in local.items():
         size = _megabytes(dataset_folder(name))
         if {"total_episodes", "total_steps"} <= metadata.keys():
@@ -98,14 +97,9 @@ def build_dataset(console: Console, name: str, seed: int = 0, overwrite: bool = 
 
 
 def import_file(
-    console: Console,
-    file: Path,
-    output: str,
-    env_id: str | None = None,
-    reference_minimum: float | None = None,
-    reference_maximum: float | None = None,
-    overwrite: bool = False,
-) -> None:
+    console: Console, file: Path, output: str, env_id: str | None = None, reference_minimum: float | None = None,
+    reference_maximum: float | None = None, overwrite: bool = False,
+) -> None:  # fmt: skip
     """Turn an HDF5 file in D4RL's layout into a Minari data set with the same transitions.
 
     Args:
@@ -136,17 +130,11 @@ def import_file(
         metadata |= {"ref_min_score": reference.minimum, "ref_max_score": reference.maximum, SOURCE: reference.source}
     with progress_bar(f"Importing {path.name}", source.count, visible=True) as bar:
         episodes, steps = write_dataset(
-            output,
-            in_episodes(source),
-            env_spec=source.env_spec,
-            observation_space=source.observation_space,
-            action_space=source.action_space,
-            metadata=metadata,
+            output, in_episodes(source), env_spec=source.env_spec, observation_space=source.observation_space,
+            action_space=source.action_space, metadata=metadata, author=None, overwrite=overwrite,
             description=f"Imported from {path.name}, an HDF5 file in D4RL's layout.",
-            author=None,
-            overwrite=overwrite,
             report=lambda done: bar.update(bar.task_ids[0], completed=done),
-        )
+        )  # fmt: skip
     console.print(Text(f"{output}: {episodes:,} episodes, {steps:,} steps in {dataset_folder(output)}"))
     for defect in source.defects:
         console.print(Text(defect))

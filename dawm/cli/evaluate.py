@@ -26,15 +26,9 @@ EVALUATION_SEED = 2_000_000  # of the last evaluation: apart from the seeds of e
 
 
 def evaluate_run(
-    console: Console,
-    run: str,
-    episodes: int = 20,
-    seed: int = EVALUATION_SEED,
-    env_id: str | None = None,
-    checkpoint: str | None = None,
-    every: bool = False,
-    max_episode_steps: int | None = None,
-) -> None:
+    console: Console, run: str, episodes: int = 20, seed: int = EVALUATION_SEED, env_id: str | None = None,
+    checkpoint: str | None = None, every: bool = False, max_episode_steps: int | None = None,
+) -> None:  # fmt: skip
     """Score a run's trained agent in its environment.
 
     Args:
@@ -48,16 +42,15 @@ def evaluate_run(
         max_episode_steps: Time limit of an environment that has none.
     """
     require("episodes", episodes, episodes >= 1, "at least 1")
-    folder = expanded(run)
+    folder, options = expanded(run), (episodes, seed, env_id, max_episode_steps)
     last = expanded(checkpoint) if checkpoint else Path(read_results(folder)["stages"]["agent"]["checkpoint"])
     if not every:
-        result, reference = _score_checkpoint(last, episodes, seed, env_id, max_episode_steps)
-        show_evaluation(console, result, reference)
+        show_evaluation(console, *_score_checkpoint(last, *options))
         return
     table = Table("updates", "return", "score", "checkpoint", title="checkpoints of the agent", title_style="bold")
     curve = []
     for path in sorted(last.parent.rglob("*.ckpt"), key=lambda path: (read_checkpoint(path)["global_step"], path)):
-        result, reference = _score_checkpoint(path, episodes, seed, env_id, max_episode_steps)
+        result, reference = _score_checkpoint(path, *options)
         steps = int(read_checkpoint(path)["global_step"])
         curve.append({"checkpoint": str(path), "step": steps, "return": result.mean_return, "low": result.low,
                       "high": result.high, "score": result.score})  # fmt: skip
@@ -70,14 +63,9 @@ def evaluate_run(
 
 
 def score(
-    agent: L.LightningModule,
-    environment: Environment,
-    action_space: gym.spaces.Box | None,
-    reference: ReferenceScores | None,
-    episodes: int,
-    seed: int,
-    max_episode_steps: int | None = None,
-) -> Evaluation:
+    agent: L.LightningModule, environment: Environment, action_space: gym.spaces.Box | None,
+    reference: ReferenceScores | None, episodes: int, seed: int, max_episode_steps: int | None = None,
+) -> Evaluation:  # fmt: skip
     """Plays an agent (any module with ``act``; of several seeds each plays all episodes) and scores what it earns.
 
     Its actions are in units of ``action_space``, the data's.

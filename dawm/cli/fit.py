@@ -22,7 +22,6 @@ from dawm.training.build import build_logger, import_class, parameters_of
 from dawm.training.checkpoints import plain
 from dawm.training.experiment import Experiment
 from dawm.training.ranks import check_launcher, only_run_in
-from dawm.training.stage import Stage
 
 __all__ = ["fit"]
 
@@ -41,14 +40,17 @@ def fit(args: Sequence[str], console: Console) -> None:
 def _run(settings: Settings, output_dir: Path, command: str, console: Console) -> None:
     data: TransitionDataModule = settings.parts.data
     data.setup()
-    stages = list(settings.parts.stages.needed(data))
+    stages = settings.parts.stages.needed(data)
     environment = _checked_environment(data)
     with as_user_error("logger"):
         loggers = [build_logger(description) for description in settings.plain["logger"]]
     experiment = Experiment(data, settings.plain, output_dir, environment, loggers, console)
     _say_what_is_left_out(settings.plain, console)
     for stage in stages:  # a mistake in the agent shows now, not when the world model is trained
-        _check(stage, experiment)
+        with as_user_error(stage.name):
+            experiment.build(stage)
+        for callback in stage.callbacks:
+            plain(callback.state_dict(), ("callbacks", type(callback).__name__))
     for logger in loggers:
         logger.log_hyperparams(settings.plain)
     trained: dict[str, L.LightningModule] = {}
@@ -67,14 +69,6 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     write_files(output_dir, results, settings.plain, command)
     log_summary(loggers, results)
     show_results(console, output_dir, results)
-
-
-def _check(stage: Stage, experiment: Experiment) -> None:
-    """Builds the stage's module for nothing, and looks whether its callbacks' state can be saved."""
-    with as_user_error(stage.name):
-        experiment.build(stage)
-    for callback in stage.callbacks:
-        plain(callback.state_dict(), ("callbacks", type(callback).__name__))
 
 
 def _checked_environment(data: TransitionDataModule) -> object:
@@ -103,15 +97,15 @@ def _say_what_is_left_out(settings: dict[str, Any], console: Console) -> None:
 def _quieten() -> None:
     """Keeps Lightning's advice off the screen where the project has decided otherwise."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # of another library's making: Lightning calls a deprecated part of torch
-    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
-    # validation metrics are the same on all ranks: torchmetrics has put them together
-    warnings.filterwarnings("ignore", ".*recommended to use `self.log.*sync_dist=True.*")
+    for pattern in (
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning calls a deprecated part of torch
+        ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has put the ranks' metrics together
+        ".*does not have many workers.*",  # the data are in memory: worker processes would only slow the drawing down
+    ):
+        warnings.filterwarnings("ignore", pattern)
     warnings.showwarning = lambda message, *args, **kwargs: Console(stderr=True, soft_wrap=True).print(
         f"warning: {message}", style="yellow", markup=False, highlight=False
     )
-    # the data are in memory: worker processes would only slow the drawing down
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
 
 
 def _writable(folder: Path) -> Path:

@@ -167,13 +167,8 @@ def _figure(value: float | None) -> str:
 
 def _versions() -> list[tuple[str, str]]:
     """Versions of all that a result may depend on."""
-    rows = [("dawm", __version__), ("python", platform.python_version())]
-    for library in LIBRARIES:
-        try:
-            rows.append((library, metadata.version(library)))
-        except metadata.PackageNotFoundError:
-            rows.append((library, "not installed"))
-    return rows
+    libraries = [(library, metadata.version(library)) for library in LIBRARIES]
+    return [("dawm", __version__), ("python", platform.python_version()), *libraries]
 
 
 def _hardware() -> str:

@@ -42,19 +42,10 @@ FEWEST = 256  # starts of a chunk: the last ones, which make up for dropped step
 
 
 def synthesize_dataset(
-    console: Console,
-    run: Path,
-    output: str,
-    transitions: int = 1_000_000,
-    target_return: TargetReturn | None = None,
-    guidance: float | None = None,
-    margin: float | None = None,
-    max_disagreement: float | None = None,
-    num_steps: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    overwrite: bool = False,
-) -> None:
+    console: Console, run: Path, output: str, transitions: int = 1_000_000, target_return: TargetReturn | None = None,
+    guidance: float | None = None, margin: float | None = None, max_disagreement: float | None = None,
+    num_steps: int | None = None, seed: int = 0, device: str = "auto", overwrite: bool = False,
+) -> None:  # fmt: skip
     """Write transitions imagined by a run's world model as a Minari data set.
 
     Without further options they are what the run's agent learnt from. Each episode is a rollout from a random real
@@ -114,18 +105,13 @@ def synthesize_dataset(
                      SOURCE: f"those of {episodes.name} ({reference.source})"}  # fmt: skip
     with progress_bar(f"imagining {output}", transitions, visible=True) as bar:
         count, steps = write_dataset(
-            output,
-            _imagine(synthesizer, data, transitions, seed, counts),
-            env_spec=episodes.env_spec,
-            observation_space=episodes.observation_space,
-            action_space=episodes.action_space,
-            metadata=metadata,
+            output, _imagine(synthesizer, data, transitions, seed, counts),
+            env_spec=episodes.env_spec, observation_space=episodes.observation_space,
+            action_space=episodes.action_space, metadata=metadata, algorithm_name="DAWM world model",
             description=f"Imagined by a diffusion world model trained on {episodes.name}: rollouts of up to {horizon} "
             "steps from random real observations and actions; all later actions are inferred from the observations.",
-            algorithm_name="DAWM world model",
-            overwrite=overwrite,
-            report=lambda done: bar.update(bar.task_ids[0], completed=done),
-        )
+            overwrite=overwrite, report=lambda done: bar.update(bar.task_ids[0], completed=done),
+        )  # fmt: skip
     console.print(Text(f"{output}: {count:,} episodes, {steps:,} transitions in {dataset_folder(output)}"))
     console.print(f"imagined steps: {list_fates(counts)}", highlight=False)
 
@@ -144,10 +130,8 @@ def _read_settings(path: Path) -> tuple[TransitionDataModule, RegenerateRollouts
     except UserError:
         raise
     except Exception as error:  # whatever YAML, imports and constructors raise
-        raise UserError(
-            f"--run: got {path}, which cannot be read ({first_line(error)}), expected the settings of a finished run; "
-            "run `fit` again"
-        ) from error
+        found = f"{path}, which cannot be read ({first_line(error)})"
+        raise UserError(f"--run: got {found}, expected a finished run's settings; run `fit` again") from error
 
 
 def _load_models(
@@ -179,9 +163,8 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # not known, or not on this machine
-        raise UserError(
-            f"--device: got {name!r} ({first_line(error)}), expected one of this machine; set cpu"
-        ) from None
+        reason = first_line(error)
+        raise UserError(f"--device: got {name!r} ({reason}), expected one of this machine; set cpu") from None
 
 
 def _described(part: object) -> dict[str, Any]:
@@ -221,9 +204,7 @@ def _columns(rollouts: Rollouts, action_space: gym.spaces.Box, most: int) -> Epi
     # single precision may step over the bounds by rounding
     actions = unscale_actions(steps.actions, action_space).numpy().clip(action_space.low, action_space.high)
     return EpisodeColumns(
-        lengths=lengths[nonempty].numpy(),
-        observations=rollouts.observations[recorded].numpy(),
-        actions=actions.astype(action_space.dtype, copy=False),
-        rewards=steps.rewards.numpy(),
+        lengths=lengths[nonempty].numpy(), observations=rollouts.observations[recorded].numpy(),
+        actions=actions.astype(action_space.dtype, copy=False), rewards=steps.rewards.numpy(),
         terminated=last[nonempty].numpy() > 0.5,
-    )
+    )  # fmt: skip

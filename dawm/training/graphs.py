@@ -24,7 +24,7 @@ from dawm.errors import first_line
 if TYPE_CHECKING:
     from dawm.training.updates import UpdateModule
 
-__all__ = ["UpdateGraph", "graph_for", "plain_group", "reason_against", "set_learning_rate"]
+__all__ = ["UpdateGraph", "plain_group", "reason_against", "set_learning_rate"]
 
 Work = Callable[[], dict[str, Tensor]]
 WARM_UP = 2
@@ -40,16 +40,6 @@ def reason_against(module: UpdateModule, device: torch.device, world_size: int, 
         f"{type(module).__name__} does not say its update_period": module.update_period is None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def graph_for(module: UpdateModule) -> UpdateGraph | None:
-    """A graph for a module's updates, or None with a warning that says why not."""
-    trainer = module.trainer
-    reason = reason_against(module, trainer.strategy.root_device, trainer.world_size, trainer.precision)
-    if reason is None:
-        return UpdateGraph(module)
-    rank_zero_warn(f"cuda_graphs: {reason}; the updates of {module.name} run one by one")
-    return None
 
 
 def record_on_cuda(work: Work) -> Work:

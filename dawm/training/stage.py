@@ -4,8 +4,8 @@ Batches and normalizers are the module's own affair, so ``L.Trainer(...).fit(mod
 what a stage does.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import lightning as L
@@ -142,9 +142,7 @@ class Stages:
     inverse_dynamics: InverseDynamicsStage = field(default_factory=InverseDynamicsStage)
     agent: AgentStage = field(default_factory=AgentStage)
 
-    def needed(self, data: TransitionDataModule) -> Iterator[Stage]:
+    def needed(self, data: TransitionDataModule) -> list[Stage]:
         """The stages in order; the agent's alone where nothing is imagined."""
-        for part in fields(self):
-            stage: Stage = getattr(self, part.name)
-            if data.synthetic_fraction > 0 or not stage.imagines:
-                yield stage
+        stages = (self.world_model, self.inverse_dynamics, self.agent)
+        return [stage for stage in stages if data.synthetic_fraction > 0 or not stage.imagines]

@@ -24,14 +24,9 @@ PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": 
 
 
 def make_trainer(
-    stage: Stage,
-    module: L.LightningModule,
-    folder: Path,
-    save: SaveCheckpoint,
-    settings: Mapping[str, Any],
-    loggers: Iterable[Logger],
-    console: Console,
-) -> L.Trainer:
+    stage: Stage, module: L.LightningModule, folder: Path, save: SaveCheckpoint, settings: Mapping[str, Any],
+    loggers: Iterable[Logger], console: Console,
+) -> L.Trainer:  # fmt: skip
     """A Trainer that counts, logs, validates and saves by updates."""
     chunk: int = settings["data"]["updates_per_step"]
     unit = "updates" if isinstance(module, UpdateModule) else "training steps"

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from dawm.errors import UserError
 from dawm.nn.normalizer import Normalizer
-from dawm.training.graphs import UpdateGraph, graph_for, plain_group, set_learning_rate
+from dawm.training.graphs import UpdateGraph, plain_group, reason_against, set_learning_rate
 
 __all__ = ["UpdateModule"]
 
@@ -161,7 +161,12 @@ class UpdateModule(L.LightningModule):
                 "gradient scaling or converted data); set one of them"
             )
         if self.cuda_graphs:
-            self.update_graph = graph_for(self)
+            trainer = self.trainer
+            reason = reason_against(self, trainer.strategy.root_device, trainer.world_size, trainer.precision)
+            if reason is None:
+                self.update_graph = UpdateGraph(self)
+            else:
+                rank_zero_warn(f"cuda_graphs: {reason}; the updates of {self.name} run one by one")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves no trace of a CUDA graph in the checkpoint, which may be resumed without one."""
