@@ -24,25 +24,10 @@ PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": 
 
 
 def make_trainer(
-    stage: Stage,
-    module: L.LightningModule,
-    folder: Path,
-    save: SaveCheckpoint,
-    settings: Mapping[str, Any],
-    loggers: Iterable[Logger],
-    console: Console,
-) -> L.Trainer:
-    """A Trainer that counts, logs, validates and saves by updates.
-
-    Args:
-        stage: The stage.
-        module: Its module.
-        folder: Where it logs.
-        save: Saves its checkpoints.
-        settings: All settings of the experiment.
-        loggers: The run's loggers besides CSV and TensorBoard.
-        console: Where to draw progress.
-    """
+    stage: Stage, module: L.LightningModule, folder: Path, save: SaveCheckpoint, settings: Mapping[str, Any],
+    loggers: Iterable[Logger], console: Console,
+) -> L.Trainer:  # fmt: skip
+    """A Trainer that counts, logs, validates and saves by updates."""
     chunk: int = settings["data"]["updates_per_step"]
     unit = "updates" if isinstance(module, UpdateModule) else "training steps"
     callbacks = [*stage.callbacks, StageProgress(stage.name.replace("_", " "), console, settings["quiet"], unit), save]
@@ -56,18 +41,12 @@ def make_trainer(
         console.print(f"{stage.name}: the profiler's report goes to {folder}/fit-profile*", soft_wrap=True)
     try:
         return L.Trainer(
-            **chosen,
-            max_steps=stage.max_steps,
-            max_epochs=-1,
-            callbacks=callbacks,
+            **chosen, max_steps=stage.max_steps, max_epochs=-1, callbacks=callbacks,
             logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard"), *loggers],
-            default_root_dir=folder,
-            plugins=[AtomicCheckpointIO()],
+            default_root_dir=folder, plugins=[AtomicCheckpointIO()],
             log_every_n_steps=max(1, stage.log_every_n_steps // chunk),
             val_check_interval=max(1, min(stage.validate_every_n_steps, stage.max_steps) // chunk),
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            enable_model_summary=False,
+            check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_model_summary=False,
             # Lightning shards only its own loaders' samplers; ours draw by rank themselves
             use_distributed_sampler=False,
         )  # fmt: skip
