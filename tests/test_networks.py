@@ -130,7 +130,7 @@ def test_every_row_depends_on_every_input(kind):
 
 
 def test_wrong_sizes_are_named():
-    with pytest.raises(UserError, match="heads 3"):
+    with pytest.raises(UserError, match="heads: got 3"):
         TemporalTransformer(4, 3, 4, width=16, heads=3)
-    with pytest.raises(UserError, match="kernel_size 4"):
+    with pytest.raises(UserError, match="kernel_size: got 4"):
         TemporalUNet(4, 3, 4, kernel_size=4)
