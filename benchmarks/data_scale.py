@@ -188,7 +188,7 @@ def make_warm(path: Path) -> None:
             pass
 
 
-def spread(values: list[float], digits: int = 2) -> str:
+def summary(values: list[float], digits: int = 2) -> str:
     shown = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
     return " / ".join(shown) if len(values) > 1 else f"{values[0]:.{digits}f}"
 
@@ -221,9 +221,9 @@ def build_and_load(report: Report, folder: Path, kind: str, millions: int, repea
             loads[state].append(child("load", kind, count, held and millions == 1))
     last = loads["warm"][-1]
     report(
-        f"| {kind} | {millions} M | {spread(seconds)} | {statistics.median(seconds) / millions:.2f} | "
-        f"{max(build['peak'] for build in builds):.0f} | {spread([load['seconds'] for load in loads['cold']])} | "
-        f"{spread([load['seconds'] for load in loads['warm']])} | {last['own']:.0f} | {last['files']:.0f} | "
+        f"| {kind} | {millions} M | {summary(seconds)} | {statistics.median(seconds) / millions:.2f} | "
+        f"{max(build['peak'] for build in builds):.0f} | {summary([load['seconds'] for load in loads['cold']])} | "
+        f"{summary([load['seconds'] for load in loads['warm']])} | {last['own']:.0f} | {last['files']:.0f} | "
         f"{'memory' if millions == 1 else 'mapped'} |"
     )
 
@@ -241,9 +241,9 @@ def drawing(report: Report, folder: Path, millions: int, repeats: int) -> None:
         cells = [f"{where} | {millions} M"]
         for name in ("mixed_loader", "segment_loader"):
             per_row = UPDATES * BATCH * (1 if name == "mixed_loader" else 8)
-            cells.append(spread([result[f"{name} first"] for result in results]))
+            cells.append(summary([result[f"{name} first"] for result in results]))
             times = [result[name] for result in results]
-            cells += [spread(times), f"{1e6 * statistics.median(times) / per_row:.0f}"]
+            cells += [summary(times), f"{1e6 * statistics.median(times) / per_row:.0f}"]
         report(f"| {' | '.join(cells)} | {results[-1]['own']:.0f} |")
 
 
