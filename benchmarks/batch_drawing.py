@@ -3,14 +3,12 @@
     python -m benchmarks.batch_drawing               # some 2 minutes
 
 Contestants: DAWM's loader, `TransitionDataModule.mixed_loader`, handing over K batches at once, from real rows alone or
-half of them from 80,000 imagined ones; a plain PyTorch buffer of one tensor per field; TorchRL's
+half of them from 80,000 synthetic ones; a plain PyTorch buffer of one tensor per field; TorchRL's
 TensorDictReplayBuffer and d3rlpy's replay buffer where they are installed; PyTorch's DataLoader over single
 transitions. The second table has DAWM's loader on 10 k to 10 M transitions.
 """
 
 import argparse
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -20,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.agent_update import BATCH, random_data
-from benchmarks.data_scale import Synthetic
+from benchmarks.data_scale import RandomRows
 from benchmarks.measure import interleave, ratio, report, rows
 from benchmarks.plain_agents import PlainBuffer
 from dawm.data import episodes
@@ -31,7 +29,7 @@ from dawm.data.transitions import Transitions
 SIZES = (11, 3)
 
 
-class HopperLike(Synthetic):
+class HopperLike(RandomRows):
     """Random rows of Hopper's shape in episodes of 1000 steps."""
 
     observation_space, action_space = unbounded(SIZES[0]), gym.spaces.Box(-1.0, 1.0, (SIZES[1],), np.float32)
@@ -40,11 +38,7 @@ class HopperLike(Synthetic):
 def batches(count: int, chunk: int, fraction: float = 0.0) -> Iterator[Transitions]:
     """K batches at once from ``count`` real rows through the data module's loader, other rows every time."""
     settings = {"batch_size": BATCH, "synthetic_fraction": fraction, "updates_per_step": chunk, "horizon": 1}
-    with (
-        tempfile.TemporaryDirectory(prefix="dawm-drawing-") as folder,
-        mock.patch.dict(os.environ, DAWM_CACHE=folder),
-        mock.patch.object(episodes, "_open", return_value=HopperLike(count)),
-    ):
+    with mock.patch.object(episodes, "_open", return_value=HopperLike(count)):
         data = TransitionDataModule("random", memory_limit=1e9, **settings)
         data.setup()
     if fraction:
@@ -82,7 +76,7 @@ def contestants(data: Transitions) -> dict[str, Callable[[], int]]:
     loader = endless(DataLoader(TensorDataset(*buffer.fields), BATCH, shuffle=True))
     found = {
         **{f"DAWM, K={chunk}": ours(len(data), chunk) for chunk in (1, 8, 32)},
-        "DAWM, K=32, half imagined": ours(len(data), 32, 0.5),
+        "DAWM, K=32, half synthetic": ours(len(data), 32, 0.5),
         "plain PyTorch buffer": several(lambda: buffer.sample(BATCH), 64),
         "DataLoader of single transitions": several(lambda: next(loader), 8),
     }

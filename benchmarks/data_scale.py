@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.data_scale --rows 1 10 --repeats 5
     OMP_NUM_THREADS=1 python -m benchmarks.data_scale --rows 1 10 100 --repeats 5     # 17 GB of disk, 20 minutes
 
-Rows are random numbers: 17 observations, 6 actions, episodes of 1000 steps. ``synthetic`` ones are generated while the
-cache is built, ``minari`` ones read from a true Minari data set (HDF5, observations in double precision). Every figure
-is taken in a process of its own; repeats go round through the cases. "Cold" means that the file was dropped from the
-operating system's page cache, "warm" that it was read before. Everything is written below a temporary folder
-(``--folder``), which is removed at the end; the results also go to ``--output``.
+Rows are random numbers: 17 observations, 6 actions, episodes of 1000 steps. ``random`` ones are generated while the
+cache is built, ``minari`` ones read from a true Minari data set (HDF5). Every figure is taken in a process of its own;
+repeats go round through the cases. "Cold" means that the file was dropped from the operating system's page cache,
+"warm" that it was read before. Everything is written below a temporary folder (``--folder``), which is removed at the
+end.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import contextlib
 import json
 import logging
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -29,18 +28,15 @@ from pathlib import Path
 from unittest import mock
 
 import gymnasium as gym
-import lightning as L
-import minari
 import numpy as np
 import torch
-from minari.data_collector import EpisodeBuffer
 
-from dawm.agents import TD3BC
+from benchmarks.measure import report
 from dawm.data import episodes
 from dawm.data.module import TransitionDataModule
 from dawm.data.sources.source import BLOCK, Block, Source
 from dawm.data.sources.spaces import unbounded
-from dawm.world_model import DiffusionWorldModel
+from dawm.data.store.minari_writer import EpisodeColumns, write_dataset
 
 OBSERVATIONS, ACTIONS, STEPS = 17, 6, 1000
 UPDATES, BATCH = 32, 256
@@ -48,14 +44,14 @@ SPACES = unbounded(OBSERVATIONS), gym.spaces.Box(-1.0, 1.0, (ACTIONS,), np.float
 MIB = 2**20
 
 
-class Synthetic(Source):
+class RandomRows(Source):
     """Random rows in episodes of 1000 steps."""
 
     env_spec, reference, files = None, None, ()
     observation_space, action_space = SPACES
 
     def __init__(self, count: int) -> None:
-        self.name, self.count, self.settings, self.path = f"synthetic-{count}", count, f"synthetic {count}", Path(".")
+        self.name, self.count, self.settings, self.path = f"random-{count}", count, f"random {count}", Path(".")
 
     def blocks(self) -> Iterator[Block]:
         generator = np.random.default_rng(0)
@@ -78,15 +74,15 @@ def memory() -> dict[str, float]:
 
 def module(kind: str, count: int, held: bool) -> TransitionDataModule:
     limit = 1e9 if held else 0.0
-    name = f"scale/rows{count}-v0" if kind == "minari" else "synthetic"
+    name = f"scale/rows{count}-v0" if kind == "minari" else "random"
     return TransitionDataModule(name, batch_size=BATCH, segment_batch_size=BATCH, synthetic_fraction=0.0,
                                 updates_per_step=UPDATES, memory_limit=limit)  # fmt: skip
 
 
 def loaded(kind: str, count: int, held: bool) -> TransitionDataModule:
     data = module(kind, count, held)
-    opened = mock.patch.object(episodes, "_open", return_value=Synthetic(count))
-    with opened if kind == "synthetic" else contextlib.nullcontext():
+    opened = mock.patch.object(episodes, "_open", return_value=RandomRows(count))
+    with opened if kind == "random" else contextlib.nullcontext():
         data.setup()
     return data
 
@@ -111,54 +107,31 @@ def draw(kind: str, count: int, held: bool) -> dict:
             start = time.perf_counter()
             next(batches)
             times.append(1e3 * (time.perf_counter() - start))
-        # a process maps the pages that it draws from for the first time
-        first, rest = times[:20], times[len(times) // 2 :]
+        first, rest = (
+            times[:20],
+            times[len(times) // 2 :],
+        )  # a process maps the pages that it draws from for the first time
         result[f"{name} first"], result[name] = statistics.mean(first), statistics.mean(rest)
     return result | memory()
 
 
-def train(kind: str, count: int, held: bool) -> dict:
-    """Both ways of drawing under a Trainer, normalizers first."""
-    data = loaded(kind, count, held)
-    settings = dict(accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, num_sanity_val_steps=0,
-                    enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)  # fmt: skip
-    result = {}
-    world_model = DiffusionWorldModel(OBSERVATIONS, ACTIONS, horizon=data.horizon)
-    agent = TD3BC(OBSERVATIONS, ACTIONS)
-    for learner in (world_model, agent):
-        start = time.perf_counter()
-        learner.fit_normalizers(data)
-        result[f"{learner.name} normalizers"] = time.perf_counter() - start
-        trainer = L.Trainer(max_steps=320, **settings)
-        start = time.perf_counter()
-        trainer.fit(learner, datamodule=data)
-        result[f"{learner.name} updates/s"] = 320 / (time.perf_counter() - start)
-    return result | memory()
-
-
 def write(kind: str, count: int, held: bool) -> dict:
-    """A true Minari data set, written episode by episode."""
+    """A true Minari data set, a few episodes at a time."""
     generator = np.random.default_rng(0)
 
-    def buffers() -> Iterator[EpisodeBuffer]:
-        for number in range(count // STEPS):
-            yield EpisodeBuffer(
-                id=number,
-                observations=generator.random((STEPS + 1, OBSERVATIONS)),
-                actions=generator.random((STEPS, ACTIONS), np.float32),
-                rewards=generator.random(STEPS),
-                terminations=np.zeros(STEPS, bool),
-                truncations=np.arange(STEPS) == STEPS - 1,
+    def episodes() -> Iterator[EpisodeColumns]:
+        for _ in range(count // STEPS):
+            yield EpisodeColumns(
+                np.array([STEPS]),
+                generator.random((STEPS + 1, OBSERVATIONS), np.float32),
+                generator.random((STEPS, ACTIONS), np.float32),
+                generator.random(STEPS, np.float32),
+                np.array([False]),
             )
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        space = gym.spaces.Box(-np.inf, np.inf, (OBSERVATIONS,), np.float64)
-        data = minari.create_dataset_from_buffers(
-            f"scale/rows{count}-v0", [], env=gym.spec("HalfCheetah-v5"), observation_space=space, action_space=SPACES[1]
-        )
     start = time.perf_counter()
-    data.storage.update_episodes(buffers())
+    write_dataset(f"scale/rows{count}-v0", episodes(), env_spec=gym.spec("HalfCheetah-v5"), metadata={},
+                  observation_space=SPACES[0], action_space=SPACES[1], description="random numbers")  # fmt: skip
     return {"seconds": time.perf_counter() - start}
 
 
@@ -193,42 +166,27 @@ def summary(values: list[float], digits: int = 2) -> str:
     return " / ".join(shown) if len(values) > 1 else f"{values[0]:.{digits}f}"
 
 
-class Report:
-    """Lines for the screen and for the file."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def __call__(self, line: str = "") -> None:
-        print(line, flush=True)
-        self.lines.append(line)
-
-
-def build_and_load(report: Report, folder: Path, kind: str, millions: int, repeats: int) -> None:
-    """The rows of both tables of one size and kind."""
+def build_and_load(folder: Path, kind: str, millions: int, repeats: int) -> list[str]:
+    """One kind and size in the first table."""
     count = millions * 10**6
-    held = millions <= 10
     builds: list[dict] = []
     for _ in range(repeats if millions == 1 else 1):
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        builds.append(child("load", kind, count, millions == 1))  # 1 M as it is used: held in memory as well
-    seconds = [build["seconds"] for build in builds]
+        builds.append(child("load", kind, count, False))
     path = rows_file(folder)
     loads: dict[str, list[dict]] = {"cold": [], "warm": []}
     for _ in range(repeats if millions < 100 else 1):
         for state, prepare in (("cold", make_cold), ("warm", make_warm)):
             prepare(path)
-            loads[state].append(child("load", kind, count, held and millions == 1))
-    last = loads["warm"][-1]
-    report(
-        f"| {kind} | {millions} M | {summary(seconds)} | {statistics.median(seconds) / millions:.2f} | "
-        f"{max(build['peak'] for build in builds):.0f} | {summary([load['seconds'] for load in loads['cold']])} | "
-        f"{summary([load['seconds'] for load in loads['warm']])} | {last['own']:.0f} | {last['files']:.0f} | "
-        f"{'memory' if millions == 1 else 'mapped'} |"
-    )
+            loads[state].append(child("load", kind, count, False))
+    seconds, last = [build["seconds"] for build in builds], loads["warm"][-1]
+    loaded = [summary([load["seconds"] for load in found]) for found in loads.values()]
+    peak = max(build["peak"] for build in builds)
+    return [kind, f"{millions} M", summary(seconds), f"{statistics.median(seconds) / millions:.2f}", f"{peak:.0f}",
+            *loaded, f"{last['own']:.0f}", f"{last['files']:.0f}"]  # fmt: skip
 
 
-def drawing(report: Report, folder: Path, millions: int, repeats: int) -> None:
+def drawing(folder: Path, millions: int, repeats: int) -> Iterator[list[str]]:
     """In memory against mapped, in turns."""
     count = millions * 10**6
     path = rows_file(folder)
@@ -236,22 +194,15 @@ def drawing(report: Report, folder: Path, millions: int, repeats: int) -> None:
     for _ in range(repeats if millions < 100 else min(repeats, 3)):
         for where in ("memory", "mapped") if millions < 100 else ("mapped",):
             make_warm(path)
-            found.setdefault(where, []).append(child("draw", "synthetic", count, where == "memory"))
+            found.setdefault(where, []).append(child("draw", "random", count, where == "memory"))
     for where, results in found.items():
-        cells = [f"{where} | {millions} M"]
+        cells = [where, f"{millions} M"]
         for name in ("mixed_loader", "segment_loader"):
             per_row = UPDATES * BATCH * (1 if name == "mixed_loader" else 8)
-            cells.append(summary([result[f"{name} first"] for result in results]))
             times = [result[name] for result in results]
-            cells += [summary(times), f"{1e6 * statistics.median(times) / per_row:.0f}"]
-        report(f"| {' | '.join(cells)} | {results[-1]['own']:.0f} |")
-
-
-def machine() -> str:
-    model = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name"))  # fmt: skip
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return f"{model}, {os.cpu_count()} cores, {memory:.1f} GiB RAM, load average {os.getloadavg()[0]:.1f} at the start"
+            cells += [summary([result[f"{name} first"] for result in results]), summary(times)]
+            cells.append(f"{1e6 * statistics.median(times) / per_row:.0f}")
+        yield [*cells, f"{results[-1]['own']:.0f}"]
 
 
 def main() -> None:
@@ -260,7 +211,6 @@ def main() -> None:
     parser.add_argument("--minari", type=int, nargs="*", default=[1, 10], help="millions of rows in Minari data sets")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder; default: the system's place")
-    parser.add_argument("--output", type=Path, help="file for the results")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.child:
@@ -270,52 +220,33 @@ def main() -> None:
         what, kind, count, held = settings.child
         print(json.dumps(globals()[what](kind, int(count), held == "1")))
         return
-    report = Report()
-    report("# Data at scale\n")
-    report(f"* Machine: {machine()}")
-    report(f"* Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, one thread")
-    counts = f"--rows {' '.join(map(str, settings.rows))} --minari {' '.join(map(str, settings.minari))}"
-    report(f"* Command: `python -m benchmarks.data_scale {counts} --repeats {settings.repeats}`")
-    report(
-        "* Several figures in a cell: least / median / most over the repeats. MiB are of the whole process, Python and"
-    )
-    report("  torch included; `own` is memory of its own, `files` is mapped from files and given back when needed.\n")
+    built, drawn = [], []
     folder = Path(tempfile.mkdtemp(prefix="dawm-scale-", dir=settings.folder))
     os.environ |= {"DAWM_CACHE": str(folder / "cache"), "MINARI_DATASETS_PATH": str(folder / "minari")}
     try:
-        report("## Building the cache and loading from it\n")
-        report(
-            "| rows | count | build, s | s per M | peak, MiB | load cold, s | load warm, s | own | files | rows are |"
-        )
-        report("|---|---|---|---|---|---|---|---|---|---|")
         for millions in settings.minari:
             child("write", "minari", millions * 10**6, False)
-            build_and_load(report, folder, "minari", millions, settings.repeats)
+            built.append(build_and_load(folder, "minari", millions, settings.repeats))
             shutil.rmtree(folder / "minari")
         for millions in settings.rows:
-            build_and_load(report, folder, "synthetic", millions, settings.repeats)
-        report(f"\n## Drawing {UPDATES} batches of {BATCH} from a warm page cache, ms\n")
-        report(
-            "`first`: mean of the first 20 draws of a process; `then`: of the second half of several seconds. A segment"
-        )
-        report("has 8 rows.\n")
-        report(
-            "| rows are | count | transitions, first | then | ns a row | segments, first | then | ns a row | own, MiB |"
-        )
-        report("|---|---|---|---|---|---|---|---|---|")
-        for millions in settings.rows:
-            shutil.rmtree(folder / "cache", ignore_errors=True)
-            child("load", "synthetic", millions * 10**6, False)
-            drawing(report, folder, millions, settings.repeats)
-        millions = max(settings.rows)
-        report(f"\n## Training from {millions} M mapped rows, 320 updates each\n")
-        for key, value in child("train", "synthetic", millions * 10**6, False).items():
-            report(f"* {key}: {value:.1f}{' MiB' if key in ('own', 'files', 'peak') else ''}")
+            built.append(build_and_load(folder, "random", millions, settings.repeats))
+            drawn += drawing(folder, millions, settings.repeats)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if settings.output is not None:
-            settings.output.parent.mkdir(parents=True, exist_ok=True)
-            settings.output.write_text("\n".join(report.lines) + "\n")
+    costs = ["build, s", "s per M", "peak, MiB", "load cold, s", "load warm, s", "own, MiB", "files, MiB"]
+    times = ["transitions, first", "then", "ns a row", "segments, first", "then", "ns a row", "own, MiB"]
+    counts = f"--rows {' '.join(map(str, settings.rows))} --minari {' '.join(map(str, settings.minari))}"
+    report(
+        "data-scale",
+        f"python -m benchmarks.data_scale {counts} --repeats {settings.repeats}",
+        [
+            ("Building the cache and loading from it", ["rows", "count", *costs], built),
+            (f"Drawing {UPDATES} batches of {BATCH}, page cache warm, ms", ["rows are", "count", *times], drawn),
+        ],
+        "Several figures in a cell: least / median / most over the repeats. MiB are of the whole process, Python and "
+        "torch included; `own` is memory of its own, `files` is mapped from files and given back when needed. `first`: "
+        "mean of the first 20 draws of a process; `then`: of the second half of several seconds. A segment has 8 rows.",
+    )
 
 
 if __name__ == "__main__":

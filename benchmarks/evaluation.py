@@ -3,13 +3,13 @@
     python -m benchmarks.evaluation                  # some 5 minutes
 
 All contestants play the same episodes, by their seeds, to their ends. The steps counted are those of the episodes: what
-a vector environment steps on after an episode's end, while others still run, takes time and counts nothing. Resets
+a vector environment steps after an episode's end, while others still run, takes time and counts nothing. Resets
 take part. The environments of DAWM are made within the measured time, those of the others beforehand.
 
 Contestants: one environment in a loop, as single-file research code evaluates; Gymnasium's vector environments, in the
-process and in processes of their own; DAWM's `run_episodes`. All must earn the loop's returns to the last bit. Hopper's
-policy is the expert inside the package, some of whose episodes end early; the others' are fresh. One thread, except in
-AsyncVectorEnv.
+process and in processes of their own; `run_episodes`. The returns of all must be equal to the last bit. Hopper's policy
+is the expert inside the package, some of whose episodes end early; the others' are fresh. Then agents trained side by
+side: each evaluated by itself, or all by one call of `run_episodes`. One thread, except in AsyncVectorEnv.
 """
 
 import argparse
@@ -24,9 +24,11 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from benchmarks.measure import interleave, ratio, report, rows
+from dawm.agents import TD3BC
 from dawm.evaluation.episodes import Policy, run_episodes
 
 LOOP = "one environment in a loop"
+APART, TOGETHER = "agents one after the other", "agents side by side"
 
 
 def make_policy(name: str, env: gym.Env) -> Policy:
@@ -44,7 +46,7 @@ def make_policy(name: str, env: gym.Env) -> Policy:
 
 
 def pad(observations: NDArray) -> Tensor:
-    """Observations padded to a multiple of 16: a matmul may round otherwise for another number of them."""
+    """Rows padded to a multiple of 16: a matmul may round otherwise for another number of rows."""
     padded = np.zeros((-(-len(observations) // 16) * 16, observations.shape[1]), dtype=np.float32)
     padded[: len(observations)] = observations
     return torch.from_numpy(padded)
@@ -101,25 +103,56 @@ def contestants(name: str, episodes: int, num_envs: int, returns: dict[str, NDAr
     return {LOOP: loop, **{label: vector(label, mode) for label, mode in vectors.items()}, f"DAWM, {num_envs}": ours}
 
 
+def side_by_side(
+    name: str, episodes: int, num_envs: int, agents: int, returns: dict[str, NDArray]
+) -> dict[str, Callable[[], int]]:
+    """Several agents evaluated one after the other or together; the work counts episodes."""
+    env = gym.make(name, disable_env_checker=True)
+    torch.manual_seed(0)
+    agent = TD3BC(env.observation_space.shape[0], env.action_space.shape[0], seeds=agents).eval()
+
+    def apart() -> int:
+        policies = [lambda observations, member=member: agent.act(observations)[member] for member in range(agents)]
+        returns[APART] = np.stack([run_episodes(policy, name, range(episodes), num_envs) for policy in policies])
+        return agents * episodes
+
+    def together() -> int:
+        returns[TOGETHER] = run_episodes(agent.act, name, range(episodes), num_envs, agents=agents)
+        return agents * episodes
+
+    return {APART: apart, TOGETHER: together}
+
+
 def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", nargs="+", default=["Hopper-v5", "HalfCheetah-v5"])
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--num_envs", type=int, default=10)
+    parser.add_argument("--agents", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     tables, headlines = [], []
     for name in options.environments:
         returns: dict[str, NDArray] = {}
-        works = contestants(name, options.episodes, options.num_envs, returns)
-        results = interleave(works, options.rounds)
-        for label, earned in returns.items():
-            if not np.array_equal(earned, returns[LOOP]):
-                raise AssertionError(f"{name}: the returns of {label} are not those of {LOOP}")
-        header = ["contestant", "steps/s, median", "min to max", f"x {LOOP}"]
-        tables.append((name, header, rows(results, [LOOP])))
-        headlines.append((f"evaluation, {name}: DAWM x {LOOP}", ratio(results, f"DAWM, {options.num_envs}", LOOP)))
+        sizes = name, options.episodes, options.num_envs
+        for unit, first, works in (
+            ("steps/s", LOOP, contestants(*sizes, returns)),
+            ("episodes/s", APART, side_by_side(*sizes, options.agents, returns)),
+        ):
+            results = interleave(works, options.rounds)
+            for label in works:
+                if not np.array_equal(returns[label], returns[first]):
+                    raise AssertionError(f"{name}: the returns of {label} are not those of {first}")
+            tables.append(
+                (
+                    name if first == LOOP else f"{name}, {options.agents} agents",
+                    ["contestant", f"{unit}, median", "min to max", f"x {first}"],
+                    rows(results, [first]),
+                )
+            )
+            last = list(works)[-1]
+            headlines.append((f"evaluation, {name}: {last} x {first}", ratio(results, last, first)))
     command = f"python -m benchmarks.evaluation --episodes {options.episodes} --rounds {options.rounds}"
     report("evaluation", command, tables, "All contestants" + __doc__.split("All contestants", 1)[1].rstrip())
     return headlines

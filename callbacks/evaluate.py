@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from dawm.callbacks.every_n_updates import EveryNUpdates
-from dawm.errors import UserError, require
+from dawm.errors import require
 from dawm.evaluation.episodes import Evaluation, Policy, run_episodes, summarize
 
 __all__ = ["EvaluateInEnvironment"]
@@ -46,31 +46,33 @@ class EvaluateInEnvironment(EveryNUpdates):
         super().__init__(every_n_steps)
         require(f"{self.key}.episodes", episodes, episodes >= 1, "at least 1")
         require(f"{self.key}.num_envs", num_envs, num_envs >= 1, "at least 1")
-        self.episodes = episodes
-        self.seed = seed
-        self.num_envs = num_envs
-        self.env_id = env_id
+        self.episodes, self.seed, self.num_envs, self.env_id = episodes, seed, num_envs, env_id
         self.history: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks the settings, so that a mistake shows before the first update and not at the first evaluation."""
         super().on_train_start(trainer, pl_module)
-        if self.env_id is None and trainer.datamodule.env_spec is None:  # type: ignore[attr-defined]
-            raise UserError(
-                "--data.env_id: got nothing, expected an environment to evaluate in, as the data set names none; set it"
-            )
+        environment = self.env_id or trainer.datamodule.env_spec  # type: ignore[attr-defined]
+        expected = "an environment to evaluate in, as the data set names none"
+        require("data.env_id", environment, environment is not None, expected, "name one")
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The evaluation that is due."""
-        self.log_evaluation(trainer, pl_module, self.evaluate(trainer, pl_module))
+        """Adds an evaluation to the history, the loggers and the progress bar."""
+        evaluation = self.evaluate(trainer, pl_module)
+        found = {name: getattr(evaluation, name) for name in ("score", "score_low", "score_high")}
+        scores = {name: value for name, value in found.items() if value is not None}
+        step, mean = trainer.global_step, evaluation.mean_return
+        self.history.append({"step": step, "return": mean, **scores})
+        metrics = {"eval/return": mean} | {f"eval/normalized_{name}": value for name, value in scores.items()}
+        # straight to the loggers: through `log` they would come at Lightning's own interval, or not at all
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+        shown = "eval/normalized_score" if scores else "eval/return"
+        for name, value in metrics.items():
+            pl_module.log(name, value, logger=False, prog_bar=name == shown)
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Evaluation:
-        """Runs the episodes, this rank its part of them.
-
-        Args:
-            trainer: The trainer, whose data module names the environment and the reference scores.
-            pl_module: The agent.
-        """
+        """Runs the episodes, this rank its part; the data module names the environment and the reference scores."""
         data, seeds = trainer.datamodule, getattr(pl_module, "seeds", 1)  # type: ignore[attr-defined]
         part = torch.arange(self.episodes).tensor_split(trainer.world_size)[trainer.global_rank]
         returns = torch.zeros((seeds, self.episodes) if seeds > 1 else self.episodes, dtype=torch.float64)
@@ -94,26 +96,6 @@ class EvaluateInEnvironment(EveryNUpdates):
         if trainer.world_size > 1:  # each episode is non-zero on one rank only, so the sum puts them together
             returns = trainer.strategy.reduce(returns.to(trainer.strategy.root_device), reduce_op="sum").cpu()
         return summarize(returns.numpy(), None if data.reference is None else data.reference.normalize)
-
-    def log_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule, evaluation: Evaluation) -> None:
-        """Adds an evaluation to the history, the loggers and the progress bar.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The agent.
-            evaluation: The result.
-        """
-        found = {name: getattr(evaluation, name) for name in ("score", "score_low", "score_high")}
-        scores = {name: value for name, value in found.items() if value is not None}
-        step, mean = trainer.global_step, evaluation.mean_return
-        self.history.append({"step": step, "return": mean, **scores})
-        metrics = {"eval/return": mean} | {f"eval/normalized_{name}": value for name, value in scores.items()}
-        # straight to the loggers: through `log` they would come at Lightning's own interval, or not at all
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
-        shown = "eval/normalized_score" if scores else "eval/return"
-        for name, value in metrics.items():
-            pl_module.log(name, value, logger=False, prog_bar=name == shown)
 
     def state_dict(self) -> dict[str, Any]:
         """The update of the last evaluation, and the history."""

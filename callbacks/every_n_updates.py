@@ -36,19 +36,10 @@ class EveryNUpdates(L.Callback, ABC):
 
     @abstractmethod
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What to do; ``trainer.global_step`` is the count of updates.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module in training.
-        """
+        """What to do; ``trainer.global_step`` is the count of updates."""
 
     def should_run(self, step: int) -> bool:
-        """Whether a multiple was crossed since the last run.
-
-        Args:
-            step: Updates done.
-        """
+        """Whether a multiple was crossed since the last run, with ``step`` updates done."""
         return step // self.every_n_steps > (self.last_step or 0) // self.every_n_steps
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -59,13 +50,8 @@ class EveryNUpdates(L.Callback, ABC):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks that runs fall on the ends of training steps."""
         chunk = getattr(trainer.datamodule, "updates_per_step", 1)  # type: ignore[attr-defined]
-        require(
-            f"{self.key}.every_n_steps",
-            self.every_n_steps,
-            self.every_n_steps % chunk == 0,
-            f"a multiple of data.updates_per_step, which is {chunk}",
-            "change one of the two",
-        )
+        holds, expected = self.every_n_steps % chunk == 0, f"a multiple of data.updates_per_step, which is {chunk}"
+        require(f"{self.key}.every_n_steps", self.every_n_steps, holds, expected, "change one of the two")
         if self.last_step is None:
             self.last_step = trainer.global_step
 

@@ -70,30 +70,18 @@ class RegenerateRollouts(EveryNUpdates):
         require(f"{self.key}.max_rejected", max_rejected, 0 <= max_rejected <= 1, "from 0 to 1")
         for name, value in {"margin": margin, **drifts}.items():
             require(f"{self.key}.{name}", value, value >= 0, "at least 0")
-        self.rollouts = rollouts
+        self.rollouts, self.seed = rollouts, seed
         self.target_return = LiftedReturn() if target_return is None else target_return
-        self.guidance = guidance
-        self.margin = margin
-        self.max_disagreement = max_disagreement
+        self.guidance, self.margin, self.max_disagreement = guidance, margin, max_disagreement
         self.limits = {"max_rejected": max_rejected, **drifts}
-        self.seed = seed
         self._models: tuple[DiffusionWorldModel, InverseDynamics] | None = None
 
     def connect(self, world_model: DiffusionWorldModel, inverse_dynamics: InverseDynamics) -> None:
-        """Names the trained models to imagine with.
-
-        Args:
-            world_model: Trained world model.
-            inverse_dynamics: Trained inverse dynamics.
-        """
+        """Names the trained models to imagine with."""
         self._models = world_model.eval(), inverse_dynamics.eval()
 
     def synthesizer(self, statistics: DataStatistics) -> Synthesizer:
-        """What imagines: the connected models with these settings.
-
-        Args:
-            statistics: What the real data are like.
-        """
+        """What imagines: the connected models with these settings."""
         if self._models is None:
             raise UserError("RegenerateRollouts has no models; call connect(world_model, inverse_dynamics) first")
         bounds = statistics.bounds(self.margin)
@@ -116,12 +104,7 @@ class RegenerateRollouts(EveryNUpdates):
             self.refill(trainer, trainer.global_step)
 
     def refill(self, trainer: L.Trainer, step: int) -> None:
-        """Imagines again, hands the transitions to the data module, and logs what they are like.
-
-        Args:
-            trainer: The agent's trainer.
-            step: Update that the rollouts are for.
-        """
+        """Imagines for an update, hands the transitions to the data module, and logs what they are like."""
         data: TransitionDataModule = trainer.datamodule  # type: ignore[attr-defined]
         made = self._synthesizer.rollouts(data, self.rollouts, self.seed, trainer.global_rank, step)
         made.require_some(f"{self.key}.margin")

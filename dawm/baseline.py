@@ -15,14 +15,7 @@ __all__ = ["OneStepRegression"]
 
 
 class OneStepRegression(nn.Module):
-    """An MLP that predicts one step of ``x`` from ``(s_t, a_t)``, on the world model's batches and with its codec.
-
-    Args:
-        observation_size: O.
-        action_size: A.
-        features: D.
-        learning_rate: Adam's highest learning rate.
-    """
+    """An MLP that predicts one step of ``x`` from ``(s_t, a_t)``, on the world model's batches and with its codec."""
 
     def __init__(self, observation_size: int, action_size: int, features: int, learning_rate: float) -> None:
         super().__init__()

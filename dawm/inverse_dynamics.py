@@ -31,23 +31,16 @@ __all__ = ["InferredActions", "InverseDynamics"]
 
 
 class InferredActions(NamedTuple):
-    """Actions of an ensemble.
+    """Actions of an ensemble."""
 
-    Args:
-        actions: Mean over the members, in [-1, 1], shape (..., A).
-        disagreement: Largest standard deviation over the members of any action dimension, shape (...,).
-    """
-
-    actions: Tensor
-    disagreement: Tensor
+    actions: Tensor  # mean over the members, in [-1, 1], shape (..., A)
+    disagreement: Tensor  # largest standard deviation over the members of any action dimension, shape (...,)
 
 
 class InverseDynamics(UpdateModule):
     """Ensemble of MLPs that infers actions from pairs of observations.
 
     Args:
-        observation_size: O.
-        action_size: A.
         members: Networks in the ensemble M.
         hidden: Widths of the hidden layers.
         learning_rate: Adam's learning rate.
@@ -82,39 +75,26 @@ class InverseDynamics(UpdateModule):
         return [self.optimizer]
 
     def fit_normalizers(self, data: TransitionDataModule) -> None:
-        """Takes the normalizers' statistics from the training episodes.
-
-        Args:
-            data: The data module.
-        """
+        """Takes the normalizers' statistics from the training episodes."""
         transitions = data.episodes.transitions[data.episodes.sample_rows(data.training_episodes)]
         self.observation_normalizer.fit(transitions.observations)
         self.difference_normalizer.fit(transitions.next_observations - transitions.observations)
 
     def train_loader(self, data: TransitionDataModule, updates: int, rank: int) -> BatchLoader:
-        """Real transitions; see `UpdateModule.train_loader`."""
+        """Real transitions of the training episodes."""
         return data.transition_loader(updates, rank)
 
     def validation_loader(self, data: TransitionDataModule, rank: int, world_size: int) -> FixedBatches:
-        """Held-out transitions; see `UpdateModule.validation_loader`."""
+        """Held-out transitions."""
         return data.validation_transition_loader(rank, world_size)
 
     def features(self, observations: Tensor, next_observations: Tensor) -> Tensor:
-        """What the networks see, shape (B, 2 O).
-
-        Args:
-            observations: ``s_t``, shape (B, O).
-            next_observations: ``s_{t+1}``, shape (B, O).
-        """
+        """What the networks see, shape (B, 2 O), of ``s_t`` and ``s_{t+1}``, each of shape (B, O)."""
         differences = self.difference_normalizer(next_observations - observations)
         return torch.cat([self.observation_normalizer(observations), differences], dim=-1)
 
     def update(self, batch: Transitions) -> dict[str, Tensor]:
-        """One step on the mean squared error of the action, the same batch for every member.
-
-        Args:
-            batch: Real transitions, fields of shape (B, ...).
-        """
+        """One step on the mean squared error of the action, the same batch for every member."""
         features = self.features(batch.observations, batch.next_observations)
         loss = (self.network(features) - batch.actions).square().mean()
         self.minimize(loss, self.optimizer)
@@ -122,24 +102,14 @@ class InverseDynamics(UpdateModule):
 
     @torch.no_grad()
     def infer(self, observations: Tensor, next_observations: Tensor) -> InferredActions:
-        """The ensemble's action for each pair of observations.
-
-        Args:
-            observations: ``s_t``, shape (B, O).
-            next_observations: ``s_{t+1}``, shape (B, O).
-        """
+        """The ensemble's action for each pair ``s_t`` and ``s_{t+1}``, each of shape (B, O)."""
         # trained without validation, there is no best one
         network = self.best_network if self.best_errors.isfinite().all() else self.network
         actions = network(self.features(observations, next_observations)).clamp(-1, 1)
         return InferredActions(actions.mean(dim=0), actions.std(dim=0, correction=0).amax(dim=-1))
 
     def validation_step(self, batch: Transitions, batch_idx: int) -> None:
-        """Squared error of the ensemble's action on held-out transitions.
-
-        Args:
-            batch: Held-out transitions, fields of shape (B, ...).
-            batch_idx: Unused.
-        """
+        """Squared error of the ensemble's action on held-out transitions."""
         actions = self.network(self.features(batch.observations, batch.next_observations)).clamp(-1, 1).mean(dim=0)
         self.validation_errors.update((actions - batch.actions).square())
 
@@ -153,5 +123,5 @@ class InverseDynamics(UpdateModule):
             self.best_errors.copy_(errors)
             self.best_network.load_state_dict(self.network.state_dict())
         self.log("inverse_dynamics/validation_error", errors.mean(), prog_bar=True)
-        self.log_dict({f"inverse_dynamics/validation_error/action_{d}": e for d, e in enumerate(errors)})
+        self.log_dict({f"inverse_dynamics/validation_action_error/action_{d}": e for d, e in enumerate(errors)})
         self.log("inverse_dynamics/best_validation_error", self.best_errors.mean())

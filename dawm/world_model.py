@@ -35,8 +35,6 @@ class DiffusionWorldModel(UpdateModule):
     """Conditional diffusion over the next H steps.
 
     Args:
-        observation_size: O.
-        action_size: A.
         horizon: Steps imagined H, in environment steps.
         codec: Class of the codec; called with (observation_size, action_size).
         network: Class of the denoiser; called with (horizon, features, condition_size).
@@ -117,14 +115,8 @@ class DiffusionWorldModel(UpdateModule):
         """A fixed sample of held-out segments."""
         return data.validation_segment_loader(rank, world_size)
 
-    # Training
-
     def update(self, batch: Segments) -> dict[str, Tensor]:
-        """One step on the denoising loss, and one of the regression baseline.
-
-        Args:
-            batch: Segments, fields of shape (B, H, ...).
-        """
+        """One step on the denoising loss, and one of the regression baseline, on segments (B, H, ...)."""
         start, x = batch.observations[:, 0], self.codec.encode(batch)
         keep = (torch.rand(len(start), device=start.device) >= self.return_dropout).to(start)
         condition = self.codec.condition(start, batch.actions[:, 0], batch.returns_to_go, keep)
@@ -147,8 +139,6 @@ class DiffusionWorldModel(UpdateModule):
         rate = self.learning_rate * warmup * (0.5 * (1 + math.cos(math.pi * index / total)) if total > 0 else 1.0)
         return [rate] * len(self.parameter_groups())
 
-    # Imagining
-
     @torch.no_grad()
     def imagine(
         self,
@@ -158,14 +148,9 @@ class DiffusionWorldModel(UpdateModule):
         guidance: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Imagined:
-        """Samples one future for each start.
+        """Samples one future for each start ``s_t``, ``a_t`` (in [-1, 1]) and return-to-go to aim at, shape (B,).
 
-        Args:
-            observations: ``s_t``, shape (B, O).
-            actions: ``a_t`` in [-1, 1], shape (B, A).
-            returns_to_go: The return-to-go to aim at, shape (B,).
-            guidance: Weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
-            generator: Source of the noise.
+        Guidance is the weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
         """
         require(
             "guidance", guidance, guidance == 1 or 0 < self.return_dropout < 1,
@@ -187,17 +172,12 @@ class DiffusionWorldModel(UpdateModule):
         x = self.sampler.sample(denoise, sigmas, noise, generator, inpaint)
         return self.codec.decode(observations, x[:, -self.horizon :])
 
-    # Validation
-
     def validation_step(self, batch: Segments, batch_idx: int) -> None:
         """Squared errors per step of imagined futures against the recorded ones.
 
         Observation and reward errors are in units of the data's variance; the termination error is the fraction of
-        wrong answers. The later actions, which matter too, are seen by the baseline but not by the world model.
-
-        Args:
-            batch: Held-out segments, fields of shape (B, H, ...).
-            batch_idx: Seeds the noise, so that every validation uses the same.
+        wrong answers. The later actions, which matter too, are seen by the baseline but not by the world model. The
+        batch's number seeds the noise, so that every validation uses the same.
         """
         generator = torch.Generator(self.device).manual_seed(batch_idx)
         start, action = batch.observations[:, 0], batch.actions[:, 0]

@@ -1,4 +1,4 @@
-"""Large data sets in the cache. A row tells its number, so that a row in a wrong place is seen."""
+"""Data sets beyond the memory limit. Every number names its row, so that a row in a wrong place is seen."""
 
 import errno
 import os
@@ -28,8 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(set to None|env_spec is None)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A cache of its own, used from the first row on, and read in blocks smaller than an episode."""
-    monkeypatch.setattr(cache, "CACHED_ROWS", 1)
+    """A cache of its own; data are read in blocks smaller than an episode."""
     monkeypatch.setattr("dawm.data.sources.d4rl.BLOCK", 4)
     monkeypatch.setattr("dawm.data.sources.minari.BLOCK", 4)
     monkeypatch.setenv("DAWM_CACHE", str(tmp_path / "cache"))
@@ -53,10 +52,13 @@ def minari_set():
     return "toy/line-v0"
 
 
+def mapped(dataset):
+    return load_episodes(dataset, memory_limit=0.0)
+
+
 def plain(dataset, monkeypatch):
-    """The data set as it is without a cache and in one block."""
+    """The data set as it is in memory, read in one block."""
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "CACHED_ROWS", 10**9)
         patch.setattr("dawm.data.sources.d4rl.BLOCK", 10**6)
         patch.setattr("dawm.data.sources.minari.BLOCK", 10**6)
         return load_episodes(dataset)
@@ -69,8 +71,7 @@ def assert_same(first, second):
 
 
 @pytest.mark.parametrize("kind", ["minari", "d4rl", "without_next", "joined"])
-@pytest.mark.parametrize("memory_limit", [0.0, 4.0], ids=["mapped", "held"])
-def test_the_cache_changes_nothing(folder, kind, memory_limit, minari_set, write_dataset, monkeypatch):
+def test_the_cache_changes_nothing(folder, kind, minari_set, write_dataset, monkeypatch):
     """Built, stored, and read by another reader: the rows are those of the plain data set."""
     names = {
         "minari": minari_set,
@@ -79,19 +80,20 @@ def test_the_cache_changes_nothing(folder, kind, memory_limit, minari_set, write
         "joined": f"{write_dataset()}+{write_dataset([9, 2], [True, False], next_observations=False)}",
     }
     expected = plain(names[kind], monkeypatch)
-    assert not folder.exists()
+    assert expected.cache is None
+    assert not folder.exists()  # what fits into memory is not cached
     for _ in range(2):
-        episodes = load_episodes(names[kind], memory_limit=memory_limit)
+        episodes = mapped(names[kind])
         assert_same(episodes, expected)
-        assert (episodes.cache is None) == (memory_limit > 0)
+        assert episodes.cache is not None
     torch.testing.assert_close(episodes.returns_to_go(0.9), expected.returns_to_go(0.9))
     assert [len(list(entry.iterdir())) for entry in folder.iterdir()] == [1]  # nothing staged is left
 
 
 def test_one_pass_gives_range_and_returns(folder, dataset):
     """26 rows (see conftest): the second episode is rows 5 to 7, which gives 3 * 0.25 + 5 + 6 + 7."""
-    episodes = load_episodes(dataset)
-    assert episodes.returns()[1] == 18.75
+    episodes = mapped(dataset)
+    assert episodes.episode_returns[1] == 18.75
     assert episodes.observation_low.tolist() == [0, 0]
     assert episodes.observation_high.tolist() == [25, 5]
     assert episodes.truncated.tolist() == [False, True, False, True, True, False]
@@ -113,10 +115,10 @@ def test_statistics_come_from_a_sample_of_a_large_data_set(dataset, monkeypatch)
 def test_batches_from_the_mapped_file_are_those_from_memory(folder, write_dataset, name):
     path = write_dataset(next_observations=False)
     settings = {"horizon": 3, "batch_size": 10, "segment_batch_size": 6, "updates_per_step": 2, "discount": 0.5}
-    held, mapped = (TransitionDataModule(path, **settings, memory_limit=limit) for limit in (4.0, 0.0))
-    held.setup(), mapped.setup()
-    mapped.to("cpu")
-    for one, other in zip(getattr(held, name)(8), getattr(mapped, name)(8)):
+    first, second = (TransitionDataModule(path, **settings, memory_limit=limit) for limit in (4.0, 0.0))
+    first.setup(), second.setup()
+    second.to("cpu")
+    for one, other in zip(getattr(first, name)(8), getattr(second, name)(8)):
         assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values()))
 
 
@@ -128,22 +130,22 @@ def test_mapped_rows_stay_on_the_cpu_and_batches_go_to_the_device(folder, datase
     data.to("meta")
     batch = next(iter(getattr(data, name)(4)))
     assert {values.device.type for values in vars(batch).values()} == {"meta"}
-    assert data._real_rows.device.type == "cpu"
+    assert data.episodes.rows.device.type == data._mixture.real.device.type == "cpu"
 
 
 def test_a_second_start_does_not_read_the_data_set(folder, dataset, monkeypatch):
-    load_episodes(dataset)
+    mapped(dataset)
     monkeypatch.setattr("dawm.data.sources.d4rl.D4RLSource.blocks", None)
-    assert len(load_episodes(dataset)) == 26
+    assert len(mapped(dataset)) == 26
     moved = Path(dataset).rename(Path(dataset).with_name("moved.hdf5"))
-    assert len(load_episodes(str(moved))) == 26  # the key is the content, not the place
+    assert len(mapped(str(moved))) == 26  # the key is the content, not the place
 
 
-def test_a_changed_data_set_is_read_anew(folder, dataset):
-    before = load_episodes(dataset, memory_limit=0.0)
+def test_a_changed_data_set_is_read_again(folder, dataset):
+    before = mapped(dataset)
     with h5py.File(dataset, "a") as file:
         file["rewards"][3] = 100
-    after = load_episodes(dataset, memory_limit=0.0)
+    after = mapped(dataset)
     assert after.transitions.rewards[3] == 100
     assert before.transitions.rewards[3] == 3.25  # whoever has it mapped keeps it
     assert len(list(folder.iterdir())) == 1  # and of what is outdated nothing is left
@@ -151,28 +153,28 @@ def test_a_changed_data_set_is_read_anew(folder, dataset):
 
 def test_the_same_size_and_time_with_other_content(folder, dataset):
     """As left by tools that set a file's time."""
-    load_episodes(dataset)
+    mapped(dataset)
     status = os.stat(dataset)
     with h5py.File(dataset, "a") as file:
         file["rewards"][3] = 100
     os.utime(dataset, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert os.stat(dataset).st_size == status.st_size
-    assert load_episodes(dataset).transitions.rewards[3] == 100
+    assert mapped(dataset).transitions.rewards[3] == 100
 
 
 def test_a_change_that_no_sample_sees(folder, dataset, monkeypatch):
     """Of a large file little is sampled, but every writer leaves a new time."""
     monkeypatch.setattr(cache, "_SAMPLES", 1)
     monkeypatch.setattr(cache, "_SAMPLE_BYTES", 8)  # the format's signature
-    load_episodes(dataset)
+    mapped(dataset)
     with h5py.File(dataset, "a") as file:
         file["rewards"][3] = 100
-    assert load_episodes(dataset).transitions.rewards[3] == 100
+    assert mapped(dataset).transitions.rewards[3] == 100
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no_meta", "half_meta", "half_episodes", "deleted"])
 def test_a_damaged_cache_is_built_again(folder, dataset, damage, monkeypatch):
-    load_episodes(dataset)
+    mapped(dataset)
     (data,) = folder.glob("*/data")
     if damage == "truncated":
         os.truncate(data / "rows.f32", (data / "rows.f32").stat().st_size - 4)
@@ -184,41 +186,38 @@ def test_a_damaged_cache_is_built_again(folder, dataset, damage, monkeypatch):
         os.truncate(data / "episodes.npz", 200)
     else:
         cache.shutil.rmtree(folder)
-    assert_same(load_episodes(dataset, memory_limit=0.0), plain(dataset, monkeypatch))
+    assert_same(mapped(dataset), plain(dataset, monkeypatch))
 
 
 def test_truncated_returns_are_computed_again(folder, dataset):
-    expected = load_episodes(dataset, memory_limit=0.0).returns_to_go(0.5).clone()
+    expected = mapped(dataset).returns_to_go(0.5).clone()
     (path,) = folder.glob("*/data/returns-*.f32")
     os.truncate(path, 8)
-    assert torch.equal(load_episodes(dataset, memory_limit=0.0).returns_to_go(0.5), expected)
+    assert torch.equal(mapped(dataset).returns_to_go(0.5), expected)
 
 
 @pytest.mark.parametrize("when", ["before", "while_writing"])
 def test_a_full_disk(folder, dataset, when, monkeypatch):
-    """What must be mapped cannot be used then; what fits into memory is read without the cache."""
     full = OSError(errno.ENOSPC, "No space left on device")
     if when == "before":
         monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: cache.shutil._ntuple_diskusage(1, 1, 0))
     else:
         fsync = os.fsync
         monkeypatch.setattr(cache.os, "fsync", lambda descriptor: (_ for _ in ()).throw(full))
-    with pytest.raises(UserError, match="^data.cache_dir: .*No space left on device.*--data.cache_dir") as caught:
-        load_episodes(dataset, memory_limit=0.0)
+    with pytest.raises(UserError, match="^--data.cache_dir: got .*No space left on device.*name a folder") as caught:
+        mapped(dataset)
     assert "\n" not in str(caught.value)
     assert not list(folder.iterdir())
-    with pytest.warns(UserWarning, match="data.cache_dir"):
-        assert len(load_episodes(dataset)) == 26
     if when == "while_writing":
         monkeypatch.setattr(cache.os, "fsync", fsync)
-        assert len(load_episodes(dataset, memory_limit=0.0)) == 26
+        assert len(mapped(dataset)) == 26
 
 
 def test_data_that_cannot_be_used_leave_nothing(folder, dataset):
     with h5py.File(dataset, "a") as file:
         file["rewards"][7] = np.nan
     with pytest.raises(UserError, match="1 NaN or infinite values in rewards, the first in row 7"):
-        load_episodes(dataset)
+        mapped(dataset)
     assert not list(folder.iterdir())
 
 
@@ -228,7 +227,7 @@ from pathlib import Path
 from dawm.data.sources import d4rl
 from dawm.data.store import cache
 from dawm.data.episodes import load_episodes
-cache.CACHED_ROWS, d4rl.BLOCK = 1, 1
+d4rl.BLOCK = 1
 look, blocks = cache._build, d4rl.D4RLSource.blocks
 
 def together(*arguments):  # no process may build before all have found the cache empty
@@ -268,10 +267,10 @@ def test_a_killed_build_is_begun_again(folder, dataset, tmp_path):
     (place / "other").touch()
     process = start(dataset, place, "a")
     assert process.stdout.readline() == "reads\n"
-    while not list(folder.glob("*/.staged-*/rows.f32")):
+    while not list(folder.glob("*/.staged-*/.rows.f32.*")):
         time.sleep(0.01)
     process.kill()
     process.communicate()
     assert list(folder.glob("*/.staged-*"))
-    assert len(load_episodes(dataset, memory_limit=0.0)) == 26
+    assert len(mapped(dataset)) == 26
     assert not list(folder.glob("*/.staged-*"))

@@ -1,5 +1,7 @@
 """The data set of these tests (see conftest) has 26 rows: episodes 5T 3 7T 4 1 6T, where T ends with a termination."""
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -21,8 +23,8 @@ def module(path, **kwargs):
     return data
 
 
-def imagined(count, reward=-1.0):
-    """Rows that no recorded row is like: rewards are negative, the observation tells the row."""
+def synthetic(count, reward=-1.0):
+    """Rows that no recorded row is like: rewards are negative, the observation names the row."""
     rows = torch.arange(float(count))
     observations = -1 - torch.stack([rows, rows], dim=1)
     return Transitions(observations, rows[:, None] * 0, torch.full((count,), reward), observations, rows * 0)
@@ -93,7 +95,7 @@ def test_batches_do_not_depend_on_updates_per_step(dataset, name):
     streams = []
     for updates_per_step in (1, 4, 7):
         data = module(dataset, updates_per_step=updates_per_step)
-        data.refill(imagined(5))
+        data.refill(synthetic(5))
         streams.append(flat(getattr(data, name)(10)))
     assert len(streams[0]) == 10
     assert_equal(streams[0], streams[1])
@@ -102,9 +104,9 @@ def test_batches_do_not_depend_on_updates_per_step(dataset, name):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_resumed_loader_goes_on_where_it_was(dataset, name):
+def test_a_resumed_loader_continues_where_it_was(dataset, name):
     data = module(dataset)
-    data.refill(imagined(5))
+    data.refill(synthetic(5))
     whole = flat(getattr(data, name)(9))
     first = getattr(data, name)(9)
     iterator = iter(first)
@@ -157,22 +159,22 @@ def test_no_update_is_made_beyond_max_steps(dataset, make_trainer, recorder):
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.3, 3), (0.37, 4), (0.5, 5), (1.0, 10)])
-def test_fraction_of_imagined_rows_is_exact(dataset, fraction, count):
+def test_fraction_of_synthetic_rows_is_exact(dataset, fraction, count):
     data = module(dataset, synthetic_fraction=fraction)
     before = [batch.rewards for batch in data.mixed_loader(6)]
     assert all((rewards >= 0).all() for rewards in before)
-    data.refill(imagined(4))
+    data.refill(synthetic(4))
     for batch in data.mixed_loader(6):
         assert ((batch.rewards < 0).sum(dim=-1) == count).all()
         assert torch.equal(batch.rewards < 0, batch.observations[..., 0] < 0)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
-def test_real_rows_do_not_depend_on_the_imagined_ones(dataset, fraction):
-    """The real rows of a mixed batch are the first of the real-only draw: the two runs differ by imagination alone."""
+def test_real_rows_do_not_depend_on_the_synthetic_ones(dataset, fraction):
+    """The real rows of a mixed batch are the first of the real-only draw: nothing else differs."""
     real_only = flat(module(dataset, synthetic_fraction=0.0).mixed_loader(6))
     mixed = module(dataset, synthetic_fraction=fraction)
-    mixed.refill(imagined(4))
+    mixed.refill(synthetic(4))
     kept = 10 - round(10 * fraction)
     assert_equal(
         [[v[:kept] for v in batch] for batch in flat(mixed.mixed_loader(6))], [[v[:kept] for v in b] for b in real_only]
@@ -181,22 +183,22 @@ def test_real_rows_do_not_depend_on_the_imagined_ones(dataset, fraction):
 
 def test_a_smaller_refill_leaves_no_old_rows(dataset):
     data = module(dataset, synthetic_fraction=1.0)
-    data.refill(imagined(20, reward=-1.0))
+    data.refill(synthetic(20, reward=-1.0))
     storage = data.synthetic.rewards.untyped_storage().data_ptr()
-    data.refill(imagined(7, reward=-2.0))
+    data.refill(synthetic(7, reward=-2.0))
     assert data.synthetic.rewards.untyped_storage().data_ptr() == storage
     assert len(data.synthetic) == 7
     drawn = torch.cat([batch.observations[..., 0].flatten() for batch in data.mixed_loader(60)])
     rewards = torch.cat([batch.rewards.flatten() for batch in data.mixed_loader(60)])
     assert (rewards == -2).all()
     assert (-1 - drawn).unique().tolist() == list(range(7))
-    data.refill(imagined(30, reward=-3.0))
+    data.refill(synthetic(30, reward=-3.0))
     assert len(data.synthetic) == 30
 
 
 class RefillEveryStep(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.datamodule.refill(imagined(4, reward=-float(trainer.global_step)))
+        trainer.datamodule.refill(synthetic(4, reward=-float(trainer.global_step)))
 
 
 def test_a_refill_is_in_the_very_next_batch(dataset, make_trainer, recorder):
@@ -220,10 +222,10 @@ def test_lightning_resumes_the_stream(dataset, make_trainer, recorder, tmp_path)
 
 
 def test_everything_is_drawn_on_the_training_device(dataset):
-    """Real and imagined rows must meet on one device; "meta" stands in for a GPU."""
+    """Real and synthetic rows must meet on one device; "meta" stands in for a GPU."""
     data = module(dataset)
     data.to("meta")
-    data.refill(imagined(4))
+    data.refill(synthetic(4))
     for batch in (next(iter(getattr(data, name)(4))) for name in LOADERS):
         assert {values.device.type for values in vars(batch).values()} == {"meta"}
 
@@ -331,11 +333,44 @@ class Plain(L.LightningModule):
 def test_a_plain_module_trains_on_one_batch_per_step(dataset, make_trainer):
     plain = Plain()
     data = module(dataset, updates_per_step=1)
-    data.refill(imagined(4))
+    data.refill(synthetic(4))
     make_trainer(3).fit(plain, datamodule=data)
     assert plain.shapes == [(10, 2)] * 3
     with pytest.raises(UserError, match="updates_per_step"):
         make_trainer(3).fit(Plain(), datamodule=module(dataset, updates_per_step=2))
+
+
+class Asking(Plain):
+    """A module that says what it trains on and is validated on."""
+
+    def __init__(self):
+        super().__init__()
+        self.validated = []
+
+    def train_loader(self, data, updates, rank):
+        return data.segment_loader(updates, rank)
+
+    def validation_loader(self, data, rank, world_size):
+        return data.validation_segment_loader(rank, world_size)
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(tuple(batch.observations.shape[1:]))
+
+
+def test_a_module_gets_the_loaders_it_asks_for(dataset, make_trainer):
+    asking, data = Asking(), module(dataset, updates_per_step=1)
+    make_trainer(2, val_check_interval=1).fit(asking, datamodule=data)
+    assert asking.shapes == [(1, 6, 4, 2)] * 2  # one update of six segments
+    assert asking.validated == [(4, 2)] * 2
+
+
+def test_nothing_is_said_of_validation_where_there_is_none(dataset, make_trainer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings(
+            "ignore", ".*(instantiate_classes|treespec, LeafSpec|does not have many workers|logging).*"
+        )
+        make_trainer(3).fit(Plain(), datamodule=module(dataset, updates_per_step=1))
 
 
 def test_each_of_several_seeds_has_batches_of_its_own_and_the_first_those_of_a_single_run(dataset):

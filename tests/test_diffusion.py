@@ -1,12 +1,13 @@
 """Preconditionings, the loss, guidance and samplers, against hand-computed numbers and an exact denoiser."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from dawm.diffusion.preconditioning import EDM, NoisePrediction, denoising_loss, guided
-from dawm.diffusion.samplers import DDIM, DPMSolverPP2M, GaussianDenoiser, Heun
+from dawm.diffusion.samplers import DDIM, DPMSolverPP2M, Heun
 from dawm.errors import UserError
 
 SIGMAS = torch.tensor([1e-3, 0.05, 0.5, 3.0, 50.0])
@@ -22,6 +23,20 @@ class Echo(torch.nn.Module):
     def forward(self, x_t, noise_level, condition):
         self.x_t, self.noise_level = x_t, noise_level
         return torch.full_like(x_t, self.answer)
+
+
+@dataclass
+class GaussianDenoiser:
+    """The exact denoiser of normal data: E[x | x_t]; it counts its evaluations."""
+
+    mean: float
+    std: float
+    evaluations: int = 0
+
+    def __call__(self, x_t, sigma):
+        self.evaluations += 1
+        noise, data = sigma.view(-1, 1, 1) ** 2, self.std**2
+        return (data * x_t + noise * self.mean) / (data + noise)
 
 
 # Preconditioning

@@ -63,8 +63,8 @@ def test_a_name_is_enough(root, monkeypatch):
 
 def test_the_policies_are_what_they_are_called(root):
     """Guards against weights that were stored transposed, and against the float16 they are stored in."""
-    expert = load_episodes(build("embedded/hopper/expert", steps=1)).returns()
-    medium = load_episodes(build("embedded/hopper/medium", steps=1)).returns()
+    expert = load_episodes(build("embedded/hopper/expert", steps=1)).episode_returns
+    medium = load_episodes(build("embedded/hopper/medium", steps=1)).episode_returns
     assert len(expert) == len(medium) == 1
     assert expert[0] > 1300
     assert 500 < medium[0] < 1900
@@ -121,15 +121,16 @@ def test_without_a_lock_the_first_to_finish_wins(root, monkeypatch):
     def no_lock(folder):
         yield False
 
-    def overtaken(folder, name, dataset_id, *rest):
-        behaviour.record(folder, name, dataset_id, *rest)
-        (root / dataset_id).parent.mkdir(parents=True)
-        os.rename(folder / dataset_id, root / dataset_id)
+    def overtaken(*settings):
+        monkeypatch.setattr(embedded, "play", behaviour.play)
+        with monkeypatch.context() as patch:
+            patch.setenv("MINARI_DATASETS_PATH", str(root))
+            dataset_id = build("embedded/hopper/medium", steps=1)
         (root / dataset_id / "winner").touch()
-        behaviour.record(folder, name, dataset_id, *rest)
+        yield from behaviour.play(*settings)
 
     monkeypatch.setattr(staging, "lock", no_lock)
-    monkeypatch.setattr(embedded, "record", overtaken)
+    monkeypatch.setattr(embedded, "play", overtaken)
     dataset_id = build("embedded/hopper/medium", steps=1)
     assert (root / dataset_id / "winner").exists()
     assert len(load_episodes(dataset_id)) > 1

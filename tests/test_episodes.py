@@ -42,7 +42,7 @@ def datasets_path(tmp_path, monkeypatch):
 
 
 def episode(first, length, terminated):
-    """Every number tells its row: the observation at t is (t, -t), the reward t, the action follows from t."""
+    """Every number names its row: the observation at t is (t, -t), the reward t, the action follows from t."""
     rows = np.arange(first, first + length + 1, dtype=np.float64)
     return EpisodeBuffer(
         observations=list(np.stack([rows, -rows], axis=1)),
@@ -334,7 +334,7 @@ def test_values_that_are_not_finite(tmp_path):
     columns = d4rl_columns()
     columns["observations"][1, 1] = columns["observations"][3, 1] = np.nan
     message = error_of(write_d4rl(tmp_path / "a.hdf5", **columns))
-    assert "2 NaN or infinite values in observations (column 1), the first in row 1" in message
+    assert "2 NaN or infinite values in observations[1], the first in row 1" in message
     columns = d4rl_columns() | {"rewards": np.array([0, 0, np.inf, 0, 0, 0], np.float32)}
     assert "1 NaN or infinite values in rewards, the first in row 2" in error_of(
         write_d4rl(tmp_path / "b.hdf5", **columns)
@@ -483,7 +483,7 @@ def test_a_jump_inside_an_episode_is_refused(tmp_path, form):
 
     assert len(load_episodes(name(0.0))) > 190
     message = error_of(name(10.0 * (np.arange(200 + (form == "minari")) >= 120)[:, None]))
-    assert "with 1 jumps of the observations inside episodes, the first after row 119" in message
+    assert "with 1 jumps of the observations inside episodes, the first in row 119" in message
 
 
 def test_next_observations_that_do_not_lead_on_end_the_episode(tmp_path):

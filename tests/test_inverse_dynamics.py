@@ -144,8 +144,8 @@ def test_validation_error_by_hand(make_trainer):
     actions = torch.tensor([[0.5, 0.0], [0.5, 0.2]])
     data = Transitions(torch.zeros(2, 1), actions, torch.zeros(2), torch.ones(2, 1), torch.zeros(2))
     metrics = make_trainer(1).validate(model, FixedBatches([data[:1], data[1:]]), verbose=False)[0]
-    assert metrics["inverse_dynamics/validation_error/action_0"] == pytest.approx(0.0)
-    assert metrics["inverse_dynamics/validation_error/action_1"] == pytest.approx(0.2**2 / 2)
+    assert metrics["inverse_dynamics/validation_action_error/action_0"] == pytest.approx(0.0)
+    assert metrics["inverse_dynamics/validation_action_error/action_1"] == pytest.approx(0.2**2 / 2)
     assert metrics["inverse_dynamics/validation_error"] == pytest.approx(0.2**2 / 4)
 
 

@@ -36,7 +36,7 @@ def test_a_time_limit_shorter_than_the_data_s_episodes_is_a_warning(recwarn):
     check_environment(register(), **DATA)
     check_environment(register(10), **DATA, max_episode_steps=20)
     assert not recwarn
-    with pytest.warns(UserWarning, match=r"'Drift-v0' ends episodes after 10 steps, the data's go on to 20"):
+    with pytest.warns(UserWarning, match=r"'Drift-v0' ends episodes after 10 steps, the data have one of 20"):
         check_environment(register(10), **DATA)
 
 

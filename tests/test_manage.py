@@ -1,6 +1,5 @@
 import json
 import shutil
-from functools import partialmethod
 from pathlib import Path
 
 import h5py
@@ -66,7 +65,7 @@ def hidden(root):
 
 @pytest.mark.parametrize("next_observations", [True, False])
 def test_an_imported_file_loads_as_the_file_does(write_dataset, console, monkeypatch, root, next_observations):
-    monkeypatch.setattr(D4RLFile, "episodes", partialmethod(D4RLFile.episodes, block=7))  # rows cross the blocks
+    monkeypatch.setattr("dawm.data.sources.d4rl.BLOCK", 3)  # episodes cross the blocks
     path = write_dataset(next_observations=next_observations)
     import_file(console, Path(path), "mine/rows-v0", reference_minimum=1, reference_maximum=3)
     file, imported = load_episodes(path), load_episodes("mine/rows-v0")
@@ -98,11 +97,14 @@ def test_an_import_is_cut_where_the_observations_do_not_lead_on(dataset, console
     nexts[2] += 1e-7  # rounding
     edit(dataset, next_observations=nexts)
     import_file(console, Path(dataset), "mine/rows-v0")
-    file, imported = load_episodes(dataset), load_episodes("mine/rows-v0")
-    assert imported.ends.tolist() == [2, *file.ends.tolist()]
+    with pytest.warns(UserWarning, match="another episode begins there"):
+        file = load_episodes(dataset)
+    imported = load_episodes("mine/rows-v0")
+    assert imported.ends.tolist() == file.ends.tolist()
+    assert imported.ends[:2].tolist() == [2, 5]
     torch.testing.assert_close(imported.transitions.next_observations, file.transitions.next_observations)
     assert imported.transitions.terminations.equal(file.transitions.terminations)
-    assert "cut at 1 places" in console.export_text()
+    assert "next_observations: 1 are not" in console.export_text()
 
 
 def test_an_interrupted_import_leaves_what_was_there(dataset, console, root, monkeypatch):
@@ -137,17 +139,17 @@ def test_mistakes_when_importing(dataset, console, root):
 
     assert "write it as namespace/name-v0" in message("rows")
     assert "write it as namespace/name-v0" in message("../rows-v0")
-    assert "choose another namespace" in message("embedded/rows-v0")
+    assert "expected another namespace" in message("embedded/rows-v0")
     assert "does not exist" in message("mine/rows-v0", file="absent.hdf5")
     assert "give both" in message("mine/rows-v0", reference_minimum=1.0)
     edit(dataset, observations=np.zeros((1, 2)), next_observations=None)
     assert "mend the file" in message("mine/rows-v0")
     edit(dataset, actions=np.zeros((1, 1)), rewards=[0.0], terminals=[False], timeouts=[False])
-    assert "no complete step" in message("mine/rows-v0")
+    assert "expected a complete step" in message("mine/rows-v0")
     assert hidden(root) == []
     edit(dataset, terminals=[True])
     import_file(console, Path(dataset), "mine/rows-v0")
-    assert "is there already" in message("mine/rows-v0")
+    assert "expected a new id" in message("mine/rows-v0")
 
 
 def lines_of(console, dataset):
@@ -161,18 +163,19 @@ def test_every_defect_of_a_file_has_its_line(dataset, console):
     rows = np.arange(26.0)
     observations, nexts = rows_of(dataset, "observations"), rows_of(dataset, "next_observations")
     observations[[3, 20], 0] = np.nan
-    nexts[[2, 6], 0] = np.nan, np.inf  # row 2 is row 3's observation, and already told of
+    nexts[[2, 6], 0] = np.nan, np.inf  # row 2 is row 3's observation, and already reported
     nexts[9, 1] += 1
     actions = np.stack([rows / 1000, np.where(rows == 4, 1.2, 0.5)], axis=1)
     edit(dataset, observations=observations, next_observations=nexts, actions=actions, rewards=np.full(26, -1.0))
     edit(dataset, timeouts=None)
     assert lines_of(console, dataset) == [
         "timeouts: the file has none; episodes are cut at terminals alone",
+        # rows 6 and 9; and 7, 18, 19, where episodes were truncated
+        "next_observations: 5 are not the observations of the next row of the same episode, the first in row 6; "
+        "another episode begins there",
         "observations[0]: 2 NaN or infinite values, the first in row 3",
         "next_observations[0]: 1 NaN or infinite values, the first in row 6",
         "actions: 1 rows outside the space in columns 1, the first in row 4",
-        # rows 6 and 9; and 7, 18, 19, where episodes were truncated
-        "next_observations: 5 are not the observations of the next row of the same episode, the first in row 6",
         "rewards: always -1",
     ]
 
@@ -198,7 +201,7 @@ def test_episodes_that_should_not_be(console, root):
     written.storage.update_metadata({"total_episodes": 4})
     assert lines_of(console, "toy/odd-v0") == [
         "episodes: 1 without a step; they are left out",
-        "terminations: 1 with further steps behind them in the same episode, the first in row 1; "
+        "terminations: 1 with further steps after them in the same episode, the first in row 1; "
         "another episode begins there",
         "episodes: 1 the same as an earlier one, the first in row 5, the same as that in row 3",
     ]
@@ -209,6 +212,14 @@ def test_episodes_longer_than_the_time_limit(tmp_path, console):
     assert lines_of(console, str(path))[-1] == (
         "episodes: 1 longer than the 1000 steps of Hopper-v5, the first in row 0, of 1005 steps"
     )
+
+
+def test_a_file_without_rows(dataset, console):
+    edit(dataset, **{key: rows_of(dataset, key)[:0] for key in ("observations", "next_observations", "actions")})
+    edit(dataset, **{key: rows_of(dataset, key)[:0] for key in ("rewards", "terminals", "timeouts")})
+    assert lines_of(console, dataset) == ["steps: there are none"]
+    show_dataset(console, dataset)
+    assert "returns" in console.export_text()
 
 
 def test_sound_data_have_no_defects(dataset, console):
@@ -247,7 +258,7 @@ def test_list_shows_what_is_here_and_what_could_be(dataset, console, root):
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
     table = {row[0]: row[1:] for row in rows if row}
     assert table["mujoco/hopper/medium-v0"][:3] == ["here", "6", "26"]
-    assert table["broken"][0] == "here, but damaged"
+    assert table["broken"][0] == "here, but not readable"
     assert table["embedded/hopper/medium"] == ["can be built", "", "about 40,000", ""]
     assert table["mujoco/hopper/expert-v0"] == ["Minari's server", "", "", ""]
 
@@ -263,7 +274,7 @@ def test_list_asks_the_server_for_sizes(console, root, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("minari.list_remote_datasets", unreachable)
-    with pytest.raises(UserError, match="remote: .*no route"):
+    with pytest.raises(UserError, match="--remote: .*no route"):
         list_datasets(console, remote=True)
 
 
@@ -305,7 +316,19 @@ def test_a_broken_download_leaves_nothing(root, monkeypatch, error):
     for _ in range(2):  # the second attempt downloads again
         with pytest.raises((UserError, KeyboardInterrupt)) as caught:
             load_episodes("mujoco/hopper/medium-v0")
-        assert isinstance(caught.value, KeyboardInterrupt) or "(Name or service not known); connect" in str(
-            caught.value
-        )
+        assert isinstance(caught.value, KeyboardInterrupt) or "(Name or service not known)" in str(caught.value)
     assert not list(root.rglob("data"))
+
+
+def test_jumps_are_named(dataset, console):
+    """Two recordings in one episode, as where a reset has no flag."""
+    generator = np.random.default_rng(0)
+    observations = generator.normal(size=(26, 4)).cumsum(axis=0)
+    observations[4:] += 100
+    nothing = np.zeros(26, bool)
+    edit(dataset, observations=observations, next_observations=None, terminals=nothing, timeouts=nothing)
+    edit(dataset, actions=generator.uniform(-1, 1, (26, 1)))
+    assert lines_of(console, dataset) == [
+        "observations: 1 jumps inside episodes, of 25 times the usual step or more, the first after row 3; perhaps an "
+        "episode ends there"
+    ]

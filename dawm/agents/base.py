@@ -39,8 +39,6 @@ class OfflineAgent(UpdateModule):
     Batches and observations come in the data's own units; `prepare` normalises a batch, once per update.
 
     Args:
-        observation_size: O.
-        action_size: A.
         seeds: Independent agents trained side by side S.
         normalize_observations: Standardise observations by the real data's mean and standard deviation.
         normalize_rewards: Scale rewards so that the returns of the data's episodes span 1000.
@@ -63,8 +61,7 @@ class OfflineAgent(UpdateModule):
         require("seeds", seeds, seeds >= 1, "at least 1")
         self.seeds = seeds
         self.seed_shape = () if seeds == 1 else (seeds,)
-        self.observation_size = observation_size
-        self.action_size = action_size
+        self.observation_size, self.action_size = observation_size, action_size
         self.normalize_observations = normalize_observations
         self.normalize_rewards = normalize_rewards
         self.reward_shift = reward_shift
@@ -72,11 +69,7 @@ class OfflineAgent(UpdateModule):
         self.register_buffer("reward_scale", torch.ones(()))
 
     def fit_normalizers(self, data: TransitionDataModule) -> None:
-        """Takes the normalizers' statistics from the real data; called once, before training.
-
-        Args:
-            data: The data module.
-        """
+        """Takes the normalizers' statistics from the real data; called once, before training."""
         episodes = data.episodes
         if self.normalize_observations:
             self.observation_normalizer.fit(episodes.transitions[episodes.sample_rows()].observations)
@@ -87,11 +80,7 @@ class OfflineAgent(UpdateModule):
             self.reward_scale.fill_(EPISODE_RETURN_RANGE / span if span > 0 else 1.0)
 
     def prepare(self, batch: Transitions) -> Transitions:
-        """The batch as the networks see it: normalised observations, scaled rewards.
-
-        Args:
-            batch: Transitions in the data's units, fields of shape (..., B, ...).
-        """
+        """The batch as the networks see it: normalised observations, scaled rewards."""
         return replace(
             batch,
             observations=self.observation_normalizer(batch.observations),
@@ -101,67 +90,42 @@ class OfflineAgent(UpdateModule):
 
     @abstractmethod
     def update(self, batch: Transitions) -> dict[str, Tensor]:
-        """One update of the critics, and of the actor where it is due.
+        """One update of the critics, and of the actor where it is due, on transitions in the data's units.
 
-        Args:
-            batch: Transitions in the data's units, fields of shape (B, ...); of S seeds (S, B, ...).
-
-        Returns:
-            Metrics without gradient, of any shape, whose mean is logged under ``agent/<key>``.
+        Their fields have the shape (B, ...), of S seeds (S, B, ...); returned are metrics without gradient, of any
+        shape, whose mean is logged under ``agent/<key>``.
         """
 
     @abstractmethod
     def act(self, observations: Tensor, deterministic: bool = True) -> Tensor:
-        """Actions of the policy, without gradient, in [-1, 1], shape (B, A); of S seeds (S, B, A).
+        """Actions of the policy, in [-1, 1] and without gradient: its mean, or a draw from it.
 
-        Args:
-            observations: Observations in the data's units, shape (B, O).
-            deterministic: The policy's mean, or a draw from it.
+        From observations in the data's units, (B, O) -> (B, A); of S seeds (S, B, A).
         """
 
     def mlp(
         self, in_size: int, hidden: Sequence[int], out_size: int, ensemble: int | None = None, **options: Any
     ) -> BatchedMLP:
-        """A network for each seed: inputs of shape (..., B, in) to outputs of shape (..., B, out).
+        """A `BatchedMLP` for each seed, (..., B, in) -> (..., B, out); with its further settings as ``options``.
 
-        Args:
-            in_size: Size of the input.
-            hidden: Sizes of the hidden layers.
-            out_size: Size of the output.
-            ensemble: Networks for each seed, such as 2 critics; outputs then have the shape (..., ensemble, B, out).
-            options: Further settings of `BatchedMLP`.
+        With an ``ensemble`` of, say, 2 critics for each seed, outputs have the shape (..., ensemble, B, out).
         """
         shape = self.seed_shape if ensemble is None else (*self.seed_shape, ensemble)
         return BatchedMLP(shape, in_size, hidden, out_size, **options)
 
     def decayed(self, learning_rate: float, index: int) -> float:
-        """A learning rate that falls to 0 along a cosine over the run; constant where no trainer sets a length.
-
-        Args:
-            learning_rate: Its value at the first update.
-            index: Number of the update, from 0.
-        """
+        """A learning rate that falls to 0 along a cosine over the run; constant where no trainer sets a length."""
         total = self._trainer.max_steps if self._trainer is not None else -1
         return learning_rate * cosine_decay(index, total) if total > 0 else learning_rate
 
     @staticmethod
     def target_network(network: nn.Module) -> nn.Module:
-        """A copy of a network that follows it by `soft_update` and never learns by gradient.
-
-        Args:
-            network: The network to copy.
-        """
+        """A copy of a network that follows it by `soft_update` and never learns by gradient."""
         return copy.deepcopy(network).requires_grad_(False)
 
     @staticmethod
     @torch.no_grad()
     def soft_update(target: nn.Module, network: nn.Module, tau: float) -> None:
-        """Soft update of a target network (Polyak averaging): ``target += tau (network - target)``.
-
-        Args:
-            target: The target network.
-            network: The network that it follows.
-            tau: Polyak coefficient, in (0, 1].
-        """
+        """Soft update of a target network (Polyak averaging): ``target += tau (network - target)``."""
         # all tensors in one call (torch's own moving average, swa_utils, calls the same function)
         torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), tau)

@@ -17,13 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from dawm.agents.base import OfflineAgent
-from dawm.agents.losses import (
-    advantage_weights,
-    critic_loss,
-    expectile_loss,
-    gaussian_log_likelihood,
-    td_target,
-)
+from dawm.agents.losses import advantage_weights, critic_loss, expectile_loss, gaussian_log_likelihood, td_target
 from dawm.data.transitions import Transitions
 from dawm.errors import require
 
@@ -35,7 +29,7 @@ LOG_STD_RANGE = (-20.0, 2.0)
 class IQL(OfflineAgent):
     """Implicit Q-learning with a Gaussian policy whose standard deviation is the same at every observation.
 
-    Those that `OfflineAgent` takes are explained there.
+    `OfflineAgent` explains the settings that every agent takes.
 
     Args:
         hidden: Widths of the hidden layers of actor, value network and each critic.
@@ -81,40 +75,20 @@ class IQL(OfflineAgent):
         self.save_hyperparameters()
         self.learning_rate = learning_rate
         self.decay_actor_learning_rate = self.schedule_follows_max_steps = decay_actor_learning_rate
-        self.discount = discount
-        self.tau = tau
-        self.expectile = expectile
-        self.beta = beta
-        self.max_weight = max_weight
+        self.discount, self.tau = discount, tau
+        self.expectile, self.beta, self.max_weight = expectile, beta, max_weight
         self.deterministic_actor = deterministic_actor
         self.actor = self.mlp(observation_size, hidden, action_size, dropout=actor_dropout)
         self.log_std = nn.Parameter(torch.zeros(*self.seed_shape, action_size), requires_grad=not deterministic_actor)
         self.value = self.mlp(observation_size, hidden, 1)
         self.critics = self.mlp(observation_size + action_size, hidden, 1, ensemble=2)
         self.target_critics = self.target_network(self.critics)
-        actor_parameters = [*self.actor.parameters(), *([] if deterministic_actor else [self.log_std])]
-        value_parameters = [*self.value.parameters(), *self.critics.parameters()]
-        self.optimizer = Adam(
-            [{"params": actor_parameters}, {"params": value_parameters}], lr=learning_rate, fused=True
-        )
-
-    # Losses
-
-    def value_loss(self, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The expectile regression of V on the target critics.
-
-        Args:
-            advantages: ``Q'(s, a) - V(s)``, shape (..., B).
-        """
-        loss = expectile_loss(advantages, self.expectile)
-        return loss, {"value_loss": loss.detach(), "advantage": advantages.detach().mean()}
+        policy = [*self.actor.parameters(), *([] if deterministic_actor else [self.log_std])]
+        values = [*self.value.parameters(), *self.critics.parameters()]
+        self.optimizer = Adam([{"params": policy}, {"params": values}], lr=learning_rate, fused=True)
 
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both critics' squared TD error against one target.
-
-        Args:
-            batch: Prepared transitions, fields of shape (..., B, ...).
-        """
+        """Both critics' squared TD error against one target, on prepared transitions."""
         with torch.no_grad():
             next_values = self.value(batch.next_observations).squeeze(-1)
             target = td_target(batch.rewards, batch.terminations, next_values, self.discount)
@@ -123,12 +97,7 @@ class IQL(OfflineAgent):
         return loss, {"critic_loss": loss.detach(), "q": values.detach().mean()}
 
     def actor_loss(self, batch: Transitions, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cloning of the data's actions, the better ones weighing more.
-
-        Args:
-            batch: Prepared transitions, fields of shape (..., B, ...).
-            advantages: ``Q'(s, a) - V(s)``, shape (..., B).
-        """
+        """Cloning of the data's actions, the better ones weighing more, by ``Q'(s, a) - V(s)``, shape (..., B)."""
         means = self.actor(batch.observations).tanh()
         if self.deterministic_actor:
             errors = (means - batch.actions).square().sum(dim=-1)
@@ -139,32 +108,21 @@ class IQL(OfflineAgent):
         return loss, {"actor_loss": loss.detach(), "actor_weight": weights.mean()}
 
     def total_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the three.
-
-        Args:
-            batch: Prepared transitions, fields of shape (..., B, ...).
-        """
+        """The sum of the three, on prepared transitions."""
         with torch.no_grad():
             target_values = self.target_critics(torch.cat([batch.observations, batch.actions], dim=-1))
-            target_values = target_values.squeeze(-1).amin(dim=-2)
-        advantages = target_values - self.value(batch.observations).squeeze(-1)
-
-        value_loss, value_metrics = self.value_loss(advantages)
+        advantages = target_values.squeeze(-1).amin(dim=-2) - self.value(batch.observations).squeeze(-1)
+        value_loss = expectile_loss(advantages, self.expectile)  # the expectile regression of V on the target critics
+        value_metrics = {"value_loss": value_loss.detach(), "advantage": advantages.detach().mean()}
         critic_loss, critic_metrics = self.critic_loss(batch)
         actor_loss, actor_metrics = self.actor_loss(batch, advantages)
         return value_loss + critic_loss + actor_loss, value_metrics | critic_metrics | actor_metrics
 
-    # Update
-
     def update(self, batch: Transitions) -> dict[str, Tensor]:
-        """One update of value network, critics, actor and targets.
-
-        Args:
-            batch: Transitions in the data's units, fields of shape (..., B, ...).
-        """
+        """One update of value network, critics, actor and targets."""
         loss, metrics = self.total_loss(self.prepare(batch))
         self.minimize(loss, self.optimizer)
-        self.update_targets()
+        self.soft_update(self.target_critics, self.critics, self.tau)
         return metrics
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -177,22 +135,9 @@ class IQL(OfflineAgent):
             return None
         return [self.decayed(self.learning_rate, index), self.learning_rate]
 
-    # Target update
-
-    def update_targets(self) -> None:
-        """Soft update of the target critics."""
-        self.soft_update(self.target_critics, self.critics, self.tau)
-
-    # Act
-
     @torch.no_grad()
     def act(self, observations: Tensor, deterministic: bool = True) -> Tensor:
-        """The policy's actions, shape (..., B, A).
-
-        Args:
-            observations: Observations in the data's units, shape (B, O).
-            deterministic: The mean, or a draw from the Gaussian, bounded to [-1, 1].
-        """
+        """The mean, or a draw from the Gaussian, bounded to [-1, 1]; see `OfflineAgent.act`."""
         actions = self.actor(self.observation_normalizer(observations)).tanh()
         if not (deterministic or self.deterministic_actor):
             std = self.log_std.clamp(*LOG_STD_RANGE).exp().unsqueeze(-2)

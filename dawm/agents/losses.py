@@ -4,8 +4,9 @@ Symbols: B batch, M critics, A action size, ... nothing, or the seeds trained si
 transition, ``gamma`` the discount, ``Q(s, a)`` and ``V(s)`` the value of an action and of an observation, ``pi`` the
 policy.
 
-Values have the shape (..., B), those of several critics (..., M, B); a loss has the shape (...), one for each seed.
-Every function refuses shapes that differ: a column (B, 1) beside a row (B,) would silently become a matrix.
+Values have the shape (..., B), those of several critics (..., M, B), actions (..., B, A); a loss has the shape (...),
+one for each seed. Every function refuses shapes that differ: a column (B, 1) beside a row (B,) would silently become a
+matrix.
 
 Sources: TD3 (arXiv 1802.09477), TD3+BC (arXiv 2106.06860), IQL (arXiv 2110.06169).
 """
@@ -29,104 +30,59 @@ __all__ = [
 
 
 def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, discount: float) -> Tensor:
-    """One-step target ``r + gamma (1 - terminated) V(s')``; a truncated end bootstraps like any other step.
+    """One-step target ``r + gamma (1 - terminated) V(s')``, shape (..., B), without gradient.
 
-    Args:
-        rewards: ``r``, shape (..., B).
-        terminations: 1 where the task ended at ``s'``, shape (..., B).
-        next_values: Value of ``s'``, shape (..., B).
-        discount: ``gamma``, in [0, 1].
-
-    Returns:
-        Target, without gradient, shape (..., B).
+    ``terminations`` is 1 where the task ended at ``s'``; a truncated end bootstraps like any other step.
     """
     _require_equal_shapes(rewards=rewards, terminations=terminations, next_values=next_values)
     return (rewards + discount * (1 - terminations) * next_values).detach()
 
 
 def critic_loss(values: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error of each critic, summed over the critics.
-
-    Args:
-        values: ``Q_m(s, a)``, shape (..., M, B).
-        targets: One target for all critics, shape (..., B).
-    """
+    """Mean squared error of ``Q_m(s, a)``, (..., M, B), from one target, (..., B), summed over the critics."""
     _require_equal_shapes(values_of_one_critic=values[..., 0, :], targets=targets)
     return (values - targets.unsqueeze(-2)).square().mean(dim=-1).sum(dim=-1)
 
 
 def smoothed_actions(actions: Tensor, noise: Tensor, noise_clip: float) -> Tensor:
-    """Target policy smoothing of TD3 (section 5.3): clipped noise is added, and the sum stays in [-1, 1].
-
-    Args:
-        actions: Actions of the target policy, shape (..., B, A).
-        noise: Noise of the same shape, shape (..., B, A).
-        noise_clip: Largest absolute noise.
-    """
+    """Target policy smoothing of TD3 (section 5.3): clipped noise is added, and the sum stays in [-1, 1]."""
     _require_equal_shapes(actions=actions, noise=noise)
     return (actions + noise.clamp(-noise_clip, noise_clip)).clamp(-1, 1)
 
 
 def policy_improvement_weight(values: Tensor, alpha: float) -> Tensor:
-    """Weight of the value term of TD3+BC (equation 5): ``lambda = alpha / mean |Q|``, a constant to the gradient.
-
-    Args:
-        values: ``Q(s, pi(s))``, shape (..., B).
-        alpha: Strength of the value term against behaviour cloning.
-
-    Returns:
-        One weight for each seed, shape (...).
-    """
+    """Weight of TD3+BC's value term (equation 5), shape (...): ``alpha / mean |Q(s, pi(s))|``, without gradient."""
     # the bound only matters where every value is 0, as on the first update of a critic that starts at 0
     return alpha / values.detach().abs().mean(dim=-1).clamp(min=1e-8)
 
 
 def behaviour_cloning_loss(policy_actions: Tensor, actions: Tensor) -> Tensor:
-    """Mean squared distance from the data's actions, over rows and dimensions.
-
-    Args:
-        policy_actions: ``pi(s)``, shape (..., B, A).
-        actions: Actions of the data, shape (..., B, A).
-    """
+    """Mean squared distance of ``pi(s)`` from the data's actions, over rows and dimensions."""
     _require_equal_shapes(policy_actions=policy_actions, actions=actions)
     return (policy_actions - actions).square().mean(dim=(-2, -1))
 
 
 def expectile_loss(errors: Tensor, expectile: float) -> Tensor:
-    """Asymmetric squared error of IQL (equation 5): ``mean |expectile - 1(u < 0)| u^2``.
+    """Asymmetric squared error of IQL (equation 5): ``mean |expectile - 1(u < 0)| u^2`` with ``u = Q(s, a) - V(s)``.
 
-    Args:
-        errors: ``u = Q(s, a) - V(s)``, shape (..., B).
-        expectile: In (0, 1); 0.5 is half the mean squared error, and near 1 V tends to the largest Q of the data.
+    The expectile is in (0, 1); 0.5 is half the mean squared error, and near 1 V tends to the largest Q of the data.
     """
     weights = torch.where(errors < 0, 1 - expectile, expectile)
     return (weights * errors.square()).mean(dim=-1)
 
 
 def advantage_weights(advantages: Tensor, beta: float, max_weight: float) -> Tensor:
-    """Weights of advantage-weighted regression in IQL (equation 7): ``exp(beta (Q - V))``, bounded.
+    """Weights of advantage-weighted regression in IQL (equation 7), shape (..., B), without gradient.
 
-    Args:
-        advantages: ``Q(s, a) - V(s)``, shape (..., B).
-        beta: Inverse temperature; 0 clones the data.
-        max_weight: Largest weight.
-
-    Returns:
-        Weights, without gradient, shape (..., B).
+    They are ``exp(beta (Q(s, a) - V(s)))``, bounded; with the inverse temperature ``beta`` at 0 the data are cloned.
     """
     return (beta * advantages.detach()).exp().clamp(max=max_weight)
 
 
 def gaussian_log_likelihood(actions: Tensor, means: Tensor, log_std: Tensor) -> Tensor:
-    """Logarithm of the density of a Gaussian with independent dimensions.
+    """Log density of independent Gaussians, summed over the action's dimensions, shape (..., B).
 
-    Args:
-        actions: Where to evaluate, shape (..., B, A).
-        means: Means, shape (..., B, A).
-        log_std: Logarithm of the standard deviations, the same for every row, shape (..., A).
-
-    Returns:
-        Sum over the action's dimensions, shape (..., B).
+    ``log_std``, shape (..., A), holds the logarithms of the standard deviations, the same for every row.
     """
     _require_equal_shapes(actions=actions, means=means)
     _require_equal_shapes(action=actions[..., 0, :], log_std=log_std)
@@ -136,12 +92,7 @@ def gaussian_log_likelihood(actions: Tensor, means: Tensor, log_std: Tensor) -> 
 
 
 def cosine_decay(step: int, total: int) -> float:
-    """Factor of a learning rate that falls from 1 to 0 along half a cosine.
-
-    Args:
-        step: Updates done before this one.
-        total: Updates of the whole run.
-    """
+    """Factor of a learning rate that falls from 1 to 0 along half a cosine, after ``step`` of ``total`` updates."""
     return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
 
 

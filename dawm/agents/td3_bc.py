@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from dawm.agents import losses
 from dawm.agents.base import OfflineAgent
-from dawm.agents.losses import (
-    behaviour_cloning_loss,
-    critic_loss,
-    policy_improvement_weight,
-    smoothed_actions,
-    td_target,
-)
 from dawm.data.transitions import Transitions
 from dawm.errors import require
 
@@ -27,9 +21,7 @@ __all__ = ["TD3BC"]
 
 
 class TD3BC(OfflineAgent):
-    """TD3 with behaviour cloning.
-
-    Those that `OfflineAgent` takes are explained there.
+    """TD3 with behaviour cloning; `OfflineAgent` explains the settings that every agent takes.
 
     Args:
         hidden: Widths of the hidden layers of the actor and of each critic.
@@ -70,11 +62,8 @@ class TD3BC(OfflineAgent):
         require("agent.policy_every", policy_every, policy_every >= 1, "at least 1")
         super().__init__(observation_size, action_size, seeds, normalize_observations)
         self.save_hyperparameters()
-        self.discount = discount
-        self.tau = tau
-        self.alpha = alpha
-        self.policy_noise = policy_noise
-        self.noise_clip = noise_clip
+        self.discount, self.tau, self.alpha = discount, tau, alpha
+        self.policy_noise, self.noise_clip = policy_noise, noise_clip
         self.policy_every = self.update_period = policy_every
         self.learning_rate = learning_rate
         self.decay_actor_learning_rate = self.schedule_follows_max_steps = decay_actor_learning_rate
@@ -85,60 +74,40 @@ class TD3BC(OfflineAgent):
         self.critic_optimizer = Adam(self.critics.parameters(), lr=learning_rate, fused=True)
         self.actor_optimizer = Adam(self.actor.parameters(), lr=learning_rate, fused=True)
 
-    # Losses
-
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both critics' squared TD error against one target.
-
-        Args:
-            batch: Prepared transitions, fields of shape (..., B, ...).
-        """
-        # Target: the smaller of the two target critics at a noisy action of the target actor
+        """Both critics' squared TD error against one target, on prepared transitions."""
+        # target: the smaller of the two target critics at a noisy action of the target actor
         with torch.no_grad():
             noise = self.policy_noise * torch.randn_like(batch.actions)
             next_actions = self.target_actor(batch.next_observations).tanh()
-            next_actions = smoothed_actions(next_actions, noise, self.noise_clip)
+            next_actions = losses.smoothed_actions(next_actions, noise, self.noise_clip)
             next_values = self.target_critics(torch.cat([batch.next_observations, next_actions], dim=-1))
-            target = td_target(batch.rewards, batch.terminations, next_values.squeeze(-1).amin(dim=-2), self.discount)
-
-        # Error
+            next_values = next_values.squeeze(-1).amin(dim=-2)
+            target = losses.td_target(batch.rewards, batch.terminations, next_values, self.discount)
         values = self.critics(torch.cat([batch.observations, batch.actions], dim=-1)).squeeze(-1)
-        loss = critic_loss(values, target)
+        loss = losses.critic_loss(values, target)
         return loss, {"critic_loss": loss.detach(), "q": values.detach().mean()}
 
     def actor_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
-        """The value of the actor's actions under the first critic, against their distance from the data's.
-
-        Args:
-            batch: Prepared transitions, fields of shape (..., B, ...).
-        """
+        """The value of the actor's actions under the first critic, against their distance from the data's."""
         actions = self.actor(batch.observations).tanh()
-
-        # Value term: of the first critic alone, whose weights are constants here
+        # of the first critic alone, whose weights are constants here
         values = self.critics.head(torch.cat([batch.observations, actions], dim=-1), 0).squeeze(-1)
-        value_loss = -policy_improvement_weight(values, self.alpha) * values.mean(dim=-1)
-
-        # Behaviour cloning
-        cloning_loss = behaviour_cloning_loss(actions, batch.actions)
-
+        value_loss = -losses.policy_improvement_weight(values, self.alpha) * values.mean(dim=-1)
+        cloning_loss = losses.behaviour_cloning_loss(actions, batch.actions)
         loss = value_loss + cloning_loss
         return loss, {"actor_loss": loss.detach(), "cloning_loss": cloning_loss.detach()}
 
-    # Update
-
     def update(self, batch: Transitions) -> dict[str, Tensor]:
-        """One update of the critics, and every ``policy_every`` times one of the actor and the targets.
-
-        Args:
-            batch: Transitions in the data's units, fields of shape (..., B, ...).
-        """
+        """One update of the critics, and every ``policy_every`` times one of the actor and the targets."""
         batch = self.prepare(batch)
         loss, metrics = self.critic_loss(batch)
         self.minimize(loss, self.critic_optimizer)
         if (self.update_index + 1) % self.policy_every == 0:
             loss, actor_metrics = self.actor_loss(batch)
             self.minimize(loss, self.actor_optimizer)
-            self.update_targets()
+            self.soft_update(self.target_critics, self.critics, self.tau)
+            self.soft_update(self.target_actor, self.actor, self.tau)
             metrics |= actor_metrics
         return metrics
 
@@ -152,21 +121,7 @@ class TD3BC(OfflineAgent):
             return None
         return [self.learning_rate, self.decayed(self.learning_rate, index)]
 
-    # Target update
-
-    def update_targets(self) -> None:
-        """Soft update of both targets."""
-        self.soft_update(self.target_critics, self.critics, self.tau)
-        self.soft_update(self.target_actor, self.actor, self.tau)
-
-    # Act
-
     @torch.no_grad()
     def act(self, observations: Tensor, deterministic: bool = True) -> Tensor:
-        """The actor's actions, shape (..., B, A).
-
-        Args:
-            observations: Observations in the data's units, shape (B, O).
-            deterministic: Without effect: this policy has no noise of its own.
-        """
+        """The actor's actions; ``deterministic`` is without effect: this policy has no noise of its own."""
         return self.actor(self.observation_normalizer(observations)).tanh()

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterator
 
 import numpy as np
-from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
@@ -35,7 +34,7 @@ def check_dataset(console: Console, dataset: str) -> int:
     recordings = read_recordings(dataset)
     count = 0
     for recording in recordings:
-        name = f"{recording.name}: " if len(recordings) > 1 else ""
+        name = f"{recording.source.name}: " if len(recordings) > 1 else ""
         for defect in find_defects(recording):
             console.print(Text(name + defect), soft_wrap=True)
             count += 1
@@ -46,27 +45,15 @@ def check_dataset(console: Console, dataset: str) -> int:
 
 def find_defects(recording: Recording) -> Iterator[str]:
     """Every defect of a recording, one line each."""
-    yield from recording.defects
+    yield from recording.source.defects
     if not len(recording.rewards):
         yield "steps: there are none"
         return
-    yield from _not_finite(recording)
-    yield from _outside("observations", recording.observations, recording.observation_space)
-    yield from _outside("actions", recording.actions, recording.action_space)
-    yield from _jumps(recording)
-    yield from _constant(recording)
-    yield from _too_long(recording)
-    yield from _repeated(recording)
-    reference = recording.reference
+    for defects in (_not_finite, _outside, _jumps, _constant, _too_long, _repeated):
+        yield from defects(recording)
+    reference = recording.source.reference
     if reference is not None and not reference.minimum < reference.maximum:
         yield f"reference scores: the minimum {reference.minimum:g} is not below the maximum {reference.maximum:g}"
-
-
-def _inside(recording: Recording) -> NDArray[np.bool_]:
-    """Whether the next row belongs to the same episode, shape (N - 1,)."""
-    inside = np.ones(len(recording.rewards), bool)
-    inside[recording.ends - 1] = False
-    return inside[:-1]
 
 
 def _not_finite(recording: Recording) -> Iterator[str]:
@@ -75,32 +62,36 @@ def _not_finite(recording: Recording) -> Iterator[str]:
         bad = ~np.isfinite(values).reshape(len(values), -1)
         if key == "next_observations" and bad.any():
             # Those that were observed in the next row are reported already.
-            bad[:-1] &= ~(~np.isfinite(recording.observations[1:]) & _inside(recording)[:, None])
-            if recording.next_observed is not None:
-                bad[~recording.next_observed] = False
+            again = ~np.isfinite(recording.observations[1:])
+            bad[:-1] &= ~(again & ~_last(recording)[:-1, None])
+            bad[~recording.next_observed] = False
         for column in np.flatnonzero(bad.any(axis=0)):
             where = f"{key}[{column}]" if values.ndim > 1 else key
             rows = np.flatnonzero(bad[:, column])
             yield f"{where}: {len(rows)} NaN or infinite values, the first in row {rows[0]}"
 
 
-def _outside(key: str, values: NDArray, box: Box) -> Iterator[str]:
-    half = (box.high.astype(np.float64) - box.low) / 2
-    slack = np.where(np.isfinite(half), _ROUNDING * half, 0.0)
-    bad = (values < box.low - slack) | (values > box.high + slack)
-    rows = np.flatnonzero(bad.any(axis=1))
-    if len(rows):
-        columns = np.flatnonzero(bad.any(axis=0))
-        yield (
-            f"{key}: {len(rows)} rows outside the space in columns {', '.join(map(str, columns))}, "
-            f"the first in row {rows[0]}"
-        )
+def _last(recording: Recording) -> NDArray[np.bool_]:
+    """Whether a row is the last of its episode, shape (N,)."""
+    last = np.zeros(len(recording.rewards), bool)
+    last[recording.ends - 1] = True
+    return last
+
+
+def _outside(recording: Recording) -> Iterator[str]:
+    for key in ("observation", "action"):
+        values, box = getattr(recording, f"{key}s"), getattr(recording.source, f"{key}_space")
+        half = (box.high.astype(np.float64) - box.low) / 2
+        slack = np.where(np.isfinite(half), _ROUNDING * half, 0.0)
+        bad = (values < box.low - slack) | (values > box.high + slack)
+        rows = np.flatnonzero(bad.any(axis=1))
+        if len(rows):
+            columns = ", ".join(map(str, np.flatnonzero(bad.any(axis=0))))
+            yield f"{key}s: {len(rows)} rows outside the space in columns {columns}, the first in row {rows[0]}"
 
 
 def _jumps(recording: Recording) -> Iterator[str]:
-    last = np.zeros(len(recording.rewards), bool)
-    last[recording.ends - 1] = True
-    rows = jumps(recording.observations, recording.next_observations, last, _JUMP)
+    rows = jumps(recording.observations, recording.next_observations, _last(recording), _JUMP)
     if len(rows):
         yield (
             f"observations: {len(rows)} jumps inside episodes, of {_JUMP:.0f} times the usual step or more, the first "
@@ -119,15 +110,14 @@ def _constant(recording: Recording) -> Iterator[str]:
 
 
 def _too_long(recording: Recording) -> Iterator[str]:
-    limit = None if recording.env_spec is None else recording.env_spec.max_episode_steps
-    lengths = np.diff(recording.ends, prepend=0)
-    if recording.env_spec is None or limit is None or lengths.max() <= limit:
+    if recording.source.env_spec is None or recording.source.env_spec.max_episode_steps is None:
         return
-    first = int((lengths > limit).argmax())
-    yield (
-        f"episodes: {int((lengths > limit).sum())} longer than the {limit} steps of {recording.env_spec.id}, "
-        f"the first in row {recording.starts[first]}, of {lengths[first]} steps"
-    )
+    limit, lengths = recording.source.env_spec.max_episode_steps, np.diff(recording.ends, prepend=0)
+    for first in np.flatnonzero(lengths > limit)[:1]:
+        yield (
+            f"episodes: {(lengths > limit).sum()} longer than the {limit} steps of {recording.source.env_spec.id}, "
+            f"the first in row {recording.starts[first]}, of {lengths[first]} steps"
+        )
 
 
 def _repeated(recording: Recording) -> Iterator[str]:

@@ -10,7 +10,7 @@ import minari
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dawm.data.episodes import read_recordings
@@ -22,7 +22,7 @@ from dawm.data.sources.scores import ReferenceScores
 from dawm.data.sources.source import Recording
 from dawm.data.store.minari_writer import in_episodes, write_dataset
 from dawm.data.store.staging import check_output, progress_bar
-from dawm.errors import UserError, first_line, require
+from dawm.errors import UserError, first_line
 
 __all__ = ["build_dataset", "import_file", "list_datasets", "show_dataset"]
 
@@ -37,13 +37,16 @@ def list_datasets(console: Console, remote: bool = False) -> None:
         console: Where to draw.
         remote: Ask the server for all that it has, with sizes; without, the names known to this version are listed.
     """
-    local, server = local_datasets(), _server() if remote else dict.fromkeys(REMOTE, {})
-    table = Table(title=f"data sets in {dataset_folder()}")
-    for heading in ("data set", "where"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("episodes", "steps", "size"):
-        table.add_column(heading, justify="right")
-
+    try:
+        server = minari.list_remote_datasets() if remote else dict.fromkeys(REMOTE, {})
+    except Exception as error:  # the server's client raises errors of many libraries
+        raise UserError(
+            f"--remote: got no answer ({first_line(error)}), expected Minari's server; leave --remote out"
+        ) from error
+    local = local_datasets()
+    columns = [Column(heading, overflow="fold") for heading in ("data set", "where")]
+    columns += [Column(heading, justify="right") for heading in ("episodes", "steps", "size")]
+    table = Table(*columns, title=f"data sets in {dataset_folder()}")
     for name, metadata in local.items():
         size = _megabytes(dataset_folder(name))
         if {"total_episodes", "total_steps"} <= metadata.keys():
@@ -64,16 +67,6 @@ def list_datasets(console: Console, remote: bool = False) -> None:
     console.print(table)
 
 
-def _server() -> dict[str, dict[str, Any]]:
-    """All data sets on Minari's server, with their metadata."""
-    try:
-        return minari.list_remote_datasets()
-    except Exception as error:  # the server's client raises errors of many libraries
-        raise UserError(
-            f"--remote: got no answer ({first_line(error)}), expected Minari's server; leave --remote out"
-        ) from error
-
-
 def show_dataset(console: Console, dataset: str) -> None:
     """Show what a data set holds: sizes, returns, scores, spaces, values that are not finite.
 
@@ -82,13 +75,12 @@ def show_dataset(console: Console, dataset: str) -> None:
         dataset: A Minari id, an embedded id, the path of an HDF5 file in D4RL's layout, or several joined with +.
     """
     recordings = read_recordings(dataset)
-    for recording in recordings:
-        console.print(Text(recording.name, style="bold"))
-        console.print(_facts(recording))
-        console.print(_histogram(recording.returns()))
+    returns = [recording.returns() for recording in recordings]
+    for recording, own in zip(recordings, returns):
+        console.print(Text(recording.source.name, style="bold"), _facts(recording, own), _histogram(own), sep="\n")
     if len(recordings) > 1:
         console.print(Text(f"together: {sum(len(recording.rewards) for recording in recordings):,} steps"))
-        console.print(_histogram(np.concatenate([recording.returns() for recording in recordings])))
+        console.print(_histogram(np.concatenate(returns)))
 
 
 def build_dataset(console: Console, name: str, seed: int = 0, overwrite: bool = False) -> None:
@@ -105,14 +97,9 @@ def build_dataset(console: Console, name: str, seed: int = 0, overwrite: bool = 
 
 
 def import_file(
-    console: Console,
-    file: Path,
-    output: str,
-    env_id: str | None = None,
-    reference_minimum: float | None = None,
-    reference_maximum: float | None = None,
-    overwrite: bool = False,
-) -> None:
+    console: Console, file: Path, output: str, env_id: str | None = None, reference_minimum: float | None = None,
+    reference_maximum: float | None = None, overwrite: bool = False,
+) -> None:  # fmt: skip
     """Turn an HDF5 file in D4RL's layout into a Minari data set with the same transitions.
 
     Args:
@@ -124,28 +111,30 @@ def import_file(
         reference_maximum: Return that scores 100.
         overwrite: Replace a data set of that name.
     """
-    path = local_path(str(file))
-    reference = _given_reference(reference_minimum, reference_maximum)
+    path, reference, low, high = local_path(str(file)), None, reference_minimum, reference_maximum
+    if low is not None or high is not None:
+        if low is None or high is None or not low < high:
+            raise UserError(
+                f"--reference_minimum: got {low}, and {high} as --reference_maximum, expected a lower and a higher "
+                "return; give both"
+            )
+        reference = ReferenceScores(low, high, source="given when imported")
     check_output(output, overwrite)
-    require("file", str(file), path.is_file(), "a file", "check the path")
+    if not path.is_file():
+        raise UserError(f"file: got {file}, expected a file, but it does not exist; check the path")
     source = D4RLSource(path, str(file), env_id)
-    require("file", str(file), source.count > 0, "a complete step, but it has none", "record some")
+    if not source.count:
+        raise UserError(f"file: got {file}, expected a complete step, but it has none; record some")
     metadata: dict[str, Any] = {} if source.has_next_observations else {REPEATED: True}
     if reference := reference or source.reference:
         metadata |= {"ref_min_score": reference.minimum, "ref_max_score": reference.maximum, SOURCE: reference.source}
     with progress_bar(f"Importing {path.name}", source.count, visible=True) as bar:
         episodes, steps = write_dataset(
-            output,
-            in_episodes(source),
-            env_spec=source.env_spec,
-            observation_space=source.observation_space,
-            action_space=source.action_space,
-            metadata=metadata,
+            output, in_episodes(source), env_spec=source.env_spec, observation_space=source.observation_space,
+            action_space=source.action_space, metadata=metadata, author=None, overwrite=overwrite,
             description=f"Imported from {path.name}, an HDF5 file in D4RL's layout.",
-            author=None,
-            overwrite=overwrite,
             report=lambda done: bar.update(bar.task_ids[0], completed=done),
-        )
+        )  # fmt: skip
     console.print(Text(f"{output}: {episodes:,} episodes, {steps:,} steps in {dataset_folder(output)}"))
     for defect in source.defects:
         console.print(Text(defect))
@@ -153,43 +142,31 @@ def import_file(
         console.print("it has no reference scores: set --reference_minimum and --reference_maximum", highlight=False)
 
 
-def _given_reference(minimum: float | None, maximum: float | None) -> ReferenceScores | None:
-    """Reference scores from the command line."""
-    if minimum is None and maximum is None:
-        return None
-    if minimum is None or maximum is None or not minimum < maximum:
-        raise UserError(
-            f"--reference_minimum: got {minimum}, and {maximum} as --reference_maximum, expected a lower and a higher "
-            "return; give both"
-        )
-    return ReferenceScores(minimum, maximum, source="given when imported")
-
-
-def _facts(recording: Recording) -> Table:
-    """What there is to say about one recording in numbers."""
-    returns = recording.returns()
+def _facts(recording: Recording, returns: NDArray[np.float64]) -> Table:
+    """What there is to say about one recording in numbers; returns of shape (E,)."""
     returns, lengths = returns[np.isfinite(returns)], np.diff(recording.ends, prepend=0)
-    table = Table(show_header=False, box=None)
-
-    def row(heading: str, fact: str) -> None:
-        table.add_row(heading, Text(fact))
-
-    row("episodes", f"{len(lengths):,}")
-    row("steps", f"{len(recording.rewards):,}")
-    row("returns", _range(returns))
-    row("score", _score(returns, recording.reference))
-    row("episode lengths", _range(lengths))
-    if len(lengths):
-        rate = recording.terminations[recording.ends - 1].mean()
-        row("terminated", f"{rate:.1%} of the episodes; the others are truncated")
-    row("environment", "not known" if recording.env_spec is None else recording.env_spec.id)
-    row("observations", " ".join(str(recording.observation_space).split()))
-    row("actions", " ".join(str(recording.action_space).split()))
     columns = ("observations", "actions", "rewards", "next_observations")
     bad = {key: int((~np.isfinite(getattr(recording, key))).sum()) for key in columns}
-    row("NaN or infinite", ", ".join(f"{count:,} in {key}" for key, count in bad.items() if count) or "none")
-    if recording.path is not None:
-        row("on disk", f"{_megabytes(recording.path)}, {recording.path}")
+    facts = {
+        "episodes": f"{len(lengths):,}",
+        "steps": f"{len(recording.rewards):,}",
+        "returns": _range(returns),
+        "score": _score(returns, recording.source.reference),
+        "episode lengths": _range(lengths),
+    }
+    if len(lengths):
+        rate = recording.terminations[recording.ends - 1].mean()
+        facts["terminated"] = f"{rate:.1%} of the episodes; the others are truncated"
+    facts |= {
+        "environment": "not known" if recording.source.env_spec is None else recording.source.env_spec.id,
+        "observations": " ".join(str(recording.source.observation_space).split()),
+        "actions": " ".join(str(recording.source.action_space).split()),
+        "NaN or infinite": ", ".join(f"{count:,} in {key}" for key, count in bad.items() if count) or "none",
+    }
+    facts["on disk"] = f"{_megabytes(recording.source.path)}, {recording.source.path}"
+    table = Table(show_header=False, box=None)
+    for heading, fact in facts.items():
+        table.add_row(heading, Text(fact))
     return table
 
 
@@ -208,11 +185,7 @@ def _score(returns: NDArray, reference: ReferenceScores | None) -> str:
 
 
 def _histogram(returns: NDArray[np.float64]) -> Table:
-    """Numbers of episodes by return, as bars.
-
-    Args:
-        returns: Undiscounted returns, shape (E,); those that are not finite are left out.
-    """
+    """Numbers of episodes by undiscounted return (E,), as bars; those that are not finite are left out."""
     table = Table(title="episodes by return", title_justify="left", show_header=False, box=None)
     finite = returns[np.isfinite(returns)]
     if not len(finite):

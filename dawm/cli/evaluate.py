@@ -26,15 +26,9 @@ EVALUATION_SEED = 2_000_000  # of the last evaluation: apart from the seeds of e
 
 
 def evaluate_run(
-    console: Console,
-    run: str,
-    episodes: int = 20,
-    seed: int = EVALUATION_SEED,
-    env_id: str | None = None,
-    checkpoint: str | None = None,
-    every: bool = False,
-    max_episode_steps: int | None = None,
-) -> None:
+    console: Console, run: str, episodes: int = 20, seed: int = EVALUATION_SEED, env_id: str | None = None,
+    checkpoint: str | None = None, every: bool = False, max_episode_steps: int | None = None,
+) -> None:  # fmt: skip
     """Score a run's trained agent in its environment.
 
     Args:
@@ -48,60 +42,37 @@ def evaluate_run(
         max_episode_steps: Time limit of an environment that has none.
     """
     require("episodes", episodes, episodes >= 1, "at least 1")
-    folder = expanded(run)
+    folder, options = expanded(run), (episodes, seed, env_id, max_episode_steps)
     last = expanded(checkpoint) if checkpoint else Path(read_results(folder)["stages"]["agent"]["checkpoint"])
     if not every:
-        result, reference = _score_checkpoint(last, episodes, seed, env_id, max_episode_steps)
-        show_evaluation(console, result, reference)
+        show_evaluation(console, *_score_checkpoint(last, *options))
         return
     table = Table("updates", "return", "score", "checkpoint", title="checkpoints of the agent", title_style="bold")
     curve = []
     for path in sorted(last.parent.rglob("*.ckpt"), key=lambda path: (read_checkpoint(path)["global_step"], path)):
-        result, _ = _score_checkpoint(path, episodes, seed, env_id, max_episode_steps)
+        result, reference = _score_checkpoint(path, *options)
         steps = int(read_checkpoint(path)["global_step"])
         curve.append({"checkpoint": str(path), "step": steps, "return": result.mean_return, "low": result.low,
                       "high": result.high, "score": result.score})  # fmt: skip
-        shown = (
-            "" if result.score is None else f"{result.score:.1f} ({result.score_low:.1f} to {result.score_high:.1f})"
-        )
-        table.add_row(
-            f"{steps:,}", f"{result.mean_return:.1f} ({result.low:.1f} to {result.high:.1f})", shown, path.name
-        )
+        earned = f"{result.mean_return:.1f} ({result.low:.1f} to {result.high:.1f})"
+        scored = f"{result.score:.1f} ({result.score_low:.1f} to {result.score_high:.1f})" if reference else ""
+        table.add_row(f"{steps:,}", earned, scored, path.name)
     write_whole(folder / "evaluations.json", json.dumps(curve, indent=2) + "\n")
     draw_evaluations(folder / "evaluations.png", curve)
     console.print(table)
 
 
 def score(
-    agent: L.LightningModule,
-    environment: Environment,
-    action_space: gym.spaces.Box | None,
-    reference: ReferenceScores | None,
-    episodes: int,
-    seed: int,
-    max_episode_steps: int | None = None,
-) -> Evaluation:
-    """Plays an agent and normalizes what it earns.
+    agent: L.LightningModule, environment: Environment, action_space: gym.spaces.Box | None,
+    reference: ReferenceScores | None, episodes: int, seed: int, max_episode_steps: int | None = None,
+) -> Evaluation:  # fmt: skip
+    """Plays an agent (any module with ``act``; of several seeds each plays all episodes) and scores what it earns.
 
-    Args:
-        agent: Any module with ``act``; with ``seeds`` above 1 each seed plays all episodes.
-        environment: Where to play.
-        action_space: The data's Box of actions, in whose units the policy's are played.
-        reference: What a score of 0 and of 100 stand for.
-        episodes: Episodes to play.
-        seed: Seed of the first episode.
-        max_episode_steps: Time limit of an environment that has none.
+    Its actions are in units of ``action_space``, the data's.
     """
-    return evaluate(
-        cast(Policy, agent.act),
-        environment,
-        episodes,
-        seed,
-        normalize=None if reference is None else reference.normalize,
-        seeds=getattr(agent, "seeds", 1),
-        action_space=action_space,
-        max_episode_steps=max_episode_steps,
-    )
+    normalize, seeds = None if reference is None else reference.normalize, getattr(agent, "seeds", 1)
+    return evaluate(cast(Policy, agent.act), environment, episodes, seed, normalize=normalize, seeds=seeds,
+                    action_space=action_space, max_episode_steps=max_episode_steps)  # fmt: skip
 
 
 def _score_checkpoint(

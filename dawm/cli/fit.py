@@ -5,6 +5,7 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from rich.console import Console
@@ -17,22 +18,16 @@ from dawm.data.module import TransitionDataModule
 from dawm.data.sources.environments import describe_environment
 from dawm.errors import UserError
 from dawm.evaluation.checks import check_environment
-from dawm.training.build import import_class, parameters_of
+from dawm.training.build import build_logger, import_class, parameters_of
 from dawm.training.checkpoints import plain
 from dawm.training.experiment import Experiment
 from dawm.training.ranks import check_launcher, only_run_in
-from dawm.training.stage import Stage
 
 __all__ = ["fit"]
 
 
 def fit(args: Sequence[str], console: Console) -> None:
-    """Trains the stages in order, scores the agent, writes and shows the results.
-
-    Args:
-        args: The command line after ``fit``.
-        console: Where to draw.
-    """
+    """Trains the stages in order, scores the agent, writes and shows the results."""
     _quieten()
     with as_user_error("config"):
         settings = parse_fit(args)
@@ -45,36 +40,35 @@ def fit(args: Sequence[str], console: Console) -> None:
 def _run(settings: Settings, output_dir: Path, command: str, console: Console) -> None:
     data: TransitionDataModule = settings.parts.data
     data.setup()
-    stages = list(settings.parts.stages.needed(data))
+    stages = settings.parts.stages.needed(data)
     environment = _checked_environment(data)
-    experiment = Experiment(data, settings.plain, output_dir, environment, console, settings.plain["quiet"])
-    _say_what_is_left_out(settings, console)
+    with as_user_error("logger"):
+        loggers = [build_logger(description) for description in settings.plain["logger"]]
+    experiment = Experiment(data, settings.plain, output_dir, environment, loggers, console)
+    _say_what_is_left_out(settings.plain, console)
     for stage in stages:  # a mistake in the agent shows now, not when the world model is trained
-        _check(stage, experiment)
+        with as_user_error(stage.name):
+            experiment.build(stage)
+        for callback in stage.callbacks:
+            plain(callback.state_dict(), ("callbacks", type(callback).__name__))
+    for logger in loggers:
+        logger.log_hyperparams(settings.plain)
     trained: dict[str, L.LightningModule] = {}
     for stage in stages:
         with as_user_error(stage.name, only=ImportError):  # of a package that a callback or logger wants
             trained[stage.name] = experiment.run(stage, trained)
     if experiment.rank != 0:
         return
-    episodes, agent = settings.plain["final_episodes"], trained["agent"]
+    episodes = settings.plain["final_episodes"]
     assert data.env_spec is not None
     console.print(f"scoring the agent over {episodes} episodes of {data.env_spec.id}")
-    evaluation = score(agent, data.env_spec, data.episodes.action_space, data.reference, episodes, EVALUATION_SEED,
-                       data.max_episode_steps)  # fmt: skip
+    evaluation = score(trained["agent"], data.env_spec, data.episodes.action_space, data.reference, episodes,
+                       EVALUATION_SEED, data.max_episode_steps)  # fmt: skip
     class_path = settings.plain["agent"]["class_path"]
     results = collect_results(data.episodes, class_path, evaluation, experiment.results, experiment.seed)
     write_files(output_dir, results, settings.plain, command)
-    log_summary(experiment.loggers, results)
+    log_summary(loggers, results)
     show_results(console, output_dir, results)
-
-
-def _check(stage: Stage, experiment: Experiment) -> None:
-    """Builds the stage's module for nothing, and looks whether its callbacks' state can be saved."""
-    with as_user_error(stage.name):
-        experiment.build(stage)
-    for callback in stage.callbacks:
-        plain(callback.state_dict(), ("callbacks", type(callback).__name__))
 
 
 def _checked_environment(data: TransitionDataModule) -> object:
@@ -84,23 +78,18 @@ def _checked_environment(data: TransitionDataModule) -> object:
             f"--data.env_id: got None, expected an environment to score the agent in ({data.dataset!r} names none); "
             "set --data.env_id"
         )
-    episodes = data.episodes
-    check_environment(
-        data.env_spec,
-        observation_space=episodes.observation_space,
-        action_space=episodes.action_space,
-        longest_episode=int(episodes.lengths.max()),
-        max_episode_steps=data.max_episode_steps,
-    )
+    observations, actions = data.episodes.observation_space, data.episodes.action_space
+    check_environment(data.env_spec, observation_space=observations, action_space=actions,
+                      longest_episode=int(data.episodes.lengths.max()),
+                      max_episode_steps=data.max_episode_steps)  # fmt: skip
     return describe_environment(data.env_spec, data.env_id)
 
 
-def _say_what_is_left_out(settings: Settings, console: Console) -> None:
+def _say_what_is_left_out(settings: dict[str, Any], console: Console) -> None:
     """Prints which settings have no effect in this run."""
-    plain_settings = settings.plain
-    if plain_settings["data"]["synthetic_fraction"] == 0:
+    if settings["data"]["synthetic_fraction"] == 0:
         console.print("synthetic_fraction is 0: the agent learns from real data alone, nothing is imagined")
-    class_path, seeds = plain_settings["agent"]["class_path"], plain_settings["seeds"]
+    class_path, seeds = settings["agent"]["class_path"], settings["seeds"]
     if seeds > 1 and "seeds" not in parameters_of(import_class(class_path)):
         console.print(f"{class_path} has no parameter `seeds`: it trains one seed, not {seeds}", style="yellow")
 
@@ -108,12 +97,15 @@ def _say_what_is_left_out(settings: Settings, console: Console) -> None:
 def _quieten() -> None:
     """Keeps Lightning's advice off the screen where the project has decided otherwise."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # of another library's making: Lightning calls a deprecated part of torch
-    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
-    # validation metrics are the same on all ranks: torchmetrics has put them together
-    warnings.filterwarnings("ignore", ".*recommended to use `self.log.*sync_dist=True.*")
-    # the data are in memory: worker processes would only slow the drawing down
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    for pattern in (
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning calls a deprecated part of torch
+        ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has put the ranks' metrics together
+        ".*does not have many workers.*",  # the data are in memory: worker processes would only slow the drawing down
+    ):
+        warnings.filterwarnings("ignore", pattern)
+    warnings.showwarning = lambda message, *args, **kwargs: Console(stderr=True, soft_wrap=True).print(
+        f"warning: {message}", style="yellow", markup=False, highlight=False
+    )
 
 
 def _writable(folder: Path) -> Path:

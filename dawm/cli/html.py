@@ -3,100 +3,94 @@
 import base64
 import datetime
 import html
+import math
 import os
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
 import yaml
 
 from dawm import __version__
-from dawm.cli.curves import Curve, imagined_figures, learning_figures, read_logs
+from dawm.cli.curves import DRIFTS, Curve, imagined_figures, learning_figures, read_logs
 from dawm.files import write_whole
 
 __all__ = ["write_report"]
 
 LIBRARIES = ("torch", "lightning", "gymnasium", "minari", "mujoco", "numpy")
 
+NOTHING_IMAGINED = "The agent's logs show none: it learnt from real data alone, or was trained in another run."
+REUSED = """<p class="soft">Complete stages in the run's folder are reused; another <code>--output_dir</code> trains
+them all.</p>"""
+
 STYLE = """
 :root { color-scheme: light; --ink: #1d2733; --soft: #5b6876; --line: #dde3e9; --blue: #2b5f8f; }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; } p { margin: .25rem 0 .75rem; }
 body { margin: 0; background: #f5f7f9; color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 1rem 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
-p { margin: .25rem 0 .75rem; } .soft { color: var(--soft); }
-section { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; margin: 1rem 0; }
+h1 { font-size: clamp(1.3rem, 5vw, 1.6rem); line-height: 1.25; margin: 1rem 0 .25rem; }
+h2 { font-size: 1.15rem; margin: 0 0 .75rem; } .soft, figcaption, .cards span, th { color: var(--soft); }
+section, .cards div { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem; }
+section { margin: 1rem 0; } figcaption, .cards span { font-size: .875rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
-.cards div { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem; }
 .cards b { display: block; font-size: 1.6rem; line-height: 1.2; color: var(--blue); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } img { display: block; width: 100%; max-width: 100%; height: auto; }
-figcaption, .cards span { color: var(--soft); font-size: .875rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .375rem .75rem .375rem 0; border-top: 1px solid var(--line); }
-tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--soft); min-width: 8rem; }
-td { overflow-wrap: normal; min-width: 6rem; font-variant-numeric: tabular-nums; }
-pre { overflow-x: auto; background: #f5f7f9; border-radius: .375rem; padding: .75rem; margin: .5rem 0;
-  font-size: .85rem; }
+.figures + .scroll, .scroll + .scroll { margin-top: 1rem; }
+th, td { text-align: left; vertical-align: top; padding: .375rem .75rem .375rem 0; border-top: 1px solid var(--line);
+  overflow-wrap: break-word; min-width: 4rem; font-variant-numeric: tabular-nums; }
+th { font-weight: 500; } tr:first-child > * { border-top: 0; }
+@media (max-width: 30rem) { table { font-size: .875rem; } section { padding: .75rem; } }
+pre { overflow-x: auto; background: #f5f7f9; border-radius: .375rem; padding: .75rem; font-size: .85rem; }
 pre.wrap { white-space: pre-wrap; } summary { cursor: pointer; color: var(--blue); }
 """
 
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body><main>
+<h1>$heading</h1>
+<p class="soft">$subtitle</p>
+$body
+</main></body>
+</html>
+""")
+
 
 def write_report(
-    output_dir: Path,
-    results: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    command: str,
-    rows: Iterable[Sequence[str]],
+    folder: Path, results: Mapping[str, Any], settings: Mapping[str, Any], command: str, rows: Iterable[Sequence[str]]
 ) -> None:
-    """Writes ``report.html``.
-
-    Args:
-        output_dir: Folder of the run.
-        results: What `dawm.cli.report.collect_results` made.
-        settings: All settings as plain values.
-        command: Command line that repeats the run.
-        rows: The final table, label and value of each row.
-    """
-    title = f"{results['agent']['class'].split('.')[-1]} on {results['data']['dataset']}"
-    logs = read_logs(Path(results["stages"]["agent"]["checkpoint"]).parent)
-    limits = _limits(settings)
+    """Writes ``report.html`` into the run's folder; the rows are the final table's, label and value of each."""
+    title = html.escape(f"{results['agent']['class'].split('.')[-1]} on {results['data']['dataset']}")
+    logs, limits = read_logs(Path(results["stages"]["agent"]["checkpoint"]).parent), _limits(settings)
     imagined = imagined_figures(logs, limits)
-    sections = [
+    about_imagined = (_figures(imagined), _refills(logs, limits)) if imagined else (f"<p>{NOTHING_IMAGINED}</p>",)
+    config = html.escape(yaml.safe_dump(dict(settings), sort_keys=False))
+    body = [
+        _cards(results),
         _section("Results", _table(rows), _seeds(results)),
         _section("Learning curves", _figures(learning_figures(results))),
-    ]
-    if imagined:
-        sections.append(_section("Imagined data", _figures(imagined), _refills(logs, limits)))
-    else:
-        sections.append(_section("Imagined data", "<p>None: the agent learnt from real data alone.</p>"))
-    sections += [
-        _section(
-            "Repeat it",
-            f'<pre class="wrap">{html.escape(command)}</pre>',
-            '<p class="soft">Complete stages in the run\'s folder are reused; another <code>--output_dir</code> trains '
-            "them all.</p>",
-            f"<details><summary>All settings (config.yaml)</summary><pre>"
-            f"{html.escape(yaml.safe_dump(dict(settings), sort_keys=False))}</pre></details>",
-        ),
+        _section("Imagined data", *about_imagined),
+        _section("Repeat it", f'<pre class="wrap">{html.escape(command)}</pre>', REUSED,
+                 f"<details><summary>All settings (config.yaml)</summary><pre>{config}</pre></details>"),
         _section("Versions and hardware", _table(_versions()), f"<p>{html.escape(_hardware())}</p>"),
-    ]
-    when = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    write_whole(
-        output_dir / "report.html",
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{html.escape(title)}</h1>\n<p class="soft">Seed {results["seed"]}, written {when}</p>\n'
-        f"{_cards(results)}\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n",
-    )
+    ]  # fmt: skip
+    subtitle = f"Seed {results['seed']}, written {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+    heading = title.replace("/", "/<wbr>")
+    page = PAGE.substitute(title=title, heading=heading, style=STYLE, subtitle=subtitle, body="\n".join(body))
+    write_whole(folder / "report.html", page)
 
 
 def _section(title: str, *parts: str) -> str:
@@ -141,52 +135,40 @@ def _seeds(results: Mapping[str, Any]) -> str:
     returns = results["agent"]["returns"]
     if not isinstance(returns[0], list):
         return ""
-    rows = [
-        (str(seed), f"{sum(each) / len(each):.1f}", f"{min(each):.1f}", f"{max(each):.1f}")
-        for seed, each in enumerate(returns)
-    ]
+    figures = ((sum(each) / len(each), min(each), max(each)) for each in returns)
+    rows = [(str(seed), *(f"{value:.1f}" for value in values)) for seed, values in enumerate(figures)]
     return _table(rows, ("seed", "mean return", "lowest", "highest"))
 
 
 def _limits(settings: Mapping[str, Any]) -> dict[str, float]:
     """What the agent's callbacks were told to warn of, such as ``max_reward_drift``."""
-    limits = {}
-    for callback in settings["stages"]["agent"]["callbacks"] or []:
-        for key, value in (callback.get("init_args") or {}).items():
-            if key.startswith("max_") and isinstance(value, int | float):
-                limits[key] = float(value)
-    return limits
+    given = [callback.get("init_args") or {} for callback in settings["stages"]["agent"]["callbacks"] or []]
+    limits = {key: value for arguments in given for key, value in arguments.items() if key.startswith("max_")}
+    return {key: value for key, value in limits.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _refills(logs: Mapping[str, Curve], limits: Mapping[str, float]) -> str:
     """What the first and the last refill were like."""
-    warned = {
-        "rejected_share": "max_rejected",
-        "reward_drift": "max_reward_drift",
-        "termination_drift": "max_termination_drift",
-    }
+    limit_of = {name: limits.get(limit) for name, limit, _ in DRIFTS}
     rows = []
     for metric, (_, values) in logs.items():
         if metric.startswith("synthetic/"):
             name = metric.removeprefix("synthetic/")
-            limit = limits.get(warned.get(name, ""))
-            rows.append((name.replace("_", " "), f"{values[0]:.4g}", f"{values[-1]:.4g}", _limit(limit)))
-    return _table(rows, ("of one refill", "first", "last", "warning beyond"))
+            rows.append((name.replace("_", " "), *map(_figure, (values[0], values[-1], limit_of.get(name)))))
+    note = '<p class="soft">The first and the last refill; beyond its limit a figure gives a warning.</p>'
+    return _table(rows, ("metric", "first", "last", "limit")) + note
 
 
-def _limit(limit: float | None) -> str:
-    return "" if limit is None else f"{limit:g}"
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def _versions() -> list[tuple[str, str]]:
     """Versions of all that a result may depend on."""
-    rows = [("dawm", __version__), ("python", platform.python_version())]
-    for library in LIBRARIES:
-        try:
-            rows.append((library, metadata.version(library)))
-        except metadata.PackageNotFoundError:
-            rows.append((library, "not installed"))
-    return rows
+    libraries = [(library, metadata.version(library)) for library in LIBRARIES]
+    return [("dawm", __version__), ("python", platform.python_version()), *libraries]
 
 
 def _hardware() -> str:
@@ -195,6 +177,6 @@ def _hardware() -> str:
         names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
         names = []
-    processor = names[0] if names else platform.processor() or platform.machine()
+    processor = (*names, platform.processor() or platform.machine())[0]
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return ", ".join([f"{processor}, {os.cpu_count()} cores", *(gpus or ["no GPU"]), platform.platform()])

@@ -1,14 +1,13 @@
 """The command line: ``python -m dawm fit --config FILE`` and its sisters.
 
-Built on jsonargparse as LightningCLI is: every constructor argument of the data module, the three modules, the Trainer
-and the callbacks is a key of the config and an option of the command line. `LightningCLI` itself is not used because it
-serves one model and one Trainer.
+Built on jsonargparse as LightningCLI is, which serves one model and one Trainer: every constructor argument of the data
+module, the three modules, the Trainer and the callbacks is a key of the config and an option of the command line.
 """
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jsonargparse import Namespace, set_parsing_settings
 from rich.console import Console
@@ -29,14 +28,7 @@ __all__ = ["main", "make_parser"]
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Args:
-        args: Command line; None takes the process's own.
-
-    Returns:
-        Exit code: 0; 1 if defects were found in a data set; 2 after a user's mistake; 130 after Ctrl-C.
-    """
+    """Runs one command; exit code 0, 1 for defects in a data set, 2 after a user's mistake, 130 after Ctrl-C."""
     args = sys.argv[1:] if args is None else list(args)
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     prefer_onednn()
@@ -65,24 +57,14 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 class Command(NamedTuple):
-    """A command that is one function: its arguments are the options, its docstring the help.
+    """A command that is one function: its arguments are the options, its docstring the help."""
 
-    Args:
-        function: Takes the console first; a number it returns is a count of defects.
-        positional: The argument that is given without its name.
-    """
-
-    function: Callable[..., int | None]
-    positional: str | None = None
-
-    @property
-    def summary(self) -> str:
-        """One line of help."""
-        return (self.function.__doc__ or "").splitlines()[0]
+    function: Callable[..., int | None]  # takes the console first; a number it returns is a count of defects
+    positional: str | None = None  # the argument that is given without its name
 
     def parser(self) -> Parser:
         """The parser of its options."""
-        parser = Parser(parser_mode="omegaconf+", description=self.summary)
+        parser = Parser(parser_mode="omegaconf+", description=(self.function.__doc__ or "").splitlines()[0])
         skip: set[str | int] = {"console"}
         if self.positional is not None:
             kind = inspect.signature(self.function).parameters[self.positional].annotation
@@ -96,10 +78,7 @@ class Command(NamedTuple):
         return 1 if self.function(console, **self.parser().instantiate(config).as_dict()) else 0
 
 
-COMMANDS = {
-    "evaluate": Command(evaluate_run),
-    "synthesize": Command(synthesize_dataset),
-}
+COMMANDS = {"evaluate": Command(evaluate_run), "synthesize": Command(synthesize_dataset)}
 DATASETS = {
     "list": Command(datasets.list_datasets),
     "show": Command(datasets.show_dataset, "dataset"),
@@ -111,25 +90,27 @@ DATASETS = {
 
 def _run(config: Namespace, console: Console) -> int:
     if config.subcommand == "datasets":
-        chosen = config.datasets.subcommand
-        return DATASETS[chosen].run(config.datasets[chosen], console)
+        config = config.datasets
+        return DATASETS[config.subcommand].run(config[config.subcommand], console)
     return COMMANDS[config.subcommand].run(config[config.subcommand], console)
 
 
 def make_parser() -> Parser:
     """The parser of all commands; that of ``fit`` is here for its help."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=False)
-    parser = Parser(
-        prog="python -m dawm", description="Diffusion action world models for offline RL.", parser_mode="omegaconf+"
-    )
+    description = "Diffusion action world models for offline RL."
+    parser = Parser(prog="python -m dawm", description=description, parser_mode="omegaconf+")
     parser.add_argument("--version", action="version", version=f"dawm {__version__}")
     subcommands = parser.add_subcommands(required=True)
     subcommands.add_subcommand("fit", make_fit_parser(), help="train the three stages and score the agent")
-    for name, command in COMMANDS.items():
-        subcommands.add_subcommand(name, command.parser(), help=command.summary)
+    _add_commands(subcommands, COMMANDS)
     datasets_parser = Parser(parser_mode="omegaconf+", description="Look at, build, import and check data sets.")
     subcommands.add_subcommand("datasets", datasets_parser, help="look at, build, import and check data sets")
-    nested = datasets_parser.add_subcommands(required=True)
-    for name, command in DATASETS.items():
-        nested.add_subcommand(name, command.parser(), help=command.summary)
+    _add_commands(datasets_parser.add_subcommands(required=True), DATASETS)
     return parser
+
+
+def _add_commands(subcommands: Any, commands: Mapping[str, Command]) -> None:
+    for name, command in commands.items():
+        parser = command.parser()
+        subcommands.add_subcommand(name, parser, help=parser.description)

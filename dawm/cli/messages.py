@@ -1,7 +1,4 @@
-"""Users' mistakes on the command line, reported in one line.
-
-jsonargparse explains a bad value by every type it tried, over many lines. What helps is the setting and the reason.
-"""
+"""Users' mistakes on the command line, reported in one line where jsonargparse lists every type that it tried."""
 
 import errno
 import inspect
@@ -25,7 +22,7 @@ __all__ = ["Parser", "as_user_error", "check_groups", "check_no_gaps", "disk_err
 LONGEST = 300
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
-KEY = re.compile(r'Parser key "([^"]+)"|key="([^"]+)"')
+KEY = re.compile(r'Parser key "([^"]+)"')
 REASONS = (
     # pattern in jsonargparse's text, and what to say instead
     (r"Problem with given class_path '([^']+)': No module named '([^']+)'",
@@ -45,9 +42,7 @@ REASONS = (
 class Parser(ArgumentParser):
     """An argument parser whose errors are a user's mistakes: one line, no usage text.
 
-    Args:
-        elsewhere: Settings of the Trainer that are set by another key, and that key.
-        kwargs: See `jsonargparse.ArgumentParser`.
+    ``elsewhere`` names the settings of the Trainer that are set by another key, and that key.
     """
 
     def __init__(self, *args: Any, elsewhere: Mapping[str, str] | None = None, **kwargs: Any) -> None:
@@ -63,43 +58,31 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises instead of printing."""
         found = re.search(r"trainer(?:\.|' does not accept option ')(\w+)", message)
-        if found and found.group(1) in self._elsewhere:
-            place = self._elsewhere[found.group(1)]
-            raise UserError(f"--trainer.{found.group(1)}: got a value, expected none here; set it by {place}")
+        if found and found[1] in self._elsewhere:
+            place = self._elsewhere[found[1]]
+            raise UserError(f"--trainer.{found[1]}: got a value, expected none here; set it by {place}")
         raise UserError(explain(message, self._class))
 
 
 def one_line(text: str) -> str:
-    """A text with its line breaks taken out, and its end if it is long.
-
-    Args:
-        text: Any text.
-    """
+    """A text with its line breaks taken out, and its end if it is long."""
     flat = " ".join(text.split())
     return flat if len(flat) <= LONGEST else flat[: LONGEST - 3] + "..."
 
 
 def explain(message: str, of_class: type | None = None) -> str:
-    """A parser's message as one line: setting and reason.
-
-    Args:
-        message: What jsonargparse says, over any number of lines.
-        of_class: The class whose arguments were parsed, if they were a class's alone.
-    """
+    """A parser's message as one line: setting and reason."""
     flat = " ".join(message.split())
-    keys = [key for match in KEY.finditer(flat) if (key := match.group(1))]
-    setting = ".".join(dict.fromkeys(keys))
+    keys = dict.fromkeys(KEY.findall(flat))
     unknown = re.search(r"Option '([\w.]+)' is not accepted", flat)
-    if unknown and not unknown.group(1).startswith("model"):
-        return one_line(_unknown_option(unknown.group(1), of_class))
+    if unknown and not unknown[1].startswith("model"):
+        return one_line(_unknown_option(unknown[1], of_class))
     nested = re.search(r"- --(\S+): (.*?)(?: - Expected a <class 'NoneType'>| Given value type:|$)", flat)
     if nested:  # a part of the value was explained already, by the parser of that part
-        return one_line(f"--{'.'.join([*dict.fromkeys(keys), nested.group(1)])}: {nested.group(2)}")
+        return one_line(f"--{'.'.join([*keys, nested[1]])}: {nested[2]}")
     for pattern, replacement in REASONS:
-        found = re.search(pattern, flat)
-        if found:
-            reason = found.expand(replacement)
-            return one_line(f"--{setting}: {reason}" if setting else reason)
+        if found := re.search(pattern, flat):
+            return one_line((f"--{'.'.join(keys)}: " if keys else "") + found.expand(replacement))
     return one_line(flat)
 
 
@@ -110,17 +93,12 @@ def _unknown_option(option: str, of_class: type | None) -> str:
     classes = {c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__.startswith("dawm.")}
     owners = ", ".join(sorted(c.__name__ for c in classes if name in parameters_of(c)))
     whose = f" ({name} belongs to {owners})" if owners else ""
-    taker = of_class.__name__ if of_class is not None else "this command"
+    taker = of_class.__name__ if of_class else "this command"
     return f"--{option}: got {name}, expected an argument of {taker}{whose}; see --help"
 
 
 def check_groups(settings: Mapping[str, Any], groups: tuple[str, ...]) -> None:
-    """Raises a UserError where a single value is given in place of a group of settings.
-
-    Args:
-        settings: Plain settings.
-        groups: Keys of groups, such as ``stages.agent``; a group before those inside it.
-    """
+    """Raises a UserError where one value is given for a group of settings; a group precedes those inside it."""
     for group in groups:
         value: Any = settings
         for key in group.split("."):
@@ -132,14 +110,11 @@ def check_groups(settings: Mapping[str, Any], groups: tuple[str, ...]) -> None:
 def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, setting: str = "") -> None:
     """Raises a UserError where a setting is empty (``key:`` in YAML) that must have a value.
 
-    Args:
-        settings: Plain settings; those of a class, ``{"class_path": ..., "init_args": {...}}``, at any depth.
-        function: What takes them as its arguments, where that is known.
-        setting: Their key, such as ``model.init_args``.
+    Those of a class, ``{"class_path": ..., "init_args": {...}}``, are looked at in any depth; ``function`` takes the
+    settings as its arguments, where that is known, and ``setting`` is their key.
     """
-    if isinstance(settings, list):
-        for index, value in enumerate(settings):
-            check_no_gaps(value, None, f"{setting}[{index}]")
+    for index, value in enumerate(settings if isinstance(settings, list) else ()):
+        check_no_gaps(value, None, f"{setting}[{index}]")
     if not isinstance(settings, Mapping):
         return
     types = {} if function is None else {k: p.annotation for k, p in inspect.signature(function).parameters.items()}
@@ -160,17 +135,17 @@ def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, set
 
 @contextmanager
 def as_user_error(setting: str, only: type[Exception] = Exception) -> Iterator[None]:
-    """Turns any exception raised while ``setting`` is used into a one-line UserError.
-
-    Args:
-        setting: The settings' group, such as ``world_model``.
-        only: The kind of exceptions to turn.
-    """
+    """Turns any exception raised while ``setting`` is used into a one-line UserError."""
     try:
         yield
     except (UserError, OSError):
         raise
     except only as error:
+        cause: BaseException | None = error
+        while cause is not None:  # a class may have said itself what is wrong with its arguments
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = one_line(str(error).partition("\nException raised from")[0])[:150]
         raise UserError(
@@ -181,11 +156,7 @@ def as_user_error(setting: str, only: type[Exception] = Exception) -> Iterator[N
 
 @contextmanager
 def disk_errors(output_dir: Path) -> Iterator[None]:
-    """Reports a disk that is full or may not be written in one line; whatever wrote to it: loggers, plots, results.
-
-    Args:
-        output_dir: Folder of the run.
-    """
+    """Reports a disk that is full or may not be written in one line; whatever wrote to it: loggers, plots, results."""
     original = threading.excepthook
 
     def quiet(failed: threading.ExceptHookArgs) -> None:  # TensorBoard's thread keeps the error for the next write

@@ -28,15 +28,7 @@ __all__ = ["collect_results", "log_summary", "read_results", "show_evaluation", 
 def collect_results(
     episodes: Episodes, agent_class: str, evaluation: Evaluation, stages: Mapping[str, StageResult], seed: int
 ) -> dict[str, Any]:
-    """What ``results.json`` holds.
-
-    Args:
-        episodes: The real data.
-        agent_class: Class path of the agent.
-        evaluation: The agent's last evaluation.
-        stages: Results of the stages that ran.
-        seed: Seed of the run.
-    """
+    """What ``results.json`` holds: of the real data, the agent's last evaluation, and the stages that ran."""
     reference = episodes.reference
     data_return = float(episodes.episode_returns.mean())
     data: dict[str, Any] = {
@@ -44,10 +36,9 @@ def collect_results(
         "episodes": len(episodes.ends),
         "transitions": len(episodes),
         "return": data_return,
-        "normalized_score": None,
+        "normalized_score": None if reference is None else float(reference.normalize(data_return)),
     }
     if reference is not None:
-        data["normalized_score"] = float(reference.normalize(data_return))
         data["reference"] = asdict(reference)
     agent = {
         "class": agent_class,
@@ -55,23 +46,12 @@ def collect_results(
         "normalized_score": {"mean": evaluation.score, "low": evaluation.score_low, "high": evaluation.score_high},
         "returns": evaluation.returns.tolist(),
     }
-    return {
-        "dawm": __version__,
-        "seed": seed,
-        "data": data,
-        "agent": agent,
-        "stages": {name: asdict(result) for name, result in stages.items()},
-    }
+    outcomes = {name: asdict(result) for name, result in stages.items()}
+    return {"dawm": __version__, "seed": seed, "data": data, "agent": agent, "stages": outcomes}
 
 
 def show_results(console: Console, output_dir: Path, results: Mapping[str, Any]) -> None:
-    """Prints the final table and where the report is.
-
-    Args:
-        console: Where to print.
-        output_dir: Folder of the run.
-        results: What `collect_results` made.
-    """
+    """Prints the final table and where the report is."""
     title = f"{results['agent']['class'].split('.')[-1]} on {results['data']['dataset']}"
     table = Table(title=escape(title), show_header=False, title_style="bold")
     table.add_column(style="cyan")
@@ -88,13 +68,10 @@ def _rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     data, agent, stages = results["data"], results["agent"], results["stages"]
     rows = []
     if data["normalized_score"] is not None:
-        reference = data["reference"]
-        rows += [
+        score, reference = _with_interval(agent["normalized_score"]).rstrip(")"), data["reference"]
+        rows = [
             ("data's mean score", f"{data['normalized_score']:.1f}  ({data['episodes']} episodes)"),
-            (
-                "agent's score",
-                f"{_with_interval(agent['normalized_score'])[:-1]}, {_played(agent['returns'])})",
-            ),
+            ("agent's score", f"{score}, {_played(agent['returns'])})"),
             ("scale", f"0 = {reference['minimum']:.1f}, 100 = {reference['maximum']:.1f} ({reference['source']})"),
         ]
     rows += [("data's mean return", f"{data['return']:.1f}"), ("agent's return", _with_interval(agent["return"]))]
@@ -123,22 +100,12 @@ HELD_OUT = (
 
 
 def show_evaluation(console: Console, evaluation: Evaluation, reference: ReferenceScores | None) -> None:
-    """Prints one evaluation and the scale of its score.
-
-    Args:
-        console: Where to print.
-        evaluation: The result.
-        reference: What a score of 0 and of 100 stand for.
-    """
-    played = _played(evaluation.returns.tolist())
-    console.print(
-        f"return {evaluation.mean_return:.1f} (95 % interval {evaluation.low:.1f} to {evaluation.high:.1f}, {played})"
-    )
+    """Prints one evaluation and the scale of its score."""
+    e, played = evaluation, _played(evaluation.returns.tolist())
+    console.print(f"return {e.mean_return:.1f} (95 % interval {e.low:.1f} to {e.high:.1f}, {played})")
     if reference is not None:
-        console.print(
-            f"score {evaluation.score:.1f} (95 % interval {evaluation.score_low:.1f} to {evaluation.score_high:.1f}); "
-            f"0 = {reference.minimum:.1f}, 100 = {reference.maximum:.1f} ({reference.source})"
-        )
+        scale = f"0 = {reference.minimum:.1f}, 100 = {reference.maximum:.1f} ({reference.source})"
+        console.print(f"score {e.score:.1f} (95 % interval {e.score_low:.1f} to {e.score_high:.1f}); {scale}")
 
 
 def _played(returns: list) -> str:
@@ -149,11 +116,7 @@ def _played(returns: list) -> str:
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    """The results of a finished run, with its checkpoints where they are now.
-
-    Args:
-        run: Folder of the run; it may have been moved since.
-    """
+    """The results of a finished run, which may have been moved since, with its checkpoints where they are now."""
     try:
         results = json.loads((run / "results.json").read_text())
         for stage in results["stages"].values():
@@ -167,14 +130,7 @@ def read_results(run: Path) -> dict[str, Any]:
 
 
 def write_files(output_dir: Path, results: Mapping[str, Any], settings: Mapping[str, Any], command: str) -> None:
-    """Writes ``results.json``, ``config.yaml`` (which ``fit --config`` takes), ``curves.png`` and ``report.html``.
-
-    Args:
-        output_dir: Folder of the run.
-        results: What `collect_results` made.
-        settings: All settings as plain values.
-        command: Command line that repeats the run.
-    """
+    """Writes ``results.json``, ``config.yaml`` (which ``fit --config`` takes), ``curves.png`` and ``report.html``."""
     write_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     write_whole(output_dir / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
     draw_curves(output_dir, results)
@@ -185,18 +141,11 @@ def log_summary(loggers: Iterable[Logger], results: Mapping[str, Any]) -> None:
     """Writes the final scores to loggers, as ``final/return``, ``final/normalized_score`` and the bounds of both.
 
     W&B and MLflow show the last value of a metric as the run's summary.
-
-    Args:
-        loggers: Any Lightning loggers.
-        results: What `collect_results` made.
     """
     ends = {"": "mean", "_low": "low", "_high": "high"}
-    metrics = {
-        f"final/{key}{end}": results["agent"][key][name]
-        for key in ("return", "normalized_score")
-        for end, name in ends.items()
-        if results["agent"][key][name] is not None
-    }
+    figures = {key: results["agent"][key] for key in ("return", "normalized_score")}
+    named = {f"final/{key}{end}": figure[name] for key, figure in figures.items() for end, name in ends.items()}
+    metrics = {name: value for name, value in named.items() if value is not None}
     for logger in loggers:
         logger.log_metrics(metrics, step=results["stages"]["agent"]["steps"])
         logger.save()

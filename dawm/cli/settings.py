@@ -1,6 +1,6 @@
 """Settings of ``fit``: parsed, with shared numbers handed out, and as the plain values that a run keeps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -44,31 +44,26 @@ GROUPS = ("data", "trainer", "stages", "stages.world_model", "stages.inverse_dyn
 # some callbacks of Lightning have members of an enumeration as defaults
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
-# What the experiment sets itself, and where a user sets it instead.
 ELSEWHERE = {
-    "callbacks": "--stages.<stage>.callbacks",
-    "logger": "--logger",
-    "max_steps": "--stages.<stage>.max_steps",
-    "min_steps": "--stages.<stage>.max_steps",
-    "max_epochs": "--stages.<stage>.max_steps",
-    "min_epochs": "--stages.<stage>.max_steps",
+    **dict.fromkeys(("max_steps", "min_steps", "max_epochs", "min_epochs"), "--stages.<stage>.max_steps"),
     "max_time": "--stages.<stage>.max_steps (a run stopped by a signal resumes)",
     "log_every_n_steps": "--stages.<stage>.log_every_n_steps",
-    "val_check_interval": "--stages.<stage>.validate_every_n_steps",
-    "check_val_every_n_epoch": "--stages.<stage>.validate_every_n_steps",
-    "num_sanity_val_steps": "--stages.<stage>.validate_every_n_steps",
-    "enable_progress_bar": "--quiet",
-    "enable_model_summary": "a ModelSummary among --stages.<stage>.callbacks",
+    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"),
+                    "--stages.<stage>.validate_every_n_steps"),
     "enable_checkpointing": "--stages.<stage>.checkpoint_every_n_steps",
+    "callbacks": "--stages.<stage>.callbacks",
+    "enable_model_summary": "a ModelSummary among --stages.<stage>.callbacks",
+    "logger": "--logger",
+    "enable_progress_bar": "--quiet",
     "default_root_dir": "--output_dir",
-    "gradient_clip_val": "the module, such as --world_model.max_gradient_norm",
-    "gradient_clip_algorithm": "the module, such as --world_model.max_gradient_norm",
     "accumulate_grad_batches": "--data.batch_size",
-    "plugins": "nowhere: checkpoints are written by dawm",
+    **dict.fromkeys(("gradient_clip_val", "gradient_clip_algorithm"),
+                    "the module, such as --world_model.max_gradient_norm"),
+    **dict.fromkeys(("plugins", "model_registry"), "nowhere: checkpoints are written by dawm"),
     "use_distributed_sampler": "nowhere: ranks draw batches of their own",
     "reload_dataloaders_every_n_epochs": "nowhere: batches are drawn from memory",
-    "model_registry": "nowhere: checkpoints are written by dawm",
-}
+}  # fmt: skip
+"""What the experiment sets itself, and where a user sets it instead."""
 
 
 class FitParser(Parser):
@@ -84,37 +79,33 @@ class FitParser(Parser):
 
 
 class Settings(NamedTuple):
-    """Settings of an experiment in two forms.
+    """Settings of an experiment in two forms."""
 
-    Args:
-        parts: Data module and stages, built.
-        plain: All settings as plain values; `config.yaml` of the run.
-    """
+    parts: Namespace  # data module and stages, built
+    plain: dict[str, Any]  # all settings as plain values; `config.yaml` of the run
 
-    parts: Namespace
-    plain: dict[str, Any]
+
+OPTIONS: dict[str, tuple[Any, Any, str]] = {
+    "output_dir": (str, "runs/dawm", "folder of the run"),
+    "seed_everything": (int, 0, "seed of data split, networks, draws and noise"),
+    "horizon": (int, 8, "steps imagined at once, of every class that has one"),
+    "discount": (float, 0.99, "of rewards, of every class that has one"),
+    "seeds": (int, 1, "agents trained side by side, each with its own weights, draws and score"),
+    "cuda_graphs": (bool, False, "run the updates of a training step as one CUDA graph"),
+    "final_episodes": (int, 20, "episodes of the last evaluation"),
+    "wait": (bool, False, "wait while another fit trains in output_dir"),
+    "quiet": (bool, False, "draw no progress"),
+    "logger": (Logger | list[Logger], [], "Lightning loggers, besides CSV and TensorBoard, for all stages"),
+}
+"""Options of their own: type, default, help."""
 
 
 def make_fit_parser() -> FitParser:
     """The parser of ``fit``: every setting of an experiment."""
     parser = FitParser(prog="python -m dawm fit", parser_mode="omegaconf+", elsewhere=ELSEWHERE)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of an experiment; may be given repeatedly")
-    parser.add_argument("--output_dir", type=str, default="runs/dawm", help="folder of the run")
-    parser.add_argument("--seed_everything", type=int, default=0, help="seed of data split, networks, draws and noise")
-    parser.add_argument("--horizon", type=int, default=8, help="steps imagined at once, of every class that has one")
-    parser.add_argument("--discount", type=float, default=0.99, help="of rewards, of every class that has one")
-    parser.add_argument(
-        "--seeds", type=int, default=1, help="agents trained side by side, each with its own weights, draws and score"
-    )
-    parser.add_argument(
-        "--cuda_graphs", type=bool, default=False, help="run the updates of a training step as one CUDA graph"
-    )
-    parser.add_argument("--final_episodes", type=int, default=20, help="episodes of the last evaluation")
-    parser.add_argument("--wait", type=bool, default=False, help="wait while another fit trains in output_dir")
-    parser.add_argument("--quiet", type=bool, default=False, help="draw no progress")
-    parser.add_argument(
-        "--logger", type=list[Logger], default=[], help="Lightning loggers by class path, besides CSV and TensorBoard"
-    )
+    for name, (kind, default, about) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=about)
     parser.add_class_arguments(TransitionDataModule, "data")
     parser.link_arguments("seed_everything", "data.seed")
     for name in MODULES:
@@ -126,24 +117,18 @@ def make_fit_parser() -> FitParser:
 
 
 def parse_fit(args: Sequence[str]) -> Settings:
-    """Parses the arguments of ``fit`` and builds what can be built without the data.
-
-    Args:
-        args: The command line after ``fit``.
-    """
+    """Parses the arguments of ``fit`` and builds what can be built without the data."""
     parser = make_fit_parser()
     # as arguments and not as defaults: of a default class the arguments' defaults would pass for given ones
     config = parser.parse_args([*DEFAULTS, *_forgetting_replaced_lists(args)])
     config.pop("config", None)
-    groups = config.as_dict()
-    check_groups(groups, GROUPS)
-    shared = {name: config[name] for name in SHARED}
+    check_groups(config.as_dict(), GROUPS)
     for name in (*SHARED, "seed_everything", "final_episodes"):
         lowest = {"seed_everything": -HIGHEST, "discount": 0}.get(name, 1)
         highest = 1 if name == "discount" else HIGHEST
         holds = config[name] is not None and lowest <= config[name] <= highest
         require(name, config[name], holds, f"a number from {lowest} to {highest}")
-    _share(config, parser.given, shared)
+    _share(config, parser.given)
     check_no_gaps({name: config[name].as_dict() for name in MODULES})
     check_no_gaps(config.data.as_dict(), TransitionDataModule, "data")
     check_no_gaps(config.stages.as_dict(), Stages, "stages")
@@ -153,14 +138,15 @@ def parse_fit(args: Sequence[str]) -> Settings:
         found = import_class(config[name].class_path)
         if not issubclass(found, kind):
             raise UserError(f"--{name}: got {found.__name__}, expected a {kind.__name__}; name another class")
-    horizon = config.world_model.init_args.get("horizon", config.data.horizon)
-    expected = f"{config.data.horizon}, the data's"
-    require("world_model.horizon", horizon, horizon == config.data.horizon, expected, "set both by --horizon")
+    of_data = config.data.horizon
+    horizon = config.world_model.init_args.get("horizon", of_data)
+    require("world_model.horizon", horizon, horizon == of_data, f"{of_data}, the data's", "set both by --horizon")
     plain = yaml.safe_load(parser.dump(config, skip_validation=True, skip_unset=False))
-    rest = config.clone()
+    if isinstance(plain["logger"], dict):
+        plain["logger"] = [plain["logger"]]
     for name in (*MODULES, "logger"):
-        rest.pop(name)
-    return Settings(parser.instantiate(rest), plain)
+        config.pop(name)
+    return Settings(parser.instantiate(config), plain)
 
 
 def _forgetting_replaced_lists(args: Sequence[str]) -> Iterator[str]:
@@ -183,11 +169,11 @@ def _forgetting_replaced_lists(args: Sequence[str]) -> Iterator[str]:
         yield argument
 
 
-def _share(config: Namespace, given: Namespace, shared: Mapping[str, Any]) -> None:
+def _share(config: Namespace, given: Namespace) -> None:
     """Hands shared numbers to every constructor that has a parameter of that name and was not given another value."""
-    for name, value in shared.items():
+    for name in SHARED:
         if f"data.{name}" in config and config.data[name] is None:
-            config.data[name] = value
+            config.data[name] = config[name]
     described = [(config[name], given.get(name)) for name in MODULES]
     for stage in STAGES:
         own = given.get(f"stages.{stage}.callbacks") or []
@@ -195,8 +181,7 @@ def _share(config: Namespace, given: Namespace, shared: Mapping[str, Any]) -> No
     for description, explicit in described:
         arguments = (explicit.get("init_args") if explicit is not None else None) or Namespace()
         taken = parameters_of(import_class(description.class_path, object))
-        for name, value in shared.items():
+        for name in SHARED:
             if name in taken and name not in arguments:
-                if description.get("init_args") is None:
-                    description.init_args = Namespace()
-                description.init_args[name] = value
+                description.init_args = description.get("init_args") or Namespace()
+                description.init_args[name] = config[name]

@@ -1,15 +1,11 @@
 """Write imagined transitions as a Minari data set: what ``python -m dawm synthesize`` does.
 
-Rollouts are imagined in chunks, and each goes straight to the disk, so memory holds one chunk whatever the size of the
-data set. An interrupted command leaves nothing behind.
-
-Symbols: B rollouts of a chunk, H horizon, E episodes kept, N steps kept, O observation size, A action size.
+Memory holds one chunk of B rollouts, whatever the size of the data set. An interrupted command leaves nothing behind.
 """
 
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +29,7 @@ from dawm.data.sources.minari import SOURCE
 from dawm.data.store.minari_writer import EpisodeColumns, write_dataset
 from dawm.data.store.staging import check_output, progress_bar
 from dawm.errors import UserError, first_line, require
+from dawm.files import expanded
 from dawm.synthesis.guards import DataStatistics, list_fates
 from dawm.synthesis.rollouts import CHUNK, Rollouts, Synthesizer
 from dawm.synthesis.targets import TargetReturn
@@ -45,19 +42,10 @@ FEWEST = 256  # starts of a chunk: the last ones, which make up for dropped step
 
 
 def synthesize_dataset(
-    console: Console,
-    run: Path,
-    output: str,
-    transitions: int = 1_000_000,
-    target_return: TargetReturn | None = None,
-    guidance: float | None = None,
-    margin: float | None = None,
-    max_disagreement: float | None = None,
-    num_steps: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    overwrite: bool = False,
-) -> None:
+    console: Console, run: Path, output: str, transitions: int = 1_000_000, target_return: TargetReturn | None = None,
+    guidance: float | None = None, margin: float | None = None, max_disagreement: float | None = None,
+    num_steps: int | None = None, seed: int = 0, device: str = "auto", overwrite: bool = False,
+) -> None:  # fmt: skip
     """Write transitions imagined by a run's world model as a Minari data set.
 
     Without further options they are what the run's agent learnt from. Each episode is a rollout from a random real
@@ -82,17 +70,17 @@ def synthesize_dataset(
     for key, number, least in (("transitions", transitions, 1), ("num_steps", num_steps, 1), ("margin", margin, 0)):
         require(key, number, number is None or number >= least, f"at least {least}")
     check_output(output, overwrite)
-    run, place = Path(os.path.expandvars(run)).expanduser(), _device(device)
+    run, place = expanded(run), _device(device)
     stages = read_results(run)["stages"]
     data, callback, unchosen = _read_settings(run / "config.yaml")
     episodes = data.episodes
     others = [part.strip() for part in episodes.name.split("+")]
     require("output", output, output not in others, "another name than that of the data set the run learnt from")
-    options = {"target_return": target_return, "guidance": guidance, "margin": margin}
-    options["max_disagreement"] = max_disagreement
-    for key, value in options.items():
-        if value is not None:
-            setattr(callback, key, value)
+    options = {"target_return": target_return, "guidance": guidance, "margin": margin,
+               "max_disagreement": max_disagreement}  # fmt: skip
+    chosen = {key: value for key, value in options.items() if value is not None}
+    for key, value in chosen.items():
+        setattr(callback, key, value)
     models, hashes = _load_models(run, stages, episodes.fingerprint, place)
     callback.connect(**models)
     synthesizer = callback.synthesizer(DataStatistics.of(episodes))
@@ -101,42 +89,29 @@ def synthesize_dataset(
 
     counts: Counter[str] = Counter()
     synthesis = {
-        "dawm": __version__,
-        "run": str(run),
-        "dataset": episodes.name,
-        "fingerprint": episodes.fingerprint,
+        **{"dawm": __version__, "run": str(run), "dataset": episodes.name, "fingerprint": episodes.fingerprint},
         **hashes,
-        "horizon": horizon,
-        "transitions": transitions,
+        **{"horizon": horizon, "transitions": transitions, "seed": seed, "device": place.type},
         **{key: getattr(callback, key) for key in options},
         "target_return": _described(callback.target_return),
         "sampler": _described(sampler),
-        "chosen_by": {key: unchosen if value is None else "option" for key, value in options.items()}
+        "chosen_by": {key: "option" if key in chosen else unchosen for key in options}
         | {"num_steps": "run" if num_steps is None else "option"},
-        "seed": seed,
-        "device": place.type,
         "counts": counts,  # complete once all episodes are written
     }
     metadata: dict[str, Any] = {"synthesis": synthesis}
-    if episodes.reference is not None:
-        metadata |= {"ref_min_score": episodes.reference.minimum, "ref_max_score": episodes.reference.maximum}
-        metadata |= {SOURCE: f"those of {episodes.name} ({episodes.reference.source})"}
+    if (reference := episodes.reference) is not None:
+        metadata |= {"ref_min_score": reference.minimum, "ref_max_score": reference.maximum,
+                     SOURCE: f"those of {episodes.name} ({reference.source})"}  # fmt: skip
     with progress_bar(f"imagining {output}", transitions, visible=True) as bar:
         count, steps = write_dataset(
-            output,
-            _imagine(synthesizer, data, transitions, seed, counts),
-            env_spec=episodes.env_spec,
-            observation_space=episodes.observation_space,
-            action_space=episodes.action_space,
-            metadata=metadata,
-            description=(
-                f"Imagined by a diffusion world model trained on {episodes.name}: rollouts of up to {horizon} steps "
-                "from random real observations and actions; all later actions are inferred from the observations."
-            ),
-            algorithm_name="DAWM world model",
-            overwrite=overwrite,
-            report=lambda done: bar.update(bar.task_ids[0], completed=done),
-        )
+            output, _imagine(synthesizer, data, transitions, seed, counts),
+            env_spec=episodes.env_spec, observation_space=episodes.observation_space,
+            action_space=episodes.action_space, metadata=metadata, algorithm_name="DAWM world model",
+            description=f"Imagined by a diffusion world model trained on {episodes.name}: rollouts of up to {horizon} "
+            "steps from random real observations and actions; all later actions are inferred from the observations.",
+            overwrite=overwrite, report=lambda done: bar.update(bar.task_ids[0], completed=done),
+        )  # fmt: skip
     console.print(Text(f"{output}: {count:,} episodes, {steps:,} transitions in {dataset_folder(output)}"))
     console.print(f"imagined steps: {list_fates(counts)}", highlight=False)
 
@@ -155,10 +130,8 @@ def _read_settings(path: Path) -> tuple[TransitionDataModule, RegenerateRollouts
     except UserError:
         raise
     except Exception as error:  # whatever YAML, imports and constructors raise
-        raise UserError(
-            f"--run: got {path}, which cannot be read ({first_line(error)}), expected the settings of a finished run; "
-            "run `fit` again"
-        ) from error
+        found = f"{path}, which cannot be read ({first_line(error)})"
+        raise UserError(f"--run: got {found}, expected a finished run's settings; run `fit` again") from error
 
 
 def _load_models(
@@ -190,9 +163,8 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # not known, or not on this machine
-        raise UserError(
-            f"--device: got {name!r} ({first_line(error)}), expected one of this machine; set cpu"
-        ) from None
+        reason = first_line(error)
+        raise UserError(f"--device: got {name!r} ({reason}), expected one of this machine; set cpu") from None
 
 
 def _described(part: object) -> dict[str, Any]:
@@ -206,12 +178,7 @@ def _imagine(
 ) -> Iterator[EpisodeColumns]:
     """Chunks of episodes until there are enough steps: chunk k is what the agent's rank k would begin with.
 
-    Args:
-        synthesizer: Makes the rollouts.
-        data: The real data to start from.
-        transitions: Steps to make in all.
-        seed: Seed of all chunks.
-        counts: Takes up the steps by fate; ``surplus`` are those beyond what is asked for.
+    ``counts`` takes up the steps by fate; ``surplus`` are those beyond what is asked for.
     """
     chunk = 0
     while (missing := transitions - counts["kept"]) > 0:
@@ -227,13 +194,7 @@ def _imagine(
 
 
 def _columns(rollouts: Rollouts, action_space: gym.spaces.Box, most: int) -> EpisodeColumns:
-    """The kept steps as episodes in the data's units.
-
-    Args:
-        rollouts: Fields of shape (B, ...), on the CPU.
-        action_space: The data's Box of actions.
-        most: Steps to take at most.
-    """
+    """The first ``most`` kept steps as episodes in the data's units, from rollouts of shape (B, ...) on the CPU."""
     before = rollouts.lengths.cumsum(0) - rollouts.lengths
     lengths = torch.minimum(rollouts.lengths, (most - before).clamp(min=0))
     steps = rollouts._replace(lengths=lengths).transitions()
@@ -243,9 +204,7 @@ def _columns(rollouts: Rollouts, action_space: gym.spaces.Box, most: int) -> Epi
     # single precision may step over the bounds by rounding
     actions = unscale_actions(steps.actions, action_space).numpy().clip(action_space.low, action_space.high)
     return EpisodeColumns(
-        lengths=lengths[nonempty].numpy(),
-        observations=rollouts.observations[recorded].numpy(),
-        actions=actions.astype(action_space.dtype, copy=False),
-        rewards=steps.rewards.numpy(),
+        lengths=lengths[nonempty].numpy(), observations=rollouts.observations[recorded].numpy(),
+        actions=actions.astype(action_space.dtype, copy=False), rewards=steps.rewards.numpy(),
         terminated=last[nonempty].numpy() > 0.5,
-    )
+    )  # fmt: skip

@@ -64,7 +64,7 @@ class RowStream:
 
 
 class Ranges:
-    """Ranges of rows, one behind the other, whose rows are found by number: a list of rows that takes no memory.
+    """Ranges of rows in order, whose rows are found by number: a list of rows that takes no memory.
 
     Args:
         starts: First row of each range, shape (E,).
@@ -72,11 +72,11 @@ class Ranges:
     """
 
     def __init__(self, starts: Tensor, lengths: Tensor) -> None:
-        self._behind = lengths.cumsum(0)
-        self._shifts = starts - (self._behind - lengths)
+        self._stops = lengths.cumsum(0)
+        self._shifts = starts - (self._stops - lengths)
 
     def __len__(self) -> int:
-        return int(self._behind[-1]) if len(self._behind) else 0
+        return int(self._stops[-1]) if len(self._stops) else 0
 
     def find(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Rows by number, and the range that each belongs to.
@@ -87,7 +87,7 @@ class Ranges:
         Returns:
             Rows and positions in ``starts``, each shape (...).
         """
-        which = torch.searchsorted(self._behind, numbers.contiguous(), right=True)
+        which = torch.searchsorted(self._stops, numbers.contiguous(), right=True)
         return numbers + self._shifts[which], which
 
 
@@ -124,7 +124,7 @@ class BatchLoader:
         return {"drawn": self._drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on behind the updates already drawn for."""
+        """Resumes after the updates already drawn for."""
         for stream, numbers in self._streams:
             stream.skip((state["drawn"] - self._drawn) * numbers)
         self._drawn = state["drawn"]

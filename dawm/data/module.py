@@ -128,7 +128,7 @@ class TransitionDataModule(L.LightningDataModule):
 
     @property
     def reference(self) -> ReferenceScores | None:
-        """What a score of 0 and of 100 stand for."""
+        """The returns that score 0 and 100."""
         return self.episodes.reference
 
     def to(self, device: torch.device | str) -> None:

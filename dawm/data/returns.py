@@ -1,7 +1,7 @@
 """Returns: discounted sums of rewards.
 
 Symbols: N rows, E episodes, gamma the discount. The return-to-go of step t of an episode that ends after step T - 1 is
-``g_t = r_t + gamma r_{t+1} + ... + gamma^(T-1-t) r_{T-1}``. Nothing is added behind a truncated end, as in D4RL's
+``g_t = r_t + gamma r_{t+1} + ... + gamma^(T-1-t) r_{T-1}``. Nothing is added after a truncated end, as in D4RL's
 loaders; the window form sums only the next ``window`` rewards (the two forms in DWM, arXiv 2402.03570).
 """
 
@@ -36,41 +36,34 @@ def returns_to_go(rewards: Tensor, ends: Tensor, discount: float, window: int | 
 def returns_in_blocks(
     read: Callable[[int, int], Tensor], ends: Tensor, discount: float, window: int | None = None
 ) -> Iterator[Tensor]:
-    """Return-to-go at every step, some whole episodes at a time, in double precision.
+    """As `returns_to_go`, some whole episodes at a time and in double precision.
 
     Args:
         read: Gives the rewards from a row up to another.
-        ends: Exclusive end row of each episode, ascending, shape (E,).
-        discount: Gamma, in [0, 1].
-        window: Sum only this many rewards; None sums to the episode's end.
+        ends: See `returns_to_go`, as the others.
+        discount: Gamma.
+        window: Rewards to sum.
     """
     first, start = 0, 0
     while first < len(ends):
-        behind = max(first + 1, int(torch.searchsorted(ends, start + BLOCK, right=True)))
-        stop = int(ends[behind - 1])
-        yield _sums(read(start, stop), ends[first:behind] - start, discount, window)
-        first, start = behind, stop
+        after = max(first + 1, int(torch.searchsorted(ends, start + BLOCK, right=True)))
+        stop = int(ends[after - 1])
+        yield _sums(read(start, stop), ends[first:after] - start, discount, window)
+        first, start = after, stop
 
 
 def _sums(rewards: Tensor, ends: Tensor, discount: float, window: int | None) -> Tensor:
-    """Return-to-go of some whole episodes in double precision, shape (N,).
-
-    Args:
-        rewards: Rewards, shape (N,).
-        ends: Exclusive end row of each episode, shape (E,).
-        discount: Gamma.
-        window: Sum only this many rewards; None sums to the episode's end.
-    """
+    """Return-to-go of some whole episodes in double precision, shape (N,)."""
     lengths = torch.diff(ends, prepend=ends.new_zeros(1))
     left = torch.repeat_interleave(ends, lengths) - torch.arange(len(rewards), device=rewards.device)
     totals = rewards.double()
-    # Each pass doubles how many rewards a row has summed: its own `reach`, and those of the row behind them.
+    # Each pass doubles how many rewards a row has summed: its own `reach`, and those of the row after them.
     reach, longest = 1, int(lengths.max())
     while reach < longest and discount**reach > 0:
-        behind = torch.where(left[:-reach] > reach, totals[reach:], 0.0)
-        totals[:-reach] += discount**reach * behind
+        further = torch.where(left[:-reach] > reach, totals[reach:], 0.0)
+        totals[:-reach] += discount**reach * further
         reach *= 2
     if window is not None and window < longest:
-        behind = torch.where(left[:-window] > window, totals[window:], 0.0)
-        totals[:-window] -= discount**window * behind
+        further = torch.where(left[:-window] > window, totals[window:], 0.0)
+        totals[:-window] -= discount**window * further
     return totals

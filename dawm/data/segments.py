@@ -16,8 +16,8 @@ __all__ = ["SegmentTable"]
 class SegmentTable:
     """Every place where a segment can start, and how to gather segments from there.
 
-    In an episode that ended with a termination a segment may start at any step: behind the termination it goes on with
-    absorbing rows. In a truncated episode nothing is known behind the end, so a segment must fit inside.
+    In an episode that ended with a termination a segment may start at any step: after the termination it continues with
+    absorbing rows. In a truncated episode nothing is known beyond the end, so a segment must fit inside.
 
     Args:
         episodes: The data set.
@@ -33,10 +33,10 @@ class SegmentTable:
         self._packed = packed
         self._returns_to_go = returns_to_go
         self._horizon = horizon
-        self._sizes = episodes.observation_space.shape[0], episodes.action_space.shape[0]
+        self._sizes = episodes.sizes
         starts, self._ends = episodes.starts[episode_ids], episodes.ends[episode_ids]
-        behind = torch.where(episodes.truncated[episode_ids], self._ends - horizon + 1, self._ends)
-        self._starts = Ranges(starts, (behind - starts).clamp(min=0))
+        stops = torch.where(episodes.truncated[episode_ids], self._ends - horizon + 1, self._ends)
+        self._starts = Ranges(starts, (stops - starts).clamp(min=0))
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -55,8 +55,8 @@ class SegmentTable:
         rows = starts + torch.arange(self._horizon)
         valid = rows < ends
         steps = Transitions.unpack(take(self._packed, torch.minimum(rows, ends - 1)), *self._sizes)
-        # Behind a termination the last row repeats: its next observation stays and so does its termination flag.
-        # (Where a file did not record that observation it stands in as "no change"; nothing bootstraps from it.)
+        # After a termination the last row repeats: its next observation stays and so does its termination flag.
+        # (Where a file did not record that observation it is filled in as "no change"; nothing bootstraps from it.)
         observations = torch.cat([steps.observations[..., :1, :], steps.next_observations], dim=-2)
         mask = valid.to(self._packed)
         return Segments(

@@ -20,26 +20,15 @@ __all__ = ["Absolute", "Codec", "Differences", "Imagined", "InpaintedAbsolute"]
 
 
 class Imagined(NamedTuple):
-    """Imagined futures.
+    """Imagined futures."""
 
-    Args:
-        observations: ``s_t`` (as given) and ``s_{t+1} .. s_{t+H}``, shape (B, H + 1, O).
-        rewards: ``r_t .. r_{t+H-1}``, shape (B, H).
-        terminations: How far the task is believed to have ended at each step, around 0 or 1, shape (B, H).
-    """
-
-    observations: Tensor
-    rewards: Tensor
-    terminations: Tensor
+    observations: Tensor  # s_t (as given) and s_{t+1} .. s_{t+H}, shape (B, H + 1, O)
+    rewards: Tensor  # r_t .. r_{t+H-1}, shape (B, H)
+    terminations: Tensor  # how far the task is believed to have ended at each step, around 0 or 1, shape (B, H)
 
 
 class Codec(nn.Module, ABC):
-    """Encodes segments and decodes futures, by the normalizers it owns; a subclass says how observations are held.
-
-    Args:
-        observation_size: O.
-        action_size: A.
-    """
+    """Encodes segments and decodes futures, by the normalizers it owns; a subclass says how observations are held."""
 
     known_steps = 0  # K, the steps that are inpainted before the H imagined ones
 
@@ -53,12 +42,7 @@ class Codec(nn.Module, ABC):
         self.return_normalizer = Normalizer(1)
 
     def fit(self, transitions: Transitions, returns_to_go: Tensor) -> None:
-        """Takes the normalizers' statistics from real transitions.
-
-        Args:
-            transitions: Real transitions, fields of shape (N, ...).
-            returns_to_go: Their returns-to-go, shape (N,).
-        """
+        """Takes the normalizers' statistics from N real transitions and their returns-to-go, shape (N,)."""
         self.observation_normalizer.fit(transitions.observations)
         self.difference_normalizer.fit(transitions.next_observations - transitions.observations)
         self.reward_normalizer.fit(transitions.rewards.unsqueeze(-1))
@@ -89,13 +73,9 @@ class Codec(nn.Module, ABC):
         return Imagined(torch.cat([start.unsqueeze(1), observations], dim=1), rewards, (x[..., -1] + 1) / 2)
 
     def condition(self, start: Tensor, actions: Tensor, returns_to_go: Tensor, keep: Tensor) -> Tensor:
-        """What a future depends on: ``s_t``, ``a_t``, ``g_t`` and whether the return counts, shape (B, C).
+        """What a future depends on, shape (B, C), from ``s_t``, ``a_t`` in [-1, 1] and ``g_t``, shape (B,).
 
-        Args:
-            start: ``s_t``, shape (B, O).
-            actions: ``a_t`` in [-1, 1], shape (B, A).
-            returns_to_go: ``g_t``, shape (B,).
-            keep: 0 where the return is hidden, else 1, shape (B,).
+        ``keep``, shape (B,), is 0 where the return is hidden, else 1.
         """
         keep = keep.unsqueeze(-1)
         returns = self.return_normalizer(returns_to_go.unsqueeze(-1)) * keep

@@ -8,7 +8,8 @@ A `Denoiser` is what the world model trains; any class that keeps its contract c
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,28 +24,18 @@ DEEPEST = 1000  # more layers would only run out of memory
 class Denoiser(nn.Module, ABC):
     """The network ``F`` inside a preconditioning.
 
-    A subclass takes the three sizes first and its own typed settings, which its docstring explains, after them.
-
-    Args:
-        horizon: H.
-        features: D.
-        condition_size: C.
+    A subclass takes the three sizes H, D, C first and its own typed settings, which its docstring explains, after them.
     """
 
     def __init__(self, horizon: int, features: int, condition_size: int) -> None:
         super().__init__()
-        self.horizon = horizon
-        self.features = features
-        self.condition_size = condition_size
+        self.horizon, self.features, self.condition_size = horizon, features, condition_size
 
     @abstractmethod
     def forward(self, x_t: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
-        """The network's answer, shape (B, H, D).
+        """The network's answer, shape (B, H, D), to noisy samples scaled to variance 1, shape (B, H, D).
 
-        Args:
-            x_t: Noisy samples scaled to variance 1, shape (B, H, D).
-            noise_level: ``c_noise`` of the preconditioning, of order 1, shape (B,).
-            condition: What ``x`` depends on, shape (B, C).
+        ``noise_level``, shape (B,), is the preconditioning's ``c_noise``, of order 1; ``condition`` has shape (B, C).
         """
 
 
@@ -152,11 +143,8 @@ class TemporalUNet(Denoiser):
         require("world_model.network.kernel_size", kernel_size, kernel_size % 2 == 1, "an odd number")
         super().__init__(horizon, features, condition_size)
         channels = [width * multiplier for multiplier in multipliers]
-
-        def block(channels_in: int, channels_out: int) -> _TemporalBlock:
-            return _TemporalBlock(channels_in, channels_out, 4 * width, kernel_size)
-
-        pairs = list(zip(channels[:-1], channels[1:]))
+        pairs = list(pairwise(channels))
+        block = partial(_TemporalBlock, embedding_size=4 * width, kernel_size=kernel_size)
         self.embedding = _Embedding(condition_size, 4 * width)
         self.down = nn.ModuleList(block(a, b) for a, b in zip([features, *channels[:-1]], channels))
         self.shorten = nn.ModuleList(nn.Conv1d(a, a, 3, stride=2, padding=1) for a, _ in pairs)
@@ -203,9 +191,9 @@ class TemporalTransformer(Denoiser):
         self.first = nn.Linear(features, width)
         self.positions = nn.Parameter(0.02 * torch.randn(horizon, width))
         self.embeddings = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        options: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 4 * width, **options) for _ in range(depth)
+            layer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(depth)
         )
         self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, features))
 

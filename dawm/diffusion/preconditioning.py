@@ -57,23 +57,12 @@ class Preconditioning(ABC):
         return self.coefficients(sigma)[1] ** -2
 
     def denoise(self, network: nn.Module, x_t: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        """Estimate of ``x``, shape (B, H, D).
-
-        Args:
-            network: A `dawm.diffusion.denoisers.Denoiser`.
-            x_t: Noisy samples, shape (B, H, D).
-            sigma: Their levels, shape (B,).
-            condition: What ``x`` depends on, shape (B, C).
-        """
+        """A `Denoiser`'s estimate of ``x`` from ``x_t`` at levels sigma, shape (B,), (B, H, D) -> (B, H, D)."""
         c_skip, c_out, c_in = (_broadcast(c) for c in self.coefficients(sigma))
         return c_skip * x_t + c_out * network(c_in * x_t, sigma.log() / 4, condition)
 
     def inpainting(self, known: Tensor | None) -> Inpaint | None:
-        """Shows the network the first steps of ``x`` free of noise, at their own scale, at every level.
-
-        Args:
-            known: The first K steps, shape (B, K, D); None for nothing to inpaint.
-        """
+        """Shows the network the known first steps, (B, K, D), free of noise and at their own scale at every level."""
         if known is None:
             return None
 
@@ -156,8 +145,7 @@ class NoisePrediction(Preconditioning):
 
     def __init__(self, steps: int = 5, offset: float = 0.008) -> None:
         require("world_model.preconditioning.steps", steps, steps >= 1, "at least 1")
-        self.steps = steps
-        self.offset = offset
+        self.steps, self.offset = steps, offset
         grid = torch.arange(steps + 1, dtype=torch.float64) / steps
         cosine = torch.cos((grid + offset) / (1 + offset) * math.pi / 2) ** 2
         alpha_bar = (cosine[1:] / cosine[:-1]).clamp(min=0.001).cumprod(0)
@@ -189,19 +177,10 @@ def denoising_loss(
     weights: Tensor | None = None,
     known: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted squared error of the denoiser (Karras et al. 2022, equation 8).
+    """Weighted squared error of the denoiser (Karras et al. 2022, equation 8), and the unweighted one as a metric.
 
-    Args:
-        preconditioning: Which noise levels, and how the network is wrapped.
-        network: A `dawm.diffusion.denoisers.Denoiser`.
-        x: Clean samples, shape (B, H, D).
-        condition: What ``x`` depends on, shape (B, C).
-        generator: Source of the noise.
-        weights: Weight of each entry, of mean 1, shape broadcastable to (B, H, D).
-        known: Steps before ``x`` that the sampler inpaints, shape (B, K, D); they are seen but not learnt.
-
-    Returns:
-        The loss, and metrics: ``denoising_error``, the unweighted squared error.
+    Of clean samples ``x``, shape (B, H, D), under a condition (B, C). ``weights``, of mean 1, broadcast to (B, H, D);
+    the ``known`` steps before ``x`` that the sampler inpaints, shape (B, K, D), are seen but not learnt.
     """
     inpaint = preconditioning.inpainting(known)
     whole = x if known is None else torch.cat([known, x], dim=1)
@@ -209,20 +188,16 @@ def denoising_loss(
     noise = torch.randn(whole.shape, generator=generator, device=x.device, dtype=x.dtype)
     x_t = whole + _broadcast(sigma) * noise
     x_t = x_t if inpaint is None else inpaint(x_t, sigma)
-    estimate = preconditioning.denoise(network, x_t, sigma, condition)[:, -x.shape[1] :]
-    squared_error = (estimate - x) ** 2
+    squared_error = (preconditioning.denoise(network, x_t, sigma, condition)[:, -x.shape[1] :] - x) ** 2
     weighted = _broadcast(preconditioning.loss_weight(sigma)) * squared_error
     weighted = weighted if weights is None else weights * weighted
     return weighted.mean(), {"denoising_error": squared_error.mean().detach()}
 
 
 def guided(denoise_with: Denoise, denoise_without: Denoise, weight: float) -> Denoise:
-    """Classifier-free guidance: ``weight * with + (1 - weight) * without``; weight 1 costs one evaluation.
+    """Classifier-free guidance: ``weight * with + (1 - weight) * without`` the wanted condition.
 
-    Args:
-        denoise_with: The denoiser under the wanted condition.
-        denoise_without: The denoiser with that condition left out.
-        weight: 1 is the plain conditional model, more pulls harder.
+    Weight 1 is the plain conditional model, at the cost of one evaluation; more pulls harder.
     """
     if weight == 1:
         return denoise_with

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from dawm.errors import require
 
-__all__ = ["DDIM", "DPMSolverPP2M", "Denoise", "Estimate", "GaussianDenoiser", "Heun", "Inpaint", "Sampler"]
+__all__ = ["DDIM", "DPMSolverPP2M", "Denoise", "Estimate", "Heun", "Inpaint", "Sampler"]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """Estimates ``x``, shape (B, H, D), from ``x_t``, shape (B, H, D), at level sigma, shape (B,)."""
@@ -27,8 +27,7 @@ class Estimate:
     """A `Denoise` at one level for the whole batch; it clips, and remembers its last level and estimate."""
 
     def __init__(self, denoise: Denoise, clip: float | None) -> None:
-        self._denoise = denoise
-        self._clip = clip
+        self._denoise, self._clip = denoise, clip
         self.last: tuple[float, Tensor] | None = None
 
     def __call__(self, x_t: Tensor, sigma: float) -> Tensor:
@@ -62,14 +61,10 @@ class Sampler(ABC):
         generator: Generator | None = None,
         inpaint: Inpaint | None = None,
     ) -> Tensor:
-        """Clean samples ``x``, shape (B, H, D).
+        """Clean samples ``x`` from standard normal numbers, (B, H, D) -> (B, H, D).
 
-        Args:
-            denoise: Estimates ``x`` from (x_t, sigma).
-            sigmas: Decreasing noise levels that end in 0, shape (N + 1,).
-            noise: Standard normal numbers, shape (B, H, D).
-            generator: Source of the noise that some samplers add on the way.
-            inpaint: Overwrites the known steps at the start and after every step.
+        Over decreasing levels that end in 0, shape (N + 1,); the known steps are inpainted at the start and after every
+        step. Some samplers add noise of the generator on the way.
         """
         estimate = Estimate(denoise, self.clip)
         levels: list[float] = sigmas.tolist()
@@ -82,14 +77,9 @@ class Sampler(ABC):
 
     @abstractmethod
     def step(self, x_t: Tensor, sigma: float, lower: float, estimate: Estimate, generator: Generator | None) -> Tensor:
-        """From one noise level to the next, shape (B, H, D).
+        """From the level ``sigma`` of ``x_t`` to the ``lower`` one, 0 in the last step, (B, H, D) -> (B, H, D).
 
-        Args:
-            x_t: Noisy samples at level ``sigma``, shape (B, H, D).
-            sigma: Their level.
-            lower: The level to reach, 0 in the last step.
-            estimate: Estimates ``x`` from (x_t, sigma); ``estimate.last`` is the step before's, None in the first step.
-            generator: Source of noise to add.
+        ``estimate.last`` is the estimate of the step before, None in the first step.
         """
 
 
@@ -167,27 +157,6 @@ class Heun(Sampler):
             euler = x_t + (lower - sigma) * slope
             slope = (slope + (euler - estimate(euler, lower)) / lower) / 2
         return x_t + (lower - sigma) * slope
-
-
-@dataclass
-class GaussianDenoiser:
-    """The exact denoiser of normal data, the measure of samplers.
-
-    Args:
-        mean: Mean of ``x``, a number or shape broadcastable to (B, H, D).
-        std: Standard deviation of ``x``, a number or shape broadcastable to (B, H, D).
-        evaluations: How often it was called.
-    """
-
-    mean: Tensor | float
-    std: Tensor | float
-    evaluations: int = 0
-
-    def __call__(self, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """E[x | x_t] at level sigma, shape (B,): (B, H, D) -> (B, H, D)."""
-        self.evaluations += 1
-        noise, data = sigma.view(-1, 1, 1) ** 2, self.std**2
-        return (data * x_t + noise * self.mean) / (data + noise)
 
 
 def _full(x_t: Tensor, sigma: float) -> Tensor:

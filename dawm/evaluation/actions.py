@@ -15,14 +15,9 @@ __all__ = ["play", "recorded_box"]
 
 
 def recorded_box(recorded: gym.spaces.Box | None, env: gym.Env, named: Named) -> gym.spaces.Box:
-    """The Box in whose units a policy acts, checked against the environment's.
+    """The Box in whose units a policy acts: the data's, shape (A,), checked against the environment's; None takes that.
 
     A warning says where the environment takes less than what was recorded.
-
-    Args:
-        recorded: The data's Box, shape (A,); None takes the environment's.
-        env: The environment.
-        named: Its name.
 
     Raises:
         UserError: The Boxes differ in size or have no action in common, or there are no finite bounds to go by.
@@ -52,12 +47,6 @@ def recorded_box(recorded: gym.spaces.Box | None, env: gym.Env, named: Named) ->
 
 
 def play(actions: Tensor, recorded: gym.spaces.Box, allowed: gym.spaces.Box) -> NDArray:
-    """A policy's actions as the environment gets them, shape (..., A).
-
-    Args:
-        actions: What the policy answers, in [-1, 1], shape (..., A).
-        recorded: The Box whose units they are in, of shape (A,).
-        allowed: The environment's Box, of shape (A,).
-    """
+    """A policy's actions, in [-1, 1] of the recorded Box, as the environment, whose Box is allowed, gets them."""
     units = unscale_actions(actions.float().clamp(-1, 1), recorded)
     return units.numpy().clip(allowed.low, allowed.high).astype(allowed.dtype)

@@ -1,7 +1,5 @@
 """Does the environment fit the data? Asked before training, because scoring comes hours later."""
 
-from contextlib import ExitStack
-
 import gymnasium as gym
 import numpy as np
 import torch
@@ -21,11 +19,8 @@ from dawm.evaluation.environments import (
 
 __all__ = ["check_environment"]
 
-STEPS = 10
-"""Steps that are tried."""
-
-PATIENCE = 10_000
-"""Steps, at least, in which an environment without a time limit has to end an episode."""
+STEPS = 10  # that are tried
+PATIENCE = 10_000  # steps, at least, in which an environment without a time limit has to end an episode
 
 
 def check_environment(
@@ -52,17 +47,16 @@ def check_environment(
     Raises:
         UserError: A policy learned from the data could not be scored in it.
     """
-    with ExitStack() as stack:
-        env = make_environment(environment, max_episode_steps, env_id_key)
-        envs = GymnasiumEnvironments([env], env_id_key)
-        named = envs.named
-        stack.callback(_close, env, named)
+    env = make_environment(environment, max_episode_steps, env_id_key)
+    envs = GymnasiumEnvironments([env], env_id_key)
+    named = envs.named
+    try:
         _check_observations(env.observation_space, observation_space, named)
         units = recorded_box(action_space, env, named)
         limit = time_limit(env)
         if limit is not None and limit < longest_episode:
             warn_once(
-                f"--{named.key}: {named.name!r} ends episodes after {limit} steps, the data's go on to "
+                f"--{named.key}: {named.name!r} ends episodes after {limit} steps, the data have one of "
                 f"{longest_episode}; --{named.limit_key} {longest_episode} allows as many"
             )
         patience = max(PATIENCE, 2 * longest_episode)
@@ -71,17 +65,17 @@ def check_environment(
                 f"--{named.limit_key}: got None, expected a time limit, because {named.name!r} has none and did not "
                 f"end in {patience} steps; set it, such as to {longest_episode}, the data's longest episode"
             )
+    finally:
+        with named.guard("close"):
+            env.close()
 
 
 def _check_observations(space: gym.Space, recorded: gym.spaces.Box, named: Named) -> None:
     """Compares the sizes of observations, and the bounds where both have some."""
     assert isinstance(space, gym.spaces.Box)
     if space.shape != recorded.shape:
-        raise named.error(
-            f"with observations of {space.shape[0]} numbers",
-            f"{recorded.shape[0]} as in the data",
-            "name the environment that the data came from",
-        )
+        sizes = f"with observations of {space.shape[0]} numbers", f"{recorded.shape[0]} as in the data"
+        raise named.error(*sizes, "name the environment that the data came from")
     bounds = np.stack([space.low, space.high]), np.stack([recorded.low, recorded.high])
     both = np.isfinite(bounds[0]) & np.isfinite(bounds[1])
     differ = both & ~np.isclose(*bounds, rtol=1e-5, atol=1e-6)
@@ -94,16 +88,7 @@ def _check_observations(space: gym.Space, recorded: gym.spaces.Box, named: Named
 
 
 def _ends(envs: GymnasiumEnvironments, units: gym.spaces.Box, steps: int) -> bool:
-    """Takes steps with the smallest, the middle and the largest action in turn, until the episode ends.
-
-    Args:
-        envs: One environment.
-        units: The Box in whose units the actions are.
-        steps: Steps at most.
-
-    Returns:
-        Whether it ended.
-    """
+    """Whether the episode ends within some steps, by the smallest, the middle and the largest action in turn."""
     allowed, slot = envs.env.action_space, np.zeros(1, dtype=np.int64)
     assert isinstance(allowed, gym.spaces.Box)
     actions = [play(torch.full((1, *units.shape), value), units, allowed) for value in (-1.0, 0.0, 1.0)]
@@ -121,8 +106,3 @@ def _ends(envs: GymnasiumEnvironments, units: gym.spaces.Box, steps: int) -> boo
 def _check_finite(values: NDArray[np.float64], what: str, named: Named) -> None:
     if not np.isfinite(values).all():
         raise named.error(f"with {what} of {values[~np.isfinite(values)][0]}", "finite numbers")
-
-
-def _close(env: gym.Env, named: Named) -> None:
-    with named.guard("close"):
-        env.close()

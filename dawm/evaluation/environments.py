@@ -21,36 +21,20 @@ from numpy.typing import NDArray
 
 from dawm.errors import UserError, first_line, require
 
-__all__ = [
-    "ENV_ID",
-    "Environment",
-    "GymnasiumEnvironments",
-    "Named",
-    "make_environment",
-    "time_limit",
-    "warn_once",
-]
+__all__ = ["ENV_ID", "Environment", "GymnasiumEnvironments", "Named", "make_environment", "time_limit", "warn_once"]
 
 Environment = str | EnvSpec | Callable[[], gym.Env]
 
-ENV_ID = "data.env_id"
-"""The setting that names the environment."""
-
-ENDLESS = 100_000
-"""Steps after which an episode is cut if the environment has no time limit."""
+ENV_ID = "data.env_id"  # the setting that names the environment
+ENDLESS = 100_000  # steps after which an episode is cut if the environment has no time limit
 
 
 @dataclass(frozen=True)
 class Named:
-    """An environment's name and the setting it comes from, for messages.
+    """An environment's name and the setting it comes from, for messages."""
 
-    Args:
-        name: Its id; the class or function of one that has none.
-        key: The setting, as typed.
-    """
-
-    name: str
-    key: str = ENV_ID
+    name: str  # its id; the class or function of one that has none
+    key: str = ENV_ID  # as typed
 
     @classmethod
     def of(cls, environment: Environment | gym.Env, key: str = ENV_ID) -> "Named":
@@ -69,22 +53,12 @@ class Named:
         return self.key.replace("env_id", "max_episode_steps")
 
     def error(self, has: str, expected: str, remedy: str = "mend it or name another environment") -> UserError:
-        """The error that says what is wrong with the environment.
-
-        Args:
-            has: What it has or does.
-            expected: What would be right.
-            remedy: What to do about it.
-        """
+        """The error that says what the environment has or does, what would be right, and what to do about it."""
         return UserError(f"--{self.key}: got {self.name!r} {has}, expected {expected}; {remedy}")
 
     @contextmanager
     def guard(self, method: str) -> Iterator[None]:
-        """Turns whatever the environment's code raises into a UserError.
-
-        Args:
-            method: What is done, such as ``step``.
-        """
+        """Turns whatever the environment's code raises in a method, such as ``step``, into a UserError."""
         try:
             yield
         except UserError:
@@ -96,23 +70,14 @@ class Named:
 
 @cache
 def warn_once(text: str) -> None:
-    """Warns of something only once in a process, however often evaluations come.
-
-    Args:
-        text: One line.
-    """
+    """Warns of something only once in a process, however often evaluations come."""
     warnings.warn(text, stacklevel=3)
 
 
 def make_environment(
     environment: Environment, max_episode_steps: int | None = None, env_id_key: str = ENV_ID
 ) -> gym.Env:
-    """One environment with flat observations and a flat Box of actions.
-
-    Args:
-        environment: A Gymnasium id, a specification, or a function that makes the environment.
-        max_episode_steps: Its time limit; None leaves it the one it has.
-        env_id_key: The setting that names the environment, for messages.
+    """One environment with flat observations, a flat Box of actions, and a time limit; None leaves it the one it has.
 
     Raises:
         UserError: It cannot be made, or its actions are not such a Box.
@@ -126,9 +91,8 @@ def make_environment(
         else:
             env = environment() if limit is None else TimeLimit(environment(), limit)
     except Exception as error:  # Gymnasium lets through whatever the environment's own package raises
-        reason = first_line(error)[:160]
         remedy = "install what it needs or name another environment"
-        raise named.error(f"({reason})", "an environment that can be made", remedy) from error
+        raise named.error(f"({first_line(error)[:160]})", "an environment that can be made", remedy) from error
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
         env.close()
@@ -161,15 +125,8 @@ def time_limit(env: gym.Env) -> int | None:
 class GymnasiumEnvironments:
     """N environments of any kind with flat observations, which take their steps one after the other.
 
-    Gymnasium's own vector environments go on stepping finished episodes or start others in their place; here a finished
-    environment is left alone until its reset.
-
-    Args:
-        envs: The environments.
-        env_id_key: The setting that names the environment, for messages.
-
-    Attributes:
-        observations: The newest observation of each, shape (N, O).
+    Gymnasium's own vector environments keep stepping finished episodes or start others in their place; here a finished
+    environment is left alone until its reset. ``observations``, shape (N, O), holds the newest one of each.
     """
 
     def __init__(self, envs: Sequence[gym.Env], env_id_key: str = ENV_ID) -> None:
@@ -189,9 +146,7 @@ class GymnasiumEnvironments:
     def step(self, slots: NDArray, actions: NDArray) -> tuple[NDArray, NDArray]:
         """Rewards and whether the episodes are over, by termination or truncation; both of shape (B,).
 
-        Args:
-            slots: Numbers of the environments that take a step, shape (B,).
-            actions: Their actions, shape (B, A).
+        ``slots``, shape (B,), are the numbers of the environments that take a step.
         """
         rewards, over = np.zeros(len(slots)), np.zeros(len(slots), dtype=bool)
         with self.named.guard("step"):
@@ -209,9 +164,9 @@ class GymnasiumEnvironments:
         return rewards, over
 
     def _observe(self, slot: int, observation: Any) -> None:
-        if np.shape(observation) != self.observations.shape[1:]:
-            shapes = np.shape(observation), self.observations.shape[1:]
-            raise self.named.error(f"with an observation of shape {shapes[0]}", f"its observation space's {shapes[1]}")
+        shape, expected = np.shape(observation), self.observations.shape[1:]
+        if shape != expected:
+            raise self.named.error(f"with an observation of shape {shape}", f"its observation space's {expected}")
         self.observations[slot] = observation
 
     def _single(self, what: str, value: Any, expected: str, kinds: str) -> Any:

@@ -3,7 +3,7 @@
 Symbols: B observations acted on at once, E episodes, S seeds, O observation size, A action size.
 
 A return is the undiscounted sum of an episode's rewards. Each episode has a seed of its own, so the returns do not
-depend on how many environments run side by side or on how the episodes are shared out among processes.
+depend on how many environments run side by side or on how the episodes are divided among processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,42 +20,26 @@ from dawm.errors import UserError
 from dawm.evaluation.actions import play, recorded_box
 from dawm.evaluation.environments import ENV_ID, Environment, GymnasiumEnvironments, make_environment
 
-__all__ = [
-    "Evaluation",
-    "Policy",
-    "bootstrap_interval",
-    "evaluate",
-    "run_episodes",
-    "summarize",
-]
+__all__ = ["Evaluation", "Policy", "bootstrap_interval", "evaluate", "run_episodes", "summarize"]
 
 Policy = Callable[[Tensor], Tensor]
+Device = torch.device | str
 
-# A matrix product may round differently for another number of rows, and a simulation with contacts magnifies the last
-# bit into another episode. Rows are padded to a multiple of this, which keeps every row's result the same where layers
-# are as wide as DAWM's. (A product with a handful of columns and an odd inner size, 11 or 750 say, can still differ.)
+# A matmul may round differently for another number of rows, and a simulation with contacts magnifies the last bit into
+# another episode. Observations are padded to a multiple of this, which keeps the actions the same where layers are as
+# wide as DAWM's. (A matmul with a handful of columns and an odd inner size, 11 or 750 say, can still differ.)
 ROWS = 16
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of an evaluation; low and high bound the mean's 95 % confidence interval.
+    """Result of an evaluation; low and high bound the mean's 95 % confidence interval."""
 
-    Args:
-        returns: Undiscounted return of each episode, shape (E,); of S agents trained side by side (S, E).
-        mean_return: Their mean.
-        low: Lower bound of the mean return.
-        high: Upper bound of the mean return.
-        score: The mean on the reference's scale of 0 to 100, or None without a reference.
-        score_low: Lower bound of the score.
-        score_high: Upper bound of the score.
-    """
-
-    returns: NDArray[np.float64]
+    returns: NDArray[np.float64]  # undiscounted, of each episode, shape (E,); of S agents trained side by side (S, E)
     mean_return: float
     low: float
     high: float
-    score: float | None = None
+    score: float | None = None  # the mean on the reference's scale of 0 to 100, or None without a reference
     score_low: float | None = None
     score_high: float | None = None
 
@@ -67,52 +51,29 @@ def evaluate(
     seed: int = 1000,
     num_envs: int = 10,
     normalize: Callable[[float], float] | None = None,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     seeds: int = 1,
     action_space: gym.spaces.Box | None = None,
     max_episode_steps: int | None = None,
     env_id_key: str = ENV_ID,
 ) -> Evaluation:
-    """Runs episodes with the seeds ``seed, seed + 1, ...`` and summarises their returns.
+    """Runs E episodes with the seeds ``seed, seed + 1, ...`` and summarises their returns.
 
-    Args:
-        act: As in `run_episodes`, and so are the other settings that are not named here.
-        environment: A Gymnasium id, a specification, or a function that makes the environment.
-        episodes: Number of episodes E.
-        seed: Seed of the first episode.
-        num_envs: Environments side by side.
-        normalize: Turns a return into a score, such as ``ReferenceScores.normalize``.
-        device: Where the policy's observations go.
-        seeds: Agents trained side by side S, each of which plays all episodes.
-        action_space: The data's Box of actions.
-        max_episode_steps: The environment's time limit.
-        env_id_key: The setting that names the environment.
+    ``normalize`` turns a return into a score, such as ``ReferenceScores.normalize``; ``seeds`` is the number S of
+    agents trained side by side, each of which plays all episodes. The other settings are those of `run_episodes`.
     """
-    returns = run_episodes(
-        act,
-        environment,
-        range(seed, seed + episodes),
-        num_envs,
-        device,
-        agents=seeds,
-        action_space=action_space,
-        max_episode_steps=max_episode_steps,
-        env_id_key=env_id_key,
-    )
-    return summarize(returns, normalize)
+    played = range(seed, seed + episodes)
+    limits = action_space, max_episode_steps, env_id_key
+    return summarize(run_episodes(act, environment, played, num_envs, device, seeds, *limits), normalize)
 
 
 def summarize(returns: NDArray[np.float64], normalize: Callable[[float], float] | None = None) -> Evaluation:
-    """Mean of the returns with its confidence interval, as returns and as scores.
+    """Mean of the returns, shape (E,) or (S, E), with its confidence interval.
 
-    Args:
-        returns: Undiscounted returns, shape (E,) or (S, E).
-        normalize: Turns a return into a score by an increasing line; None leaves the scores out.
+    As scores, too, where ``normalize`` turns a return into one, by an increasing line.
     """
-    mean, (low, high) = float(returns.mean()), bootstrap_interval(returns)
-    if normalize is None:
-        return Evaluation(returns, mean, low, high)
-    return Evaluation(returns, mean, low, high, *(float(normalize(value)) for value in (mean, low, high)))
+    found = float(returns.mean()), *bootstrap_interval(returns)
+    return Evaluation(returns, *found, *(float(normalize(value)) for value in found if normalize is not None))
 
 
 def run_episodes(
@@ -120,7 +81,7 @@ def run_episodes(
     environment: Environment,
     seeds: Sequence[int],
     num_envs: int = 10,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     agents: int = 1,
     action_space: gym.spaces.Box | None = None,
     max_episode_steps: int | None = None,
@@ -146,38 +107,23 @@ def run_episodes(
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
     returns, count = np.zeros((agents, len(seeds))), min(num_envs, len(seeds))
     with ExitStack() as stack:
-        made = [
-            stack.enter_context(closing(make_environment(environment, max_episode_steps, env_id_key)))
-            for _ in range(agents * count)
-        ]
+        made: list[gym.Env] = []
+        for _ in range(agents * count):
+            env = make_environment(environment, max_episode_steps, env_id_key)
+            made.append(stack.enter_context(closing(env)))
         if made:
             envs = GymnasiumEnvironments(made, env_id_key)
             units = recorded_box(action_space, envs.env, envs.named)
-            _play(act, envs, units, seeds, returns, torch.device(device))
+            _play(lambda observations: act(observations.to(device)), envs, units, seeds, returns)
     return returns if agents > 1 else returns[0]
 
 
 def _play(
-    act: Policy,
-    envs: GymnasiumEnvironments,
-    units: gym.spaces.Box,
-    seeds: Sequence[int],
-    returns: NDArray[np.float64],
-    device: torch.device,
+    act: Policy, envs: GymnasiumEnvironments, units: gym.spaces.Box, seeds: Sequence[int], returns: NDArray
 ) -> None:
-    """Plays the episodes of all agents.
-
-    Args:
-        act: The policy.
-        envs: The agents' environments: first those of the first agent, and so on.
-        units: The Box in whose units the policy acts.
-        seeds: Seed of each episode.
-        returns: Where the returns go, shape (S, E).
-        device: Where the policy's observations go.
-    """
-    agents, allowed = len(returns), envs.env.action_space
+    """Adds up the returns, shape (S, E), of all episodes of all agents, whose environments follow one another."""
+    agents, slots, allowed = len(returns), len(envs.envs), envs.env.action_space
     assert isinstance(allowed, gym.spaces.Box)
-    slots = len(envs.envs)
     count = slots // agents
     waiting = [iter(enumerate(seeds)) for _ in range(agents)]
     episodes = np.zeros(slots, dtype=np.int64)
@@ -197,11 +143,10 @@ def _play(
         padded[:, :count] = torch.from_numpy(envs.observations).view(agents, count, -1)
         observations = padded.clone() if agents > 1 else padded[0].clone()
         with torch.no_grad():
-            answer = act(observations.to(device))
-        expected = (*observations.shape[:-1], *allowed.shape)
-        if answer.shape != expected:
-            answered = tuple(answer.shape)
-            raise UserError(f"--agent: got actions of shape {answered} from act, expected {expected}; mend its act")
+            answer = act(observations)
+        got, expected = tuple(answer.shape), (*observations.shape[:-1], *allowed.shape)
+        if got != expected:
+            raise UserError(f"--agent: got actions of shape {got} from act, expected {expected}; mend its act")
         actions = play(answer.cpu().view(*padded.shape[:2], -1)[:, :count].flatten(0, 1), units, allowed)
         rewards, over = envs.step(running, actions[running])
         returns[running // count, episodes[running]] += rewards
@@ -215,12 +160,7 @@ def bootstrap_interval(
 
     Of several seeds, the seeds are resampled first and then each one's episodes, because the seeds differ among
     themselves (Agarwal et al. 2021, arXiv 2108.13264, resample runs). With few seeds such an interval is too narrow.
-
-    Args:
-        values: Values, shape (E,), or of several seeds (S, E).
-        confidence: Share of the resampled means inside, in (0, 1).
-        resamples: Number of resampled means.
-        seed: Seed of the resampling; a generator of its own leaves the global one alone.
+    Values have the shape (E,), or of several seeds (S, E); a fraction ``confidence`` of the means is inside.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim not in (1, 2) or values.size == 0:

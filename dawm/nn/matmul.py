@@ -16,10 +16,7 @@ def prefer_onednn() -> bool:
 
     The choice depends on the processor alone, never on a measurement of time, so that a run that is resumed rounds as
     before. PyTorch's setting only permits oneDNN to round to bfloat16; a processor on which it does so keeps MKL. A
-    precision that was set before stays.
-
-    Returns:
-        Whether oneDNN computes them now.
+    precision that was set before stays. Returned is whether oneDNN computes them now.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if matmul is None or not hasattr(torch.cpu, "get_capabilities"):  # a PyTorch that does not offer the choice

@@ -58,28 +58,23 @@ class BatchedMLP(nn.Module):
     def layers(self, weights: Tensor) -> list[tuple[Tensor, ...]]:
         """Weight (..., out, in), bias (..., out, 1), and scale and shift of a layer norm, of each layer; views.
 
-        Args:
-            weights: The weights of any of the networks, shape (..., P).
+        Of any of the networks, whose weights have the shape (..., P).
         """
         parts = iter(weights.split(self._sizes, dim=-1))
         return [tuple(next(parts).unflatten(-1, shape) for shape in layer) for layer in self._shapes]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs of every network, shape (*ensemble, B, out).
+        """Outputs of every network, shape (*ensemble, B, out), from one input for all, shape (B, in).
 
-        Args:
-            inputs: Inputs, one for all networks, shape (B, in), or one for each of the outermost dimension: with the
-                ensemble (5, 2) the shape (5, B, in) feeds both networks of each of the five.
+        Or from one for each of the outermost dimension: with the ensemble (5, 2) the shape (5, B, in) feeds both
+        networks of each of the five.
         """
         return self._outputs(inputs, self.weights)
 
     def head(self, inputs: Tensor, index: int, detach: bool = True) -> Tensor:
-        """Outputs of one network of the innermost dimension, shape (*ensemble[:-1], B, out).
+        """Outputs of one network of the innermost dimension, shape (*ensemble[:-1], B, out), by default as a constant.
 
-        Args:
-            inputs: Inputs, as in `forward`.
-            index: Its number; with the ensemble (5, 2), 0 asks the first network of each of the five.
-            detach: Take its weights as constants.
+        With the ensemble (5, 2), index 0 asks the first network of each of the five. Inputs are as in `forward`.
         """
         weights = self.weights[..., index, :]
         return self._outputs(inputs, weights.detach() if detach else weights)

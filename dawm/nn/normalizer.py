@@ -12,9 +12,6 @@ class Normalizer(nn.Module):
     """Standardises values by the mean and standard deviation of the data it was fitted to.
 
     A dimension that does not vary in the data is only shifted (scale 1), so that nothing is divided by zero.
-
-    Args:
-        size: Number of dimensions D.
     """
 
     mean: Tensor
@@ -28,11 +25,7 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, values: Tensor) -> None:
-        """Takes mean and standard deviation from data.
-
-        Args:
-            values: Data, shape (N, D).
-        """
+        """Takes mean and standard deviation from data, shape (N, D)."""
         std, mean = torch.std_mean(values.double(), dim=0, correction=0)
         # relative to the size of the values: float32 rounding of a constant is not variation
         constant = std <= 1e-6 * values.abs().amax(dim=0).clamp(min=1e-6)
@@ -45,17 +38,9 @@ class Normalizer(nn.Module):
         self.fitted = True
 
     def forward(self, values: Tensor) -> Tensor:
-        """Normalised values.
-
-        Args:
-            values: Values in the data's units, shape (..., D).
-        """
+        """Normalised values from those in the data's units, shape (..., D)."""
         return (values - self.mean) / self.std
 
     def inverse(self, values: Tensor) -> Tensor:
-        """Values in the data's units.
-
-        Args:
-            values: Normalised values, shape (..., D).
-        """
+        """Values in the data's units from normalised ones, shape (..., D)."""
         return values * self.std + self.mean

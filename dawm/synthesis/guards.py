@@ -21,56 +21,34 @@ BLOCK = 1 << 20  # rewards read at once: those of a large data set are held in a
 
 
 class Bounds(NamedTuple):
-    """The range that imagined steps have to stay in, ends included.
+    """The range that imagined steps have to stay in, ends included."""
 
-    Args:
-        observations: Lowest and highest observation, each shape (O,).
-        rewards: Lowest and highest reward, each shape ().
-    """
-
-    observations: tuple[Tensor, Tensor]
-    rewards: tuple[Tensor, Tensor]
+    observations: tuple[Tensor, Tensor]  # lowest and highest, each shape (O,)
+    rewards: tuple[Tensor, Tensor]  # lowest and highest, each shape ()
 
     def to(self, device: torch.device | str) -> "Bounds":
         """The same bounds on another device."""
         return Bounds(*((low.to(device), high.to(device)) for low, high in self))
 
     def contain(self, observations: Tensor, rewards: Tensor) -> Tensor:
-        """Whether each step is in range, shape (B, H).
-
-        Args:
-            observations: Imagined ``s_{t+1}``, shape (B, H, O).
-            rewards: Imagined ``r_t``, shape (B, H).
-        """
+        """Whether each step, of ``s_{t+1}``, shape (B, H, O), and ``r_t``, shape (B, H), is in range, shape (B, H)."""
         (low, high), (lowest, highest) = self.observations, self.rewards
         observed = ((observations >= low) & (observations <= high)).all(dim=-1)
         return observed & (rewards >= lowest) & (rewards <= highest)
 
 
 class DataStatistics(NamedTuple):
-    """What the recorded data are like, to compare imagined steps with.
+    """What the recorded data are like, to compare imagined steps with."""
 
-    Args:
-        observation_range: Lowest and highest observation, each shape (O,).
-        reward_range: Lowest and highest reward of all rows, each shape ().
-        mean_reward: Mean reward.
-        reward_deviation: Standard deviation of the rewards; 1 if the reward is always the same.
-        termination_rate: Terminations per row.
-    """
-
-    observation_range: tuple[Tensor, Tensor]
-    reward_range: tuple[Tensor, Tensor]
+    observation_range: tuple[Tensor, Tensor]  # lowest and highest, each shape (O,)
+    reward_range: tuple[Tensor, Tensor]  # lowest and highest of all rows, each shape ()
     mean_reward: float
-    reward_deviation: float
-    termination_rate: float
+    reward_deviation: float  # standard deviation; 1 if the reward is always the same
+    termination_rate: float  # terminations per row
 
     @classmethod
     def of(cls, episodes: Episodes) -> "DataStatistics":
-        """Reads them from the real data.
-
-        Args:
-            episodes: The real data.
-        """
+        """Reads them from the real data."""
         rewards = episodes.transitions.rewards
         # of all rows, not of a sample: where rewards are sparse, the few that count would be missed
         extremes = torch.stack([torch.stack(block.aminmax()) for block in rewards.split(BLOCK)])
@@ -85,27 +63,15 @@ class DataStatistics(NamedTuple):
         )
 
     def bounds(self, margin: float) -> Bounds:
-        """The range of observations and rewards to accept.
-
-        Args:
-            margin: How far outside the data's range is still accepted, as a fraction of the range.
-        """
+        """The range to accept: the data's, and a margin on both sides as a fraction of it."""
         return Bounds(_widened(*self.observation_range, margin), _widened(*self.reward_range, margin))
 
     def reward_drift(self, rewards: Tensor) -> float:
-        """Mean imagined reward minus the data's, in standard deviations of the data's rewards.
-
-        Args:
-            rewards: Imagined rewards, shape (M,).
-        """
+        """Mean of M imagined rewards minus the data's, in standard deviations of the data's rewards."""
         return (rewards.mean().item() - self.mean_reward) / self.reward_deviation
 
     def termination_drift(self, terminations: Tensor) -> float:
-        """Imagined terminations per step minus the data's.
-
-        Args:
-            terminations: 1 where the task is imagined to end, shape (M,).
-        """
+        """Imagined terminations per step minus the data's, from M steps of 1 where the task ends, else 0."""
         return terminations.mean().item() - self.termination_rate
 
 
@@ -130,17 +96,10 @@ class Watch:
     """
 
     def __init__(self, data: DataStatistics, limits: Mapping[str, float], key: str) -> None:
-        self.data = data
-        self.limits = dict(limits)
-        self.key = key
+        self.data, self.limits, self.key = data, dict(limits), key
 
     def measure(self, transitions: Transitions, counts: Counter[str]) -> dict[str, float]:
-        """What the imagined transitions are like; warns if need be.
-
-        Args:
-            transitions: Those kept, fields of shape (M, ...).
-            counts: Imagined steps by fate, as in `dawm.synthesis.rollouts.Rollouts`.
-        """
+        """What the M transitions kept are like, given all steps by fate as in `Rollouts`; warns if need be."""
         measured = {
             "rejected_fraction": 1 - counts["kept"] / (counts.total() - counts["after_end"]),
             "mean_reward": transitions.rewards.mean().item(),

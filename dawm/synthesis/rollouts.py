@@ -31,22 +31,15 @@ class Rollouts(NamedTuple):
     """Imagined futures with their actions; the first ``lengths[b]`` steps of each can be trusted.
 
     The last step kept of a rollout is a truncation: it bootstraps. Only an imagined termination sets ``terminations``.
-
-    Args:
-        observations: ``s_t`` (real) and ``s_{t+1} .. s_{t+H}``, shape (B, H + 1, O).
-        actions: ``a_t`` (real) and ``a_{t+1} .. a_{t+H-1}`` in [-1, 1], shape (B, H, A).
-        rewards: ``r_t .. r_{t+H-1}``, shape (B, H).
-        terminations: 1 where the task is imagined to end, shape (B, H).
-        lengths: Steps kept of each rollout, shape (B,), int64.
-        counts: Steps by fate: ``kept``, ``after_end`` (after an imagined termination), ``non_finite``,
-            ``out_of_range`` and ``uncertain``; a rollout's steps after a bad one are dropped with it.
+    ``counts`` holds the steps by fate: ``kept``, ``after_end`` (after an imagined termination), ``non_finite``,
+    ``out_of_range`` and ``uncertain``; a rollout's steps after a bad one are dropped with it.
     """
 
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    terminations: Tensor
-    lengths: Tensor
+    observations: Tensor  # s_t (real) and s_{t+1} .. s_{t+H}, shape (B, H + 1, O)
+    actions: Tensor  # a_t (real) and a_{t+1} .. a_{t+H-1} in [-1, 1], shape (B, H, A)
+    rewards: Tensor  # r_t .. r_{t+H-1}, shape (B, H)
+    terminations: Tensor  # 1 where the task is imagined to end, shape (B, H)
+    lengths: Tensor  # steps kept of each rollout, shape (B,), int64
     counts: Counter[str]
 
     def cpu(self) -> "Rollouts":
@@ -60,11 +53,7 @@ class Rollouts(NamedTuple):
         return Transitions(before, self.actions, self.rewards, after, self.terminations)[kept]
 
     def require_some(self, margin: str) -> None:
-        """Raises a UserError where no step is left.
-
-        Args:
-            margin: The setting that widens the range to accept, as it is typed.
-        """
+        """Raises a UserError where no step is left; it names the setting that widens the range to accept."""
         if not self.counts["kept"]:
             raise UserError(
                 f"--{margin}: got all {self.counts.total():,} imagined steps dropped ({list_fates(self.counts)}), "
@@ -93,40 +82,22 @@ class Synthesizer:
     max_disagreement: float | None = None
 
     def rollouts(self, data: TransitionDataModule, count: int, seed: int, rank: int = 0, step: int = 0) -> Rollouts:
-        """Rollouts from random real starts; what is drawn depends on the three last arguments alone.
+        """B rollouts from random real starts; what is drawn depends on the three last arguments alone.
 
-        Args:
-            data: The real data.
-            count: Number of rollouts B.
-            seed: Seed of starts and noise.
-            rank: Process that imagines, or another number that sets these rollouts apart.
-            step: Update that they are for.
+        They are the seed, the process (or another number that sets these rollouts apart) and the update they are for.
         """
         seed, device = derive_seed(seed, rank, step, "rollouts"), self.world_model.device
         real, returns = data.episodes.transitions, data.returns_to_go
         starts = torch.randint(len(real), (count,), generator=torch.Generator().manual_seed(seed))
         targets = self.target_return(returns[starts], returns[data.episodes.sample_rows()])
-        generator = torch.Generator(device).manual_seed(seed)
-        return self.imagine(
-            real.observations[starts].to(device), real.actions[starts].to(device), targets.to(device), generator
-        )
+        start = real.observations[starts].to(device), real.actions[starts].to(device), targets.to(device)
+        return self.imagine(*start, torch.Generator(device).manual_seed(seed))
 
     @torch.no_grad()
     def imagine(
-        self,
-        observations: Tensor,
-        actions: Tensor,
-        returns_to_go: Tensor,
-        generator: torch.Generator | None = None,
+        self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None = None
     ) -> Rollouts:
-        """One rollout from each start.
-
-        Args:
-            observations: Real ``s_t``, shape (B, O).
-            actions: Real ``a_t`` in [-1, 1], shape (B, A).
-            returns_to_go: The return-to-go to aim at, shape (B,).
-            generator: Source of the noise; same generator state, same rollouts.
-        """
+        """One rollout from each real ``s_t`` and ``a_t``, with the return-to-go to aim at, shape (B,)."""
         chunks = zip(observations.split(CHUNK), actions.split(CHUNK), returns_to_go.split(CHUNK))
         parts = zip(*(self._complete(*chunk, generator) for chunk in chunks))
         path, inferred, rewards, ends, disagreement = (torch.cat(part) for part in parts)
@@ -152,9 +123,7 @@ class Synthesizer:
         self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
         """Observations, actions, rewards, terminations and disagreements of one chunk, as they were imagined."""
-        imagined = self.world_model.imagine(
-            observations, actions, returns_to_go, guidance=self.guidance, generator=generator
-        )
+        imagined = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator)
         before, after = imagined.observations[:, :-1], imagined.observations[:, 1:]
         inferred = self.inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
         inferred_actions, disagreement = (part.unflatten(0, before.shape[:2]) for part in inferred)

@@ -18,11 +18,9 @@ class TargetReturn(ABC):
 
     @abstractmethod
     def __call__(self, returns_to_go: Tensor, data_returns_to_go: Tensor) -> Tensor:
-        """Targets for some starts, shape (B,).
+        """Targets from each start's own recorded return-to-go, (B,) -> (B,).
 
-        Args:
-            returns_to_go: The recorded return-to-go of each start, shape (B,).
-            data_returns_to_go: The data's returns-to-go, one for each row that statistics are taken from, shape (N,).
+        ``data_returns_to_go``, shape (N,), are those of the rows that statistics are taken from.
         """
 
 

@@ -38,13 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._read_back = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | PathLike, storage_options: Any = None) -> None:
-        """Saves a checkpoint; a kill at any moment leaves the old file or the new one, never half a file.
-
-        Args:
-            checkpoint: What to save.
-            path: Where to.
-            storage_options: Unused.
-        """
+        """Saves a checkpoint; a kill at any moment leaves the old file or the new one, never half a file."""
         path = Path(path)
         checkpoint = plain(checkpoint)
         try:
@@ -52,22 +46,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with whole(path, previous_of(path) if path.stem == "last" else None) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk in its own words
-            raise UserError(
-                f"--output_dir: got {path}, expected a place to write ({getattr(error, 'strerror', None) or error}); "
-                "free the disk or set --output_dir"
-            ) from None
+            place = f"a place to write ({getattr(error, 'strerror', None) or error})"
+            raise UserError(f"--output_dir: got {path}, expected {place}; free the disk or set --output_dir") from None
         if not self._read_back:
             read_checkpoint(path)
             self._read_back = True
 
     def load_checkpoint(self, path: str | PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads a checkpoint for Lightning, as `read_checkpoint` does.
-
-        Args:
-            path: File to read.
-            args: Unused; what Lightning would choose is decided here.
-            kwargs: Unused.
-        """
+        """Loads a checkpoint for Lightning, as `read_checkpoint` does."""
         return read_checkpoint(path)
 
 
@@ -75,14 +61,7 @@ def plain(value: Any, where: tuple[str, ...] = ()) -> Any:
     """The same value in forms that ``torch.load(..., weights_only=True)`` reads.
 
     NumPy's scalars become numbers and its arrays tensors, paths become text, enumerations their values, dataclasses
-    dicts. What is plain already is returned as it is.
-
-    Args:
-        value: Any value.
-        where: Keys that lead to it, for the error's text.
-
-    Raises:
-        UserError: Something in it has no plain form.
+    dicts. What is plain already is returned as it is; what has no plain form is a UserError that says where it is.
     """
     if type(value) in AS_THEY_ARE or isinstance(value, Tensor):
         return value
@@ -104,9 +83,8 @@ def plain(value: Any, where: tuple[str, ...] = ()) -> Any:
         return {plain(part, where) for part in value}
     if isinstance(value, (Sequence, deque)) and not isinstance(value, (str, bytes)):
         items = [plain(part, (*where, str(index))) for index, part in enumerate(value)]
-        if type(value) in (list, tuple) and all(a is b for a, b in zip(items, value)):
-            return value
-        return tuple(items) if isinstance(value, tuple) else items
+        same = type(value) in (list, tuple) and all(a is b for a, b in zip(items, value))
+        return value if same else tuple(items) if isinstance(value, tuple) else items
     for kind in (bool, int, float, str):
         if isinstance(value, kind):  # a class of its own that derives from a plain one
             return kind(value)
@@ -118,23 +96,12 @@ def plain(value: Any, where: tuple[str, ...] = ()) -> Any:
 
 
 def previous_of(path: Path) -> Path:
-    """Where the checkpoint before the last one is kept.
-
-    Args:
-        path: Where the last one is kept.
-    """
+    """Where the checkpoint before the last one is kept."""
     return path.with_name(f"previous{path.suffix}")
 
 
 def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU.
-
-    Args:
-        path: File to read.
-
-    Raises:
-        UserError: The file is missing, damaged, of another layout, or holds more than tensors and plain values.
-    """
+    """A checkpoint's content, on the CPU; a UserError for one missing, damaged, of another layout, or not plain."""
     checkpoint = _read(path)
     if not isinstance(checkpoint, dict):
         raise _refused(path, f"a {type(checkpoint).__name__}", "name one that `fit` wrote")
@@ -151,12 +118,12 @@ def _read(path: str | PathLike) -> Any:
                 raise BadZipFile("a checksum does not fit")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise _refused(path, "no file", "check the path, or train that stage first") from None
+        found, remedy = "no file", "check the path, or train that stage first"
     except UnpicklingError as error:
-        reason = f"damaged or not a safe checkpoint: {first_line(error)}"
-        raise _refused(path, reason, "name one that `fit` wrote") from None
+        found, remedy = f"damaged or not a safe checkpoint: {first_line(error)}", "name one that `fit` wrote"
     except (BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise _refused(path, f"damaged: {first_line(error)}", "delete it to train from the start") from None
+        found, remedy = f"damaged: {first_line(error)}", "delete it to train from the start"
+    raise _refused(path, found, remedy)
 
 
 def _refused(path: str | PathLike, found: str, remedy: str) -> UserError:

@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,64 +39,37 @@ ANY_LENGTH = "any_length.txt"
 
 @dataclass
 class StageResult:
-    """What a finished stage leaves.
+    """What a finished stage leaves."""
 
-    Args:
-        checkpoint: Its last checkpoint.
-        steps: Updates trained, or training steps where the module is a plain LightningModule.
-        seconds: Seconds of training, over all starts of the run.
-        reused: Whether it was complete before this run.
-        metrics: Its last validation metrics.
-        unit: What ``steps`` counts.
-    """
-
-    checkpoint: str
+    checkpoint: str  # the last
     steps: int
-    seconds: float
-    reused: bool
-    metrics: dict[str, float]
-    unit: str = "updates"
+    seconds: float  # of training, over all starts of the run
+    reused: bool  # complete before this run
+    metrics: dict[str, float]  # of the last validation
+    unit: str = "updates"  # what ``steps`` counts; of a plain LightningModule it is training steps
 
 
+@dataclass
 class Experiment:
-    """Trains the stages and keeps their results.
+    """Trains the stages and keeps their results."""
 
-    Args:
-        data: The data, already set up.
-        settings: All settings of the experiment as plain values.
-        output_dir: Folder of the run.
-        environment: What checkpoints say of the evaluation environment, plain values.
-        console: Where to draw progress.
-        quiet: Draw none.
-    """
+    data: TransitionDataModule  # already set up
+    settings: Mapping[str, Any]  # all of the experiment, as plain values
+    output_dir: Path
+    environment: Any  # what checkpoints say of the evaluation environment, plain values
+    loggers: Sequence[Logger]  # besides CSV and TensorBoard
+    console: Console
+    results: dict[str, StageResult] = field(default_factory=dict, init=False)
+    rank: int = field(default=0, init=False)
+    _keys: dict[str, str] = field(default_factory=dict, init=False)
 
-    def __init__(
-        self,
-        data: TransitionDataModule,
-        settings: Mapping[str, Any],
-        output_dir: Path,
-        environment: Any,
-        console: Console,
-        quiet: bool = False,
-    ) -> None:
-        self.data = data
-        self.environment = environment
-        self.settings = settings
-        self.output_dir = output_dir.resolve()
-        self.seed: int = settings["seed_everything"]
-        self.console = console
-        self.quiet = quiet
-        self.results: dict[str, StageResult] = {}
-        self.loggers: list[Logger] = []  # of the last stage that was trained
-        self.rank = 0
-        self._keys: dict[str, str] = {}
+    def __post_init__(self) -> None:
+        """Takes the seed from the settings."""
+        self.output_dir = self.output_dir.resolve()
+        self.seed: int = self.settings["seed_everything"]
 
     def build(self, stage: Stage) -> L.LightningModule:
-        """The stage's module, untrained.
-
-        Args:
-            stage: The stage.
-        """
+        """The stage's module, untrained."""
         # a seed for each stage, so that a reused stage leaves the next one as it would have been
         L.seed_everything(derive_seed(self.seed, stage.name) % 2**32, verbose=False)
         module = build_module(self.settings[stage.name], self.data.observation_size, self.data.action_size)
@@ -105,15 +78,7 @@ class Experiment:
         return module
 
     def run(self, stage: Stage, trained: Mapping[str, L.LightningModule]) -> L.LightningModule:
-        """Trains one stage, or takes it from where it is complete.
-
-        Args:
-            stage: The stage.
-            trained: The modules of the stages before it.
-
-        Returns:
-            The trained module, in evaluation mode, on the CPU.
-        """
+        """Trains one stage, or takes it from where it is complete: its module in evaluation mode, on the CPU."""
         module = self.build(stage)
         stage.connect(trained)
         if stage.ckpt_path is not None:
@@ -137,12 +102,7 @@ class Experiment:
         return module.cpu().eval()
 
     def key(self, stage: Stage, max_steps: int | None = None) -> str:
-        """Hash of all that the stage's result depends on.
-
-        Args:
-            stage: The stage.
-            max_steps: A length in place of the stage's own; 0 for a hash that does not depend on it.
-        """
+        """Hash of all that the stage's result depends on; ``max_steps`` 0 in place of its own leaves the length out."""
         parts = stage.hashed(self.settings)
         if max_steps is not None:
             parts["stage"] = parts["stage"] | {"max_steps": max_steps}
@@ -156,16 +116,16 @@ class Experiment:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    # One stage
-
     def _train(self, stage: Stage, module: L.LightningModule, folder: Path) -> StageResult:
         last = folder / "last.ckpt"
         save = SaveCheckpoint(last, stage.checkpoint_every_n_steps, self._origin(stage), stage.keep_every_n_steps)
-        trainer = make_trainer(stage, module, folder, save, self.settings, self.console, self.quiet)
+        trainer = make_trainer(stage, module, folder, save, self.settings, self.loggers, self.console)
         end_with_first_rank(trainer)
-        self.rank, self.loggers = trainer.global_rank, trainer.loggers
-        for logger in trainer.loggers:
-            logger.log_hyperparams(dict(self.settings))
+        self.rank = trainer.global_rank
+        # the run's own loggers have all settings already, and some refuse a module's under the same names again
+        module._log_hyperparams = False
+        for logger in trainer.loggers[:2]:
+            logger.log_hyperparams(self.settings[stage.name])
         resume = self._resume_from(stage, last) or self._extend(stage, module, last)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -207,14 +167,11 @@ class Experiment:
 
     def _extend(self, stage: Stage, module: L.LightningModule, last: Path) -> Path | None:
         """The last checkpoint of the same stage with fewer updates, if there is one that more updates can follow."""
-        wanted, steps, shorter = self.key(stage, 0), 0, None
-        for note in last.parent.parent.glob(f"*/{ANY_LENGTH}"):
-            other = note.with_name(last.name)
-            if note.read_text().strip() == wanted and other.exists():
-                done = int(read_checkpoint(other)["global_step"])
-                if steps < done < stage.max_steps:
-                    steps, shorter = done, other
-        if shorter is None:
+        wanted, notes = self.key(stage, 0), last.parent.parent.glob(f"*/{ANY_LENGTH}")
+        same = [note.with_name(last.name) for note in notes if note.read_text().strip() == wanted]
+        done = [(int(read_checkpoint(other)["global_step"]), other) for other in same if other.exists()]
+        steps, shorter = max((found for found in done if 0 < found[0] < stage.max_steps), default=(0, last))
+        if not steps:
             return None
         if getattr(module, "schedule_follows_max_steps", False):
             self.console.print(
@@ -230,25 +187,18 @@ class Experiment:
             os.replace(last.with_name(".shorter"), last)
         return shorter
 
-    # Checkpoints
-
     def _origin(self, stage: Stage) -> dict[str, Any]:
         """What a checkpoint says of where it comes from; plain values only."""
         episodes = self.data.episodes
         return {
-            "dawm": __version__,
-            "layout": LAYOUT,
-            "stage": stage.name,
-            "module": self.settings[stage.name],
-            "observation_size": self.data.observation_size,
-            "action_size": self.data.action_size,
-            "dataset": episodes.name,
-            "fingerprint": episodes.fingerprint,
-            "environment": self.environment,
-            "max_episode_steps": self.data.max_episode_steps,
+            "dawm": __version__, "layout": LAYOUT,
+            "stage": stage.name, "module": self.settings[stage.name],
+            "observation_size": self.data.observation_size, "action_size": self.data.action_size,
+            "dataset": episodes.name, "fingerprint": episodes.fingerprint,
+            "environment": self.environment, "max_episode_steps": self.data.max_episode_steps,
             "action_space": [episodes.action_space.low.tolist(), episodes.action_space.high.tolist()],
             "reference": None if episodes.reference is None else asdict(episodes.reference),
-        }
+        }  # fmt: skip
 
     def _load(self, module: L.LightningModule, path: Path, setting: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(path)
@@ -262,10 +212,8 @@ class Experiment:
         try:
             module.load_state_dict(checkpoint["state_dict"])
         except (RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise UserError(
-                f"--{setting}: got {path}, expected weights of the networks in the settings ({reason}); name another"
-            ) from None
+            expected = f"weights of the networks in the settings ({' '.join(str(error).split())[:150]})"
+            raise UserError(f"--{setting}: got {path}, expected {expected}; name another") from None
         return checkpoint
 
 

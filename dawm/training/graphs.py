@@ -2,11 +2,11 @@
 
 An update of an agent is a hundred small kernels, and launching them one by one takes a GPU's host longer than running
 them. A graph is recorded once and then launched as one. It repeats kernels, not Python: what Python decided while it
-was recorded stays decided. So a module says after how many updates `update` does the same again (``update_period``),
-the batches and the learning rates lie in tensors that are refilled before every launch, and random numbers come from
-PyTorch's generator, which a graph advances.
+was recorded stays decided. So a module says after how many updates `update` does the same again (``update_period``);
+batches and learning rates lie in tensors that are refilled before every launch, and the graph advances PyTorch's
+random numbers.
 
-Symbols: K updates of a training step, G parameter groups of all optimisers.
+Symbols: K updates of a training step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dawm.errors import first_line
 if TYPE_CHECKING:
     from dawm.training.updates import UpdateModule
 
-__all__ = ["UpdateGraph", "forget_graph", "graph_for", "reason_against", "set_learning_rate"]
+__all__ = ["UpdateGraph", "plain_group", "reason_against", "set_learning_rate"]
 
 Work = Callable[[], dict[str, Tensor]]
 WARM_UP = 2
@@ -32,48 +32,18 @@ WARM_UP = 2
 
 
 def reason_against(module: UpdateModule, device: torch.device, world_size: int, precision: str) -> str | None:
-    """Why a module's updates cannot be one CUDA graph, or None where they can.
-
-    Args:
-        module: The module.
-        device: The training device.
-        world_size: Number of processes.
-        precision: The Trainer's precision.
-    """
-    if device.type != "cuda":
-        return f"it needs a CUDA device, and training is on {device.type}"
-    if world_size > 1:
-        return "gradients are averaged over several processes"
-    if precision != "32-true":
-        return f"trainer.precision is {precision}; it needs 32-true"
-    if module.update_period is None:
-        return f"{type(module).__name__} does not say its update_period"
-    return None
-
-
-def graph_for(module: UpdateModule) -> UpdateGraph | None:
-    """A graph for a module's updates, or None with a warning that says why not.
-
-    Args:
-        module: The module, attached to its Trainer.
-    """
-    trainer = module.trainer
-    reason = reason_against(module, trainer.strategy.root_device, trainer.world_size, trainer.precision)
-    if reason is None:
-        return UpdateGraph(module)
-    rank_zero_warn(f"cuda_graphs: {reason}; the updates of {module.name} run one by one")
-    return None
+    """Why a module's updates cannot be one CUDA graph, or None where they can."""
+    reasons = {
+        f"it needs a CUDA device, and training is on {device.type}": device.type != "cuda",
+        "gradients are averaged over several processes": world_size > 1,
+        f"trainer.precision is {precision}; it needs 32-true": precision != "32-true",
+        f"{type(module).__name__} does not say its update_period": module.update_period is None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def record_on_cuda(work: Work) -> Work:
-    """Records work as a CUDA graph, without running it.
-
-    Args:
-        work: Launches kernels on the current device, and answers with tensors.
-
-    Returns:
-        A function that runs what was recorded, and answers with the same tensors, filled again.
-    """
+    """Records work as a CUDA graph; the function returned runs it, and answers with the same tensors, filled again."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         metrics = work()
@@ -86,14 +56,9 @@ def record_on_cuda(work: Work) -> Work:
 
 
 class UpdateGraph:
-    """Runs a module's updates as one graph where it can, and one by one where it cannot.
+    """Runs a module's updates as one graph; one by one at first, where a step is cut short, or where recording fails.
 
-    One by one are the first few training steps, one that is cut short, and all where the recording fails, which is
-    reported in one line.
-
-    Args:
-        module: The module, whose ``update_period`` is set.
-        record: How work is recorded; a CUDA graph, but for tests.
+    Tests record in another way than as a CUDA graph.
     """
 
     def __init__(self, module: UpdateModule, record: Callable[[Work], Work] = record_on_cuda) -> None:
@@ -105,13 +70,7 @@ class UpdateGraph:
         self._launch: Work | None = None
 
     def run_updates(self, batches: Any, first: int, rates: list[list[float] | None]) -> dict[str, Tensor]:
-        """Some updates; as `UpdateModule.run_updates`.
-
-        Args:
-            batches: A dataclass of tensors, fields of shape (K, B, ...).
-            first: Number of the first update.
-            rates: Learning rates of the parameter groups at each update, at most K of them.
-        """
+        """As `UpdateModule.run_updates`; at most K updates."""
         count = len(getattr(batches, fields(batches)[0].name))
         self._size = self._size or count  # the last training step may have fewer
         whole = len(rates) == count == self._size and first % self.period == 0 and count % self.period == 0
@@ -124,9 +83,8 @@ class UpdateGraph:
             except Exception as error:  # whatever an update does that a graph cannot
                 self.close()
                 self.module.update_graph = None
-                rank_zero_warn(
-                    f"cuda_graphs: the updates cannot be recorded ({first_line(error)}); they run one by one"
-                )
+                reason = f"the updates cannot be recorded ({first_line(error)})"
+                rank_zero_warn(f"cuda_graphs: {reason}; they run one by one")
                 return self.module.run_updates(batches, first, rates)
         for field in fields(batches):
             getattr(self._batches, field.name).copy_(getattr(batches, field.name))
@@ -157,36 +115,14 @@ class UpdateGraph:
 
 
 def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
-    """Sets the learning rate of a parameter group, in place where it is a tensor that a CUDA graph reads.
-
-    Args:
-        group: The group.
-        rate: Its learning rate.
-    """
-    if not isinstance(group["lr"], Tensor):
-        group["lr"] = rate
-    elif isinstance(rate, Tensor):
-        group["lr"].copy_(rate)
-    else:
+    """Sets the learning rate of a parameter group, in place where it is a tensor that a CUDA graph reads."""
+    if isinstance(group["lr"], Tensor):
         group["lr"].fill_(rate)
-
-
-def forget_graph(checkpoint: dict[str, Any]) -> None:
-    """Leaves no trace of a CUDA graph in a checkpoint, which may be resumed without one.
-
-    Args:
-        checkpoint: What Lightning is about to save.
-    """
-    for state in checkpoint.get("optimizer_states", []):  # a checkpoint of weights alone has none
-        for group in state["param_groups"]:
-            plain_group(group)
+    else:
+        group["lr"] = rate
 
 
 def plain_group(group: dict[str, Any]) -> None:
-    """Gives a parameter group of an optimiser, or of its saved state, a learning rate that is a number again.
-
-    Args:
-        group: The group.
-    """
+    """Gives a parameter group of an optimiser, or of its saved state, a learning rate that is a number again."""
     if isinstance(group["lr"], Tensor):
         group["capturable"], group["lr"] = False, float(group["lr"])

@@ -13,13 +13,7 @@ __all__ = ["HorizonErrors", "MeanPerColumn"]
 
 
 class MeanPerColumn(Metric):
-    """Mean of each column over all rows that count, gathered over the ranks.
-
-    One column is a step of the horizon, or a dimension of an action.
-
-    Args:
-        columns: Number of columns H.
-    """
+    """Mean of each of H columns (horizon's steps, or an action's dimensions) over all rows, gathered over the ranks."""
 
     full_state_update = False
     total: Tensor
@@ -31,12 +25,7 @@ class MeanPerColumn(Metric):
         self.add_state("count", torch.zeros(columns, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weights: Tensor | None = None) -> None:
-        """Adds rows.
-
-        Args:
-            values: Values, shape (B, H).
-            weights: How much each value counts (0 leaves it out), shape (B, H); all 1 if None.
-        """
+        """Adds values (B, H), each with a weight (B, H); 0 leaves it out, and all are 1 if None."""
         weights = torch.ones_like(values) if weights is None else weights
         self.total += (values * weights).sum(dim=0).double()
         self.count += weights.sum(dim=0).double()
@@ -51,35 +40,19 @@ class MeanPerColumn(Metric):
 
 
 class HorizonErrors(torch.nn.Module):
-    """Observation, reward and termination errors at each step of the horizon.
-
-    Args:
-        horizon: Steps H.
-    """
+    """Observation, reward and termination errors at each of H steps."""
 
     def __init__(self, horizon: int) -> None:
         super().__init__()
-        self.observation = MeanPerColumn(horizon)
-        self.reward = MeanPerColumn(horizon)
-        self.termination = MeanPerColumn(horizon)
+        self.errors = MeanPerColumn(3 * horizon)
 
     def update(self, observation: Tensor, reward: Tensor, termination: Tensor, valid: Tensor) -> None:
-        """Adds segments.
-
-        Args:
-            observation: Errors of the observations, shape (B, H, O); their mean over O counts.
-            reward: Errors of the rewards, shape (B, H).
-            termination: Errors of the terminations, shape (B, H).
-            valid: 0 where a step was not recorded, else 1, shape (B, H).
-        """
-        self.observation.update(observation.mean(dim=-1), valid)
-        self.reward.update(reward, valid)
-        self.termination.update(termination, valid)
+        """Adds errors (B, H, O), averaged over O, (B, H), and (B, H); valid (B, H) is 0 where nothing was recorded."""
+        errors = torch.cat([observation.mean(dim=-1), reward, termination], dim=1)
+        self.errors.update(errors, valid.repeat(1, 3))
 
     def compute_and_reset(self) -> dict[str, Tensor]:
         """Mean error at each step since the last call, by name, each shape (H,)."""
-        parts = {"observation": self.observation, "reward": self.reward, "termination": self.termination}
-        means = {name: part.means() for name, part in parts.items()}
-        for part in parts.values():
-            part.reset()
-        return means
+        means = self.errors.means().chunk(3)
+        self.errors.reset()
+        return dict(zip(("observation", "reward", "termination"), means))

@@ -11,30 +11,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 __all__ = ["StageProgress"]
 
 SECONDS = 30.0  # between two plain lines
+LOOK = 0.5  # seconds between two looks at the metrics, which cost a tenth of a millisecond; an evaluation takes longer
 
 
 class StageProgress(ProgressBar):
     """Stage, updates done and to do, updates per second, time left, the newest metrics; from the first rank alone.
 
-    On a terminal that is a bar. Elsewhere (a log file, a cluster job) it is a plain line at the start and the end of
-    the stage, every 30 seconds, and at each validation or evaluation. A callback's evaluation is noticed by its
-    metrics, logged as ``eval/...`` with ``prog_bar=True``.
-
-    Args:
-        stage: What is being trained, as shown.
-        console: Where to print.
-        quiet: Prints nothing.
-        unit: What ``max_steps`` counts, as shown.
+    On a terminal that is a bar; elsewhere (a log file, a cluster job) a plain line at the start, the end, every 30
+    seconds and each validation or evaluation, noticed by its progress-bar metrics ``eval/...``. ``unit`` is what
+    ``max_steps`` counts.
     """
 
     def __init__(self, stage: str, console: Console, quiet: bool = False, unit: str = "updates") -> None:
         super().__init__()
-        self._stage = stage
+        self._stage, self._unit = stage, unit
         self._console = console
-        self._unit = unit
         self._enabled = not quiet
         self._start: tuple[float, int] | None = None  # time and updates done; None outside of training
-        self._last_line = 0.0
+        self._last_line = self._last_look = 0.0
         self._evaluated: dict[str, str] = {}
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -57,15 +51,10 @@ class StageProgress(ProgressBar):
         if not self._console.is_terminal:
             self._print(f"{done:,} of {trainer.max_steps:,} {self._unit}")
             return
-        self._progress = Progress(
-            TextColumn("[bold]{task.description:<16}"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TextColumn(f"{{task.fields[rate]:>6}} {self._unit}/s"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            console=self._console,
-        )
+        name, rate, metrics = "[bold]{task.description:<16}", "{task.fields[rate]:>6}", "{task.fields[metrics]}"
+        columns = (TextColumn(name), BarColumn(bar_width=16), MofNCompleteColumn(),
+                   TextColumn(f"{rate} {self._unit}/s"), TimeRemainingColumn(), TextColumn(metrics))  # fmt: skip
+        self._progress = Progress(*columns, console=self._console)
         self._task = self._progress.add_task(self._stage, total=trainer.max_steps, completed=done, rate="-", metrics="")
         self._progress.start()
 
@@ -77,11 +66,13 @@ class StageProgress(ProgressBar):
             return
         if self._progress is not None:
             self._progress.update(self._task, completed=trainer.global_step, rate=_figure(self._rate(trainer)))
+        now = monotonic()
+        if now - self._last_look < LOOK:
+            return
+        self._last_look = now
         evaluated = _newest(trainer, "eval/")
-        if evaluated != self._evaluated:
+        if evaluated != self._evaluated or (self._progress is None and now - self._last_line >= SECONDS):
             self._evaluated = evaluated
-            self._show_metrics(trainer)
-        elif self._progress is None and monotonic() - self._last_line >= SECONDS:
             self._show_metrics(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -25,11 +25,8 @@ FIRST_RANK = "DAWM_FIRST_RANK"
 def end_with_first_rank(trainer: L.Trainer) -> None:
     """Ends a rank soon after the first one, from whose process Lightning started it, has ended in any way.
 
-    Lightning itself watches the other direction, and torchrun and SLURM both. Without this, a rank would wait in the
-    next collective for as long as the backend lets it: half an hour with NCCL.
-
-    Args:
-        trainer: The trainer whose ranks these are, before its first fit.
+    Lightning watches the other direction, torchrun and SLURM both. A rank would otherwise wait in the next collective
+    for as long as the backend lets it: half an hour with NCCL.
     """
     if trainer.world_size == 1:
         return
@@ -46,21 +43,13 @@ def end_with_first_rank(trainer: L.Trainer) -> None:
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether an error says no more than that another rank has ended.
-
-    Args:
-        error: What was raised.
-    """
+    """Whether an error says no more than that another rank has ended."""
     text = str(error)
     return isinstance(error, torch.distributed.DistError) or ("gloo" in text and "onnection" in text)
 
 
 def check_launcher(trainer: Mapping[str, Any]) -> None:
-    """Raises a UserError where torchrun started more processes than the settings join into one group.
-
-    Args:
-        trainer: Settings of the Trainer.
-    """
+    """Raises a UserError where torchrun started more processes than the settings join into one group."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
     count = len(devices) if isinstance(devices, list) else devices
@@ -77,10 +66,6 @@ def only_run_in(folder: Path, wait: bool) -> Iterator[None]:
 
     The lock is the kernel's, on the file ``.lock``, so that it ends with the process, however that ends. The file says
     which host and process hold it; where the file system knows no locks, a holder on this host that has ended is stale.
-
-    Args:
-        folder: The folder.
-        wait: Wait for another run to end instead of raising a UserError.
     """
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or "0"
     if rank != "0":  # the first rank holds it for all
@@ -89,16 +74,14 @@ def only_run_in(folder: Path, wait: bool) -> Iterator[None]:
     path = folder / ".lock"
     with path.open("a+") as file:
         while not _locked(file):
-            holder = _holder(path)
             if not wait:
+                holder = {"pid": "unknown", "host": "another host"} | _holder(path)
                 raise UserError(
-                    f"--output_dir: got {folder}, which process {holder.get('pid', 'unknown')} on "
-                    f"{holder.get('host', 'another host')} is training in, expected a folder of this run alone; "
-                    "set another --output_dir, or wait for it with --wait true"
+                    f"--output_dir: got {folder}, which process {holder['pid']} on {holder['host']} is training in, "
+                    "expected a folder of this run alone; set another --output_dir, or wait for it with --wait true"
                 )
             time.sleep(INTERVAL)
-        file.seek(0)
-        file.truncate()
+        file.truncate(0)  # it is appended to
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         file.flush()
         try:
@@ -123,10 +106,9 @@ def _locked(file: Any) -> bool:
 
 def _holder(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_running(pid: Any) -> bool:

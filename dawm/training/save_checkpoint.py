@@ -22,24 +22,8 @@ class Interrupted(Exception):
     """Training was stopped from outside (Ctrl-C, SIGTERM), after a checkpoint was saved."""
 
 
-def requeue_signal(trainer: L.Trainer) -> int | None:
-    """The signal upon which Lightning asks SLURM to start this job again; None where it does not.
-
-    Args:
-        trainer: The trainer.
-    """
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-        return environment.requeue_signal
-    return None
-
-
 def remove_requeue_checkpoints(folder: Path) -> None:
-    """Removes what Lightning's handler of SLURM's requeue signal saved, beside ``last.ckpt`` with the same state.
-
-    Args:
-        folder: The trainer's ``default_root_dir``.
-    """
+    """Removes what Lightning's handler of SLURM's requeue signal saved, beside ``last.ckpt`` with the same state."""
     for path in folder.glob("hpc_ckpt_*.ckpt"):
         path.unlink(missing_ok=True)
 
@@ -49,29 +33,22 @@ class SaveCheckpoint(Checkpoint):
 
     Before the first update a checkpoint is saved on trial: what cannot be saved and loaded again ends the run there.
     Ctrl-C and SIGTERM save too, once the updates under way are done, and then end the training with `Interrupted`. So
-    does SLURM's requeue signal, for which Lightning's own handler then asks SLURM to start the job again.
-
-    Args:
-        path: Where to save.
-        every_n_steps: Updates between two checkpoints.
-        origin: What the checkpoint was trained on, kept in it.
-        keep_every_n_steps: Updates between two checkpoints that are kept as ``step-N.ckpt``; None keeps none.
+    does SLURM's requeue signal, for which Lightning's own handler then asks SLURM to start the job again. ``origin``
+    says what the checkpoint was trained on; every ``keep_every_n_steps`` one is kept as ``step-N.ckpt``.
     """
 
     def __init__(
         self, path: Path, every_n_steps: int, origin: dict[str, Any], keep_every_n_steps: int | None = None
     ) -> None:
-        self.path = path
-        self.every_n_steps = every_n_steps
-        self.keep_every_n_steps = keep_every_n_steps
-        self.origin = origin
+        self.path, self.origin = path, origin
+        self.every_n_steps, self.keep_every_n_steps = every_n_steps, keep_every_n_steps
         self.seconds = 0.0  # of training, over all starts of the run
         self._started = 0.0
         self.finished = False  # a callback has ended the stage before its last update
         self._last_step = 0
         self._signals: list[int] = []
         self._handlers: dict[int, Any] = {}
-        self._requeue: int | None = None
+        self._requeue: int | None = None  # upon which Lightning asks SLURM to start this job again
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock, takes over the signals, and does not resume what was stopped early."""
@@ -83,7 +60,9 @@ class SaveCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             trial.unlink()
         if threading.current_thread() is threading.main_thread():
-            self._requeue = requeue_signal(trainer)
+            environment = trainer._accelerator_connector.cluster_environment
+            if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+                self._requeue = environment.requeue_signal
             for number in {signal.SIGINT, signal.SIGTERM, self._requeue or signal.SIGTERM}:
                 self._handlers[number] = signal.signal(number, lambda received, frame: self._signals.append(received))
 
@@ -136,8 +115,7 @@ class SaveCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer, path: Path | None = None) -> None:
         now = time.monotonic()
-        self.seconds += now - self._started
-        self._started = now
+        self.seconds, self._started = self.seconds + now - self._started, now
         self._last_step = trainer.global_step
         self.finished = trainer.should_stop
         trainer.save_checkpoint(path or self.path, weights_only=False)

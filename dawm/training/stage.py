@@ -1,11 +1,11 @@
 """The three stages: what a config gives each of them, what its result depends on, and what only it knows.
 
-The batches that a stage trains on are the module's own affair (`UpdateModule.train_loader`); so are the statistics of
-its normalizers. So ``L.Trainer(...).fit(module, datamodule=data)`` in a script does what a stage does.
+Batches and normalizers are the module's own affair, so ``L.Trainer(...).fit(module, datamodule=data)`` in a script does
+what a stage does.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import lightning as L
@@ -73,8 +73,7 @@ class Stage:
         """Checks the settings."""
         for key in COUNTS:
             value = getattr(self, key)
-            optional = key in ("patience", "keep_every_n_steps")
-            holds = (value is None and optional) or (value is not None and 1 <= value < 2**63)
+            holds = key in ("patience", "keep_every_n_steps") if value is None else 1 <= value < 2**63
             require(f"stages.{self.name}.{key}", value, holds, "a whole number of at least 1")
         for callback in self.callbacks:
             if isinstance(callback, CANNOT_WORK):
@@ -84,22 +83,14 @@ class Stage:
                 )
 
     def hashed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that this stage's result depends on.
-
-        Args:
-            settings: All settings of the experiment as plain values.
-        """
+        """The settings that this stage's result depends on."""
         groups = {"data": settings["data"], "stage": settings["stages"][self.name], "trainer": settings["trainer"]}
         leave = {**NO_MATTER, "data": NO_MATTER["data"] | self.no_matter}
         chosen = {g: {k: v for k, v in values.items() if k not in leave[g]} for g, values in groups.items()}
         return {"name": self.name, "module": settings[self.name], **chosen}
 
     def connect(self, trained: Mapping[str, L.LightningModule]) -> None:
-        """Hands the modules trained before to whatever in this stage uses them.
-
-        Args:
-            trained: The modules by stage.
-        """
+        """Hands the modules trained before to whatever in this stage uses them."""
 
 
 @dataclass
@@ -129,16 +120,12 @@ class AgentStage(Stage):
     after = ("world_model", "inverse_dynamics")
 
     def connect(self, trained: Mapping[str, L.LightningModule]) -> None:
-        """Connects the callbacks that imagine, or leaves them out where no model was trained.
-
-        Args:
-            trained: The modules by stage.
-        """
-        for callback in [callback for callback in self.callbacks if hasattr(callback, "connect")]:
-            if trained:
+        """Connects the callbacks that imagine, or leaves them out where no model was trained."""
+        if not trained:
+            self.callbacks = [callback for callback in self.callbacks if not hasattr(callback, "connect")]
+        for callback in self.callbacks:
+            if hasattr(callback, "connect"):
                 callback.connect(*(trained[name] for name in self.after))
-            else:
-                self.callbacks.remove(callback)
 
 
 @dataclass
@@ -155,13 +142,7 @@ class Stages:
     inverse_dynamics: InverseDynamicsStage = field(default_factory=InverseDynamicsStage)
     agent: AgentStage = field(default_factory=AgentStage)
 
-    def needed(self, data: TransitionDataModule) -> Iterator[Stage]:
-        """The stages in order; the agent's alone where nothing is imagined.
-
-        Args:
-            data: The data module, whose ``synthetic_fraction`` decides.
-        """
-        for part in fields(self):
-            stage: Stage = getattr(self, part.name)
-            if data.synthetic_fraction > 0 or not stage.imagines:
-                yield stage
+    def needed(self, data: TransitionDataModule) -> list[Stage]:
+        """The stages in order; the agent's alone where nothing is imagined."""
+        stages = (self.world_model, self.inverse_dynamics, self.agent)
+        return [stage for stage in stages if data.synthetic_fraction > 0 or not stage.imagines]

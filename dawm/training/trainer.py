@@ -1,12 +1,11 @@
 """The Trainer of one stage."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.cli import instantiate_module
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,27 +24,13 @@ PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": 
 
 
 def make_trainer(
-    stage: Stage,
-    module: L.LightningModule,
-    folder: Path,
-    save: SaveCheckpoint,
-    settings: Mapping[str, Any],
-    console: Console,
-    quiet: bool = False,
-) -> L.Trainer:
-    """A Trainer that counts, logs, validates and saves by updates.
-
-    Args:
-        stage: The stage.
-        module: Its module.
-        folder: Where it logs.
-        save: Saves its checkpoints.
-        settings: All settings of the experiment.
-        console: Where to draw progress.
-        quiet: Draw none.
-    """
+    stage: Stage, module: L.LightningModule, folder: Path, save: SaveCheckpoint, settings: Mapping[str, Any],
+    loggers: Iterable[Logger], console: Console,
+) -> L.Trainer:  # fmt: skip
+    """A Trainer that counts, logs, validates and saves by updates."""
     chunk: int = settings["data"]["updates_per_step"]
-    callbacks = [*stage.callbacks, StageProgress(stage.name.replace("_", " "), console, quiet), save]
+    unit = "updates" if isinstance(module, UpdateModule) else "training steps"
+    callbacks = [*stage.callbacks, StageProgress(stage.name.replace("_", " "), console, settings["quiet"], unit), save]
     if not isinstance(module, UpdateModule):
         callbacks.insert(0, CountTrainingSteps())
     if stage.patience is not None:
@@ -56,19 +41,12 @@ def make_trainer(
         console.print(f"{stage.name}: the profiler's report goes to {folder}/fit-profile*", soft_wrap=True)
     try:
         return L.Trainer(
-            **chosen,
-            max_steps=stage.max_steps,
-            max_epochs=-1,
-            callbacks=callbacks,
-            logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard"),
-                    *(_logger(description, stage.name) for description in settings["logger"])],
-            default_root_dir=folder,
-            plugins=[AtomicCheckpointIO()],
+            **chosen, max_steps=stage.max_steps, max_epochs=-1, callbacks=callbacks,
+            logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard"), *loggers],
+            default_root_dir=folder, plugins=[AtomicCheckpointIO()],
             log_every_n_steps=max(1, stage.log_every_n_steps // chunk),
             val_check_interval=max(1, min(stage.validate_every_n_steps, stage.max_steps) // chunk),
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            enable_model_summary=False,
+            check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_model_summary=False,
             # Lightning shards only its own loaders' samplers; ours draw by rank themselves
             use_distributed_sampler=False,
         )  # fmt: skip
@@ -77,19 +55,6 @@ def make_trainer(
             f"--trainer: got settings that Lightning refuses ({str(error) or type(error).__name__}), expected those of "
             "its Trainer; change --trainer.*"
         ) from None
-
-
-def _logger(description: Mapping[str, Any], stage: str) -> Logger:
-    """A user's logger for one stage, which has a name of its own there where the logger takes one."""
-    from dawm.training.build import import_class, parameters_of  # here: build imports checkpoints, which many import
-
-    logger_class = import_class(description["class_path"], Logger)
-    arguments = dict(description.get("init_args") or {})
-    for key in ("name", "run_name"):
-        if key in parameters_of(logger_class) and key in arguments:
-            arguments[key] = f"{arguments[key]}-{stage}" if arguments[key] else stage
-            break
-    return instantiate_module(logger_class, arguments)
 
 
 class CountTrainingSteps(L.Callback):

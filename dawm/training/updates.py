@@ -1,9 +1,8 @@
 """Gradient updates: the training loop that the world model, the inverse dynamics and the agents share.
 
-An *update* is one gradient step of a module's main network, and it is the one unit of training everywhere:
-``max_steps``, ``every_n_steps``, logs, progress bars and checkpoints all count updates. A loader hands over K batches
-at once; `UpdateModule.training_step` runs K updates on them, so that what Lightning costs per training step (hooks,
-logging, progress bar) is paid once for K updates. Results do not depend on K.
+An *update* is one gradient step of a module's main network, and the one unit of training everywhere: ``max_steps``,
+``every_n_steps``, logs and checkpoints all count updates. A loader hands over K batches at once, so that what Lightning
+costs per training step (hooks, logging, progress bar) is paid once for K updates. Results do not depend on K.
 """
 
 from abc import abstractmethod
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from dawm.errors import UserError
 from dawm.nn.normalizer import Normalizer
-from dawm.training.graphs import UpdateGraph, forget_graph, graph_for, set_learning_rate
+from dawm.training.graphs import UpdateGraph, plain_group, reason_against, set_learning_rate
 
 __all__ = ["UpdateModule"]
 
@@ -48,10 +47,7 @@ class UpdateModule(L.LightningModule):
 
     @abstractmethod
     def update(self, batch: Any) -> dict[str, Tensor]:
-        """One gradient update on one batch.
-
-        Args:
-            batch: One batch, fields of shape (B, ...).
+        """One gradient update on one batch, fields of shape (B, ...).
 
         Returns:
             Metrics without gradient, of any shape, whose mean is logged under ``<name>/<key>``.
@@ -62,30 +58,14 @@ class UpdateModule(L.LightningModule):
         """The module's optimisers: the same objects in the same order at every call."""
 
     def fit_normalizers(self, data: Any) -> None:
-        """Takes the normalizers' statistics from real data; called once, before training.
-
-        Args:
-            data: The data module.
-        """
+        """Takes the normalizers' statistics from real data; called once, before training."""
 
     def train_loader(self, data: Any, updates: int, rank: int) -> Iterable[Any]:
-        """What to train on: by default the mixture of real and synthetic transitions.
-
-        Args:
-            data: The data module.
-            updates: Updates to draw for.
-            rank: The process that draws; each draws different batches.
-        """
+        """What to train on: by default a mixture of real and synthetic transitions, of other draws on each rank."""
         return data.mixed_loader(updates, rank, seeds=getattr(self, "seeds", 1))
 
     def validation_loader(self, data: Any, rank: int, world_size: int) -> Iterable[Any] | None:
-        """What to validate on; None for no validation.
-
-        Args:
-            data: The data module.
-            rank: This process.
-            world_size: Number of processes.
-        """
+        """What to validate on; None for no validation."""
         return None
 
     def setup(self, stage: str) -> None:
@@ -95,31 +75,20 @@ class UpdateModule(L.LightningModule):
             return
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
-            rank_zero_warn(
-                f"{type(self).__name__} trains on data that are not normalised; give its Trainer the data as "
-                "`datamodule=`, or call `fit_normalizers` before"
-            )
+            found = f"{type(self).__name__} trains on data that are not normalised"
+            rank_zero_warn(f"{found}; give its Trainer the data as `datamodule=`, or call `fit_normalizers` before")
         else:
             self.fit_normalizers(data)
 
     def learning_rates(self, index: int) -> list[float] | None:
-        """Learning rate of each parameter group of `configure_optimizers` at an update; None leaves them as they are.
-
-        Args:
-            index: Number of the update, from 0.
-        """
+        """Learning rate of each parameter group at an update, counted from 0; None leaves them as they are."""
         return None
 
     def minimize(self, loss: Tensor, optimizer: Optimizer, max_norm: float | None = None) -> None:
         """Takes one gradient step of one optimiser on a loss, with gradients averaged over the ranks.
 
         Only the gradients of the optimiser's own parameters are computed: an actor's loss that runs through a critic
-        leaves the critic's weights without a gradient.
-
-        Args:
-            loss: The loss of this rank's batch, shape (), or one for each of several independent networks, shape (...).
-            optimizer: The optimiser to step.
-            max_norm: Gradient-norm clipping; None disables it.
+        leaves the critic's weights without a gradient. The loss has shape (), or that of several independent networks.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # autograd.grad instead of backward: DDP's hooks sit on backward and expect one pass per training step
@@ -138,12 +107,7 @@ class UpdateModule(L.LightningModule):
         optimizer.step()
 
     def training_step(self, batches: Any, batch_idx: int) -> None:
-        """Runs one update per batch.
-
-        Args:
-            batches: A dataclass of tensors, fields of shape (K, B, ...).
-            batch_idx: Unused.
-        """
+        """Runs one update per batch, on a dataclass of tensors (K, B, ...)."""
         count = getattr(batches, fields(batches)[0].name).shape[0]
         if self.trainer.max_steps > 0:
             count = min(count, self.trainer.max_steps - self.trainer.global_step)
@@ -151,7 +115,12 @@ class UpdateModule(L.LightningModule):
         rates = [self.learning_rates(first + k) for k in range(count)]
         run = self.run_updates if self.update_graph is None else self.update_graph.run_updates
         metrics = {f"{self.name}/{key}": value for key, value in run(batches, first, rates).items()}
-        self._count_updates(count)
+        # Lightning counts the steps of the optimisers that it wraps: several per update for an actor and critics, none
+        # for those stepped here. Its counter, which max_steps, checkpoints and callbacks read, is set to the updates.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        for counter in (progress.total, progress.current):
+            counter.ready += count
+            counter.completed += count
         if not torch.stack(list(metrics.values())).isfinite().all():
             wrong = ", ".join(key for key, value in metrics.items() if not value.isfinite())
             raise UserError(
@@ -162,12 +131,9 @@ class UpdateModule(L.LightningModule):
         self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=self.trainer.world_size > 1)
 
     def run_updates(self, batches: Any, first: int, rates: Sequence[Any]) -> dict[str, Tensor]:
-        """Some updates, one after the other.
+        """Some updates from number ``first`` on, one after the other, on a dataclass of tensors (K, B, ...).
 
-        Args:
-            batches: A dataclass of tensors, fields of shape (K, B, ...).
-            first: Number of the first update.
-            rates: Learning rates of the parameter groups at each update, or None for it; as many as updates to run.
+        There are as many as ``rates``, each the learning rates of all parameter groups at an update, or None.
 
         Returns:
             Metrics of `update`, each the mean over the updates that gave it, shape ().
@@ -195,27 +161,21 @@ class UpdateModule(L.LightningModule):
                 "gradient scaling or converted data); set one of them"
             )
         if self.cuda_graphs:
-            self.update_graph = graph_for(self)
+            trainer = self.trainer
+            reason = reason_against(self, trainer.strategy.root_device, trainer.world_size, trainer.precision)
+            if reason is None:
+                self.update_graph = UpdateGraph(self)
+            else:
+                rank_zero_warn(f"cuda_graphs: {reason}; the updates of {self.name} run one by one")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves no trace of a CUDA graph in the checkpoint, which may be resumed without one."""
-        forget_graph(checkpoint)
+        for state in checkpoint.get("optimizer_states", []):  # a checkpoint of weights alone has none
+            for group in state["param_groups"]:
+                plain_group(group)
 
     def on_train_end(self) -> None:
         """Ends the CUDA graph."""
         if self.update_graph is not None:
             self.update_graph.close()
             self.update_graph = None
-
-    def _count_updates(self, count: int) -> None:
-        """Advances ``trainer.global_step`` by the updates done.
-
-        Lightning counts the steps of optimisers that it wraps: several per update for an agent with an actor and
-        critics, none for the optimisers stepped here. This keeps its one counter, which max_steps, checkpoints and
-        callbacks read, equal to the number of updates.
-        """
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        progress.total.ready += count
-        progress.total.completed += count
-        progress.current.ready += count
-        progress.current.completed += count

@@ -1,4 +1,4 @@
-"""A disk that is full or may not be written ends a run in one line; what was there stays, and the run goes on later."""
+"""A disk that is full or may not be written ends a run in one line; what was there stays, and the run resumes later."""
 
 import errno
 import json
@@ -51,7 +51,7 @@ def test_files_that_may_not_grow(smoke, tmp_path, size):
     assert not list((tmp_path / "run").rglob("*.partial"))
 
 
-def test_what_was_there_stays_and_the_run_goes_on_once_there_is_room(smoke, tmp_path):
+def test_what_was_there_stays_and_the_run_resumes_once_there_is_room(smoke, tmp_path):
     config = yaml.safe_load(smoke.read_text())
     config["agent"]["init_args"]["hidden"] = [300, 300]  # the agent's checkpoint alone is too large
     smoke.write_text(yaml.safe_dump(config))

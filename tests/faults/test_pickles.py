@@ -63,7 +63,7 @@ def test_commands_refuse_a_checkpoint_that_runs_code(hopper, run, owned, capsys,
 
 
 @pytest.mark.parametrize("stage", ["world_model", "inverse_dynamics", "agent"])
-def test_fit_refuses_it_where_it_reuses_goes_on_or_is_told(smoke, tmp_path, owned, capsys, stage):
+def test_fit_refuses_it_where_it_reuses_resumes_or_is_given_it(smoke, tmp_path, owned, capsys, stage):
     command = ["fit", "--config", str(smoke)]
     assert main(command) == 0
     path = poison(tmp_path / "run", stage, owned)
@@ -73,7 +73,7 @@ def test_fit_refuses_it_where_it_reuses_goes_on_or_is_told(smoke, tmp_path, owne
     assert main([*command, f"--stages.{stage}.ckpt_path", str(path)]) == 2
     assert str(path) in capsys.readouterr().err
     path.with_name("complete.json").unlink()
-    assert main(command) == 0  # gone on with from the one before
+    assert main(command) == 0  # resumed from the one before
     assert "not a safe checkpoint" in " ".join(capsys.readouterr().out.split())
     assert not owned.exists()
 

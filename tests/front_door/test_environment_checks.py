@@ -46,7 +46,7 @@ def fit(drifts, tmp_path, capsys):
         "final_episodes": 2,
         "data": {"dataset": drifts, "env_id": "Drift-v0", "batch_size": 16, "updates_per_step": 5,
                  "synthetic_fraction": 0},
-        "model": {"class_path": "TD3BC", "init_args": {"hidden": [16, 16]}},
+        "agent": {"class_path": "TD3BC", "init_args": {"hidden": [16, 16]}},
         "trainer": {"accelerator": "cpu", "devices": 1},
         "stages": {"agent": {"max_steps": 10}},
     }  # fmt: skip
@@ -93,7 +93,7 @@ def test_recorded_actions_are_what_is_played(fit, tmp_path):
             return super().step(action)
 
     register(entry_point=Wide)
-    status, _ = fit("--model.alpha", "1000")  # an actor that seeks large values only
+    status, _ = fit("--agent.alpha", "1000")  # an actor that seeks large values only
     assert status == 0
     assert 0.5 < max(played) <= 1
 

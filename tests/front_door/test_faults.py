@@ -40,7 +40,7 @@ from dawm.agents import TD3BC
 class Burst(TD3BC):
     def update(self, batch):
         metrics = super().update(batch)
-        if self.update_index > 30:
+        if self.update_index >= 30:
             metrics["critic_loss"] = metrics["critic_loss"] * float("nan")
         return metrics
 """
@@ -52,7 +52,7 @@ def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first_and_the_run_goes_on_as_if_nothing_had_been(smoke, tmp_path, number):
+def test_a_signal_saves_first_and_the_run_resumes_as_if_nothing_had_been(smoke, tmp_path, number):
     (tmp_path / "signaller.py").write_text(SIGNALLER)
     config = yaml.safe_load(smoke.read_text())
     # at update 10 the updates under way end where a validation is due
@@ -69,7 +69,7 @@ def test_a_signal_saves_first_and_the_run_goes_on_as_if_nothing_had_been(smoke, 
 
     stopped = run("stopped")
     assert stopped.returncode == 130
-    assert "the same command goes on" in stopped.stderr
+    assert "the same command resumes" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     (checkpoint,) = (tmp_path / "stopped" / "inverse_dynamics").glob("*/last.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 10
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(smoke, tmp_pat
     capsys.readouterr()
     assert main(["fit", "--config", str(smoke)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "last.ckpt cannot be read" in printed
+    assert "last.ckpt (damaged" in printed
     assert "previous.ckpt" in printed
     after = weights(tmp_path / "run", "agent")
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     smoke.write_text(smoke.read_text().replace("class_path: TD3BC", "class_path: burst_agent.Burst"))
     assert main(["fit", "--config", str(smoke)]) == 2
     line = capsys.readouterr().err
-    assert "agent/critic_loss became NaN" in line
+    assert "--agent: got NaN or infinite agent/critic_loss" in line
     assert "between updates 30 and 35" in line
     (checkpoint,) = (tmp_path / "run" / "agent").glob("*/last.ckpt")
     content = torch.load(checkpoint, weights_only=True)
@@ -119,8 +119,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({ORIGIN: {"dawm": "0.1.0"}, "state_dict": {}}, "another version"),
-        (torch.zeros(3), "no checkpoint but a Tensor"),
+        ({ORIGIN: {"dawm": "0.1.0"}, "state_dict": {}}, "parameter layout 1, not"),
+        (torch.zeros(3), "a Tensor), expected a checkpoint"),
     ],
 )
 def test_a_checkpoint_that_would_load_and_mean_nothing_is_refused(smoke, tmp_path, capsys, content, reason):
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_would_load_and_mean_nothing_is_refused(smoke, tmp_pat
     assert reason in line
 
 
-def test_a_stage_of_another_layout_is_trained_anew_not_reused(smoke, tmp_path, monkeypatch):
+def test_a_stage_of_another_layout_is_trained_again_not_reused(smoke, tmp_path, monkeypatch):
     for layout in (LAYOUT, LAYOUT + 1):
         monkeypatch.setattr(checkpoints, "LAYOUT", layout)
         monkeypatch.setattr(experiment, "LAYOUT", layout)

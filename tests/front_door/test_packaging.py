@@ -1,5 +1,6 @@
 """A wheel used from another folder, and a bare checkout, both find every part."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,13 @@ def run(*arguments: str, cwd: Path) -> str:
 
 
 def test_wheel_holds_everything_and_works_elsewhere(tmp_path):
-    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
+    copy = tmp_path / "source"  # what an earlier build or install left in the checkout would be packed too
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("dawm", "callbacks", "lightning_configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(copy), cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     target = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:

@@ -1,5 +1,7 @@
 """Settings reach whoever takes them, none is inherited by accident, and each that matters is part of a stage's key."""
 
+from copy import deepcopy
+
 import pytest
 import yaml
 
@@ -90,7 +92,7 @@ def test_settings_of_the_trainer_in_a_config_are_named_with_the_right_place(tmp_
 @pytest.mark.parametrize("stage", [WorldModelStage, InverseDynamicsStage, AgentStage])
 def test_a_setting_that_nobody_has_thought_of_is_part_of_the_key(stage):
     settings = parse_fit([]).plain
-    before = stage().hashed(settings)
+    before = deepcopy(stage().hashed(settings))
     for group in (settings["data"], settings["trainer"], settings["stages"][stage.name], settings[stage.name]):
         group["unheard_of"] = 1
         assert stage().hashed(settings) != before

@@ -45,8 +45,11 @@ def test_waiting_takes_the_folder_over(tmp_path):
     process.start()
     while not (tmp_path / "held").exists():
         time.sleep(0.05)
+    begun = time.monotonic()
     with only_run_in(tmp_path, wait=True):
-        assert not process.is_alive()
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert time.monotonic() - begun < 60
+    process.join()
 
 
 def test_processes_of_torchrun_that_would_train_apart_are_refused(monkeypatch):

@@ -179,7 +179,8 @@ class D4RLFile:
             values = values.reshape(-1)  # some files store (N, 1)
         if key in ("terminals", "timeouts"):
             return flags(values, self._name, key, start)
-        return values.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # infinite values are reported with the rest
+            return values.astype(np.float32, copy=False)
 
     def _check_columns(self) -> tuple[int, int]:
         """Check the columns for presence, rank and length; returns the sizes of observations and actions."""

@@ -16,9 +16,9 @@ def jumps(
 ) -> NDArray[np.int64]:
     """Rows from which the observation jumps, ascending.
 
-    A jump is a single step in which half of the observation's dimensions or more move by ``factor`` times what they
-    usually do (the 95 % quantile), while the steps before and after it are usual ones. So neither contacts, which last
-    or move few dimensions, nor glitches, which come back, nor the start of a movement are jumps.
+    A jump is a single step in which at least half of the dimensions that move, and three at least, move by ``factor``
+    times what they usually do (the 95 % quantile), while the steps before and after it are usual ones. So neither
+    contacts, which last or move few dimensions, nor glitches, which come back, nor the start of a movement are jumps.
 
     Args:
         observations: ``s_t`` of consecutive rows, shape (N, O).
@@ -28,10 +28,12 @@ def jumps(
     """
     count = len(last)
     with np.errstate(invalid="ignore"):
-        steps = np.abs(next_observations - observations)
-    usual = np.quantile(steps[:: max(1, count // _SAMPLE)], 0.95, axis=0)
-    moving = usual > 0
-    if not moving.any():
+        steps = next_observations - observations
+    np.abs(steps, out=steps)
+    sample = slice(None, None, max(1, count // _SAMPLE))
+    usual = np.quantile(steps[sample], 0.95, axis=0)
+    moving = usual > 1e-4 * observations[sample].std(axis=0)
+    if moving.sum() < 3:  # an angle that wraps around is no jump
         return np.zeros(0, np.int64)
     scale = np.where(moving, 1.0 / np.maximum(usual, 1e-30), 0.0)
     # the mean over the dimensions, which is cheap: where the median is above the factor, it is above half of that

@@ -81,8 +81,9 @@ class MinariSource(Source):
     def blocks(self) -> Iterator[Block]:
         """All rows in order."""
         read = _read_hdf5 if self._dataset.storage.FORMAT == "hdf5" else _read_any
-        empty, early, start, filled = 0, _EarlyTerminations(), 0, 0
+        empty, early, start, filled = 0, [np.zeros(0, np.int64)], 0, 0
         rows, last = self._buffers(0)
+        self.defects = ()
         try:
             for piece in read(self._dataset, self._paths, self._episodes):
                 leaves, actions, rewards, terminations, ends = self._checked(piece, start + filled)
@@ -101,12 +102,12 @@ class MinariSource(Source):
                     column += leaf.shape[1]
                 parts.actions[:], parts.rewards[:], parts.terminations[:] = actions, rewards, terminations
                 last[filled:stop] = terminations
-                early.count_in(terminations[: steps - 1] if ends else terminations, start + filled)
+                early.append(start + filled + np.flatnonzero(terminations[: steps - 1] if ends else terminations))
                 if steps and ends:
                     last[stop - 1] = True
                 empty += not steps
                 filled = stop
-        except (KeyError, OSError) as error:
+        except (KeyError, ValueError, OSError) as error:
             raise UserError(
                 f"--data.dataset: got {self.name}, expected whole data, but it is damaged ({error}); "
                 f"delete {self.path} and get it again"
@@ -116,7 +117,14 @@ class MinariSource(Source):
                 f"--data.dataset: got {self.name} with {start + filled} steps, expected the {self.count} of its "
                 "metadata; correct total_steps there, or get it again"
             )
-        self.defects = _defects(empty, early)
+        unended = np.concatenate(early)
+        if empty:
+            self.defects += (f"episodes: {empty} without a step; they are left out",)
+        if len(unended):
+            self.defects += (
+                f"terminations: {len(unended)} with further steps after them in the same episode, "
+                f"the first in row {unended[0]}; another episode begins there",
+            )
         yield self._block(rows[:filled], last[:filled])
 
     def _checked(self, piece: Piece, row: int) -> Piece:
@@ -152,43 +160,6 @@ class MinariSource(Source):
 
     def _block(self, rows: NDArray[np.float32], last: NDArray[np.bool_]) -> Block:
         return Block(rows, last, rows[:, -1] == 0 if self._repeated else None)
-
-
-class _EarlyTerminations:
-    """Terminations that are not the last step of their episode: how many, and the first one's row."""
-
-    def __init__(self) -> None:
-        self.count, self.first = 0, 0
-
-    def count_in(self, terminations: NDArray, start: int) -> None:
-        """Counts them in some steps.
-
-        Args:
-            terminations: Terminations with further steps after them, shape (T,).
-            start: Row of the first.
-        """
-        if terminations.any():
-            if not self.count:
-                self.first = start + int(np.argmax(terminations))
-            self.count += int(np.count_nonzero(terminations))
-
-
-def _defects(empty: int, early: _EarlyTerminations) -> tuple[str, ...]:
-    """What an episode should not be.
-
-    Args:
-        empty: Number of episodes without a step.
-        early: Terminations that are not the last step of their episode.
-    """
-    defects = []
-    if empty:
-        defects.append(f"episodes: {empty} without a step; they are left out")
-    if early.count:
-        defects.append(
-            f"terminations: {early.count} with further steps after them in the same episode, "
-            f"the first in row {early.first}; another episode begins there"
-        )
-    return tuple(defects)
 
 
 def _reference(metadata: dict, env_spec: EnvSpec | None) -> ReferenceScores | None:
@@ -264,8 +235,8 @@ def _read_hdf5(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], coun
             steps = h5py.h5d.open(file.id, group + b"rewards").shape[0]
             for start in range(0, max(steps, 1), BLOCK):
                 # up to the end of each column, so that one of another length is noticed
-                stop, behind = (start + BLOCK, start + BLOCK + 1) if start + BLOCK < steps else (None, None)
-                leaves = [read(group + key, start, behind) for key in keys]
+                stop, after = (start + BLOCK, start + BLOCK + 1) if start + BLOCK < steps else (None, None)
+                leaves = [read(group + key, start, after) for key in keys]
                 actions, rewards = read(group + b"actions", start, stop), read(group + b"rewards", start, stop)
                 terminations = read(group + b"terminations", start, stop, None)
                 yield leaves, actions, rewards, terminations, stop is None

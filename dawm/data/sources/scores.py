@@ -4,7 +4,7 @@ score = 100 (return - minimum) / (maximum - minimum)        (D4RL, arXiv 2004.07
 
 The return is the undiscounted sum of rewards, the minimum that of a random policy, the maximum that of an expert. Two
 families of numbers exist and must never be mixed: D4RL's were measured in the environments of its day (Hopper-v2 with
-mujoco-py), the others in Gymnasium's v5 environments. `ReferenceScores.source` says which one a score stands on.
+mujoco-py), the others in Gymnasium's v5 environments. `ReferenceScores.source` says which one a score is on.
 """
 
 import re

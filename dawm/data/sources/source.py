@@ -53,54 +53,6 @@ class Block(NamedTuple):
     next_observed: NDArray[np.bool_] | None = None
 
 
-@dataclass(frozen=True)
-class Recording:
-    """Recorded steps, checked and cut into episodes.
-
-    Args:
-        name: What the user calls the data set.
-        observations: ``s_t``, shape (N, O).
-        actions: ``a_t`` in the environment's units, shape (N, A).
-        rewards: ``r_t``, shape (N,).
-        next_observations: ``s_{t+1}``, shape (N, O).
-        terminations: Whether the task ended at ``s_{t+1}``, shape (N,), bool.
-        ends: Exclusive end row of each episode, shape (E,), int64.
-        observation_space: Flat Box.
-        action_space: Flat Box with finite bounds.
-        env_spec: The environment to evaluate in.
-        reference: Reference scores.
-        next_observed: False where ``s_{t+1}`` was not recorded and is filled in, shape (N,), bool; None: all recorded.
-        path: The file or folder that it was read from.
-        defects: What the reader found wrong and worked around, one line each.
-    """
-
-    name: str
-    observations: Floats
-    actions: Floats
-    rewards: Floats
-    next_observations: Floats
-    terminations: NDArray[np.bool_]
-    ends: NDArray[np.int64]
-    observation_space: gym.spaces.Box
-    action_space: gym.spaces.Box
-    env_spec: EnvSpec | None
-    reference: ReferenceScores | None
-    next_observed: NDArray[np.bool_] | None = None
-    path: Path | None = None
-    defects: tuple[str, ...] = ()
-
-    @property
-    def starts(self) -> NDArray[np.int64]:
-        """First row of each episode, shape (E,)."""
-        return np.concatenate([np.zeros(1, np.int64), self.ends])[:-1]
-
-    def returns(self) -> NDArray[np.float64]:
-        """Undiscounted return of each episode, shape (E,)."""
-        if not len(self.ends):
-            return np.zeros(0)
-        return np.add.reduceat(self.rewards, self.starts, dtype=np.float64)
-
-
 class Source(ABC):
     """A data set that is open but not read.
 
@@ -142,31 +94,50 @@ class Source(ABC):
     def blocks(self) -> Iterator[Block]:
         """All rows in order; about `BLOCK` of them at a time, each block in memory of its own."""
 
-    def read(self) -> Recording:
+    def read(self) -> "Recording":
         """Read everything, with whatever is wrong in its numbers."""
-        rows = np.empty((self.count, self.width), np.float32)
-        last, next_observed = np.zeros(self.count, bool), np.ones(self.count, bool)
-        start, complete = 0, True
-        for block in self.blocks():
-            stop = start + len(block.rows)
-            rows[start:stop], last[start:stop] = block.rows, block.last
-            if block.next_observed is not None:
-                next_observed[start:stop], complete = block.next_observed, False
-            start = stop
-        parts = columns(rows, *self.sizes)
-        return Recording(
-            self.name,
-            *parts[:-1],
-            terminations=parts.terminations != 0,
-            ends=np.flatnonzero(last) + 1,
-            observation_space=self.observation_space,
-            action_space=self.action_space,
-            env_spec=self.env_spec,
-            reference=self.reference,
-            next_observed=None if complete else next_observed,
-            path=self.path,
-            defects=self.defects,
-        )
+        blocks = [Block(np.empty((0, self.width), np.float32), np.zeros(0, bool)), *self.blocks()]
+        rows = np.concatenate([block.rows for block in blocks])
+        known = [np.ones(len(b.rows), bool) if b.next_observed is None else b.next_observed for b in blocks]
+        parts, last = columns(rows, *self.sizes), np.concatenate([block.last for block in blocks])
+        ends = np.flatnonzero(last) + 1
+        return Recording(self, *parts[:-1], parts.terminations != 0, ends, np.concatenate(known))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A data set that was read whole, cut into episodes, with whatever is wrong in its numbers.
+
+    Args:
+        source: What surrounds the rows.
+        observations: ``s_t``, shape (N, O).
+        actions: ``a_t`` in the environment's units, shape (N, A).
+        rewards: ``r_t``, shape (N,).
+        next_observations: ``s_{t+1}``, shape (N, O).
+        terminations: Whether the task ended at ``s_{t+1}``, shape (N,), bool.
+        ends: Exclusive end row of each episode, shape (E,), int64.
+        next_observed: False where ``s_{t+1}`` was not recorded and is filled in, shape (N,), bool.
+    """
+
+    source: Source
+    observations: Floats
+    actions: Floats
+    rewards: Floats
+    next_observations: Floats
+    terminations: NDArray[np.bool_]
+    ends: NDArray[np.int64]
+    next_observed: NDArray[np.bool_]
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """First row of each episode, shape (E,)."""
+        return np.concatenate([np.zeros(1, np.int64), self.ends])[:-1]
+
+    def returns(self) -> NDArray[np.float64]:
+        """Undiscounted return of each episode, shape (E,)."""
+        if not len(self.ends):
+            return np.zeros(0)
+        return np.add.reduceat(self.rewards, self.starts, dtype=np.float64)
 
 
 def columns(rows: Floats, observation_size: int, action_size: int) -> Columns:

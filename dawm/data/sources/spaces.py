@@ -127,23 +127,18 @@ def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tupl
 
 
 def scale_actions(actions: Tensor, space: gym.spaces.Box) -> Tensor:
-    """Map actions from the environment's Box to [-1, 1].
+    """Map actions from their Box to [-1, 1].
 
     Args:
-        actions: Actions in the environment's units, shape (..., A).
-        space: The environment's Box, shape (A,).
+        actions: Actions in the Box's units, shape (..., A).
+        space: The Box, shape (A,).
     """
     middle, half = _middle_and_half(space)
     return (actions - middle.to(actions.device)) / half.to(actions.device)
 
 
 def unscale_actions(actions: Tensor, space: gym.spaces.Box) -> Tensor:
-    """Map actions from [-1, 1] to the environment's Box; the inverse of `scale_actions`.
-
-    Args:
-        actions: Actions in [-1, 1], shape (..., A).
-        space: The environment's Box, shape (A,).
-    """
+    """Map actions from [-1, 1], shape (..., A), to their Box; the inverse of `scale_actions`."""
     middle, half = _middle_and_half(space)
     return actions * half.to(actions.device) + middle.to(actions.device)
 

@@ -84,14 +84,7 @@ def load_table(sources: Sequence[Source], cache_dir: str | None = None, memory_l
 
 
 def mapped_returns_to_go(folder: Path, ends: Tensor, discount: float, window: int | None) -> Tensor:
-    """Return-to-go of mapped rows, mapped too, shape (N,); computed at the first time.
-
-    Args:
-        folder: The data set's folder in the cache.
-        ends: Exclusive end row of each episode, shape (E,).
-        discount: Gamma.
-        window: Sum only this many rewards; None sums to the episode's end.
-    """
+    """As `dawm.data.returns.returns_to_go`, of mapped rows and mapped too; computed at the first time."""
     path, count = folder / "data" / f"returns-{discount!r}-{window}.f32", int(ends[-1])
     try:
         if not path.is_file() or path.stat().st_size != 4 * count:

@@ -21,6 +21,7 @@ from h5py import h5a, h5d, h5f, h5g, h5p, h5s, h5t
 from numpy.typing import NDArray
 
 from dawm.data.sources.catalog import dataset_folder
+from dawm.data.sources.environments import spec_as_json
 from dawm.data.sources.source import Source, columns
 from dawm.data.store.staging import datasets_path, staged
 from dawm.errors import UserError
@@ -110,7 +111,7 @@ def write_dataset(
             storage = minari.create_dataset_from_buffers(
                 output,
                 [],
-                env=env_spec,
+                env=env_spec if spec_as_json(env_spec) else None,  # Minari keeps specifications as JSON
                 observation_space=gym.spaces.Box(low, high, dtype=np.float32),
                 action_space=action_space,
                 description=description,

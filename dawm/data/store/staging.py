@@ -30,7 +30,10 @@ class OutputExists(UserError):
     """A data set of that id is there already, and shall not be replaced."""
 
     def __init__(self, output: str) -> None:
-        super().__init__(f"--output: got {output}, expected a new id; choose another name, or --overwrite true")
+        super().__init__(
+            f"--output: got {output}, expected a new id, but {output} is there already; choose another, or --overwrite "
+            "true"
+        )
 
 
 def check_output(output: str, overwrite: bool) -> None:
@@ -43,9 +46,13 @@ def check_output(output: str, overwrite: bool) -> None:
     try:
         parse_dataset_id(output)
     except (ValueError, TypeError) as error:  # a TypeError where the version is missing
-        raise UserError(f"--output: got {output!r}, expected a Minari id; write it as namespace/name-v0") from error
+        raise UserError(
+            f"--output: got {output!r}, not a Minari id, expected one; write it as namespace/name-v0"
+        ) from error
     if output.startswith("embedded/"):
-        raise UserError(f"--output: got {output}, expected a name unlike embedded data sets; choose another namespace")
+        raise UserError(
+            f"--output: got {output}, which would look like one of the embedded, expected another namespace; choose one"
+        )
     if is_complete(output) and not overwrite:
         raise OutputExists(output)
 
@@ -66,7 +73,7 @@ def staged(dataset_id: str, overwrite: bool = False) -> Iterator[Path]:
         overwrite: Whether to replace a data set of that id, at the very end.
 
     Yields:
-        The folder that stands for Minari's own.
+        The folder to use in place of Minari's own.
     """
     root = dataset_folder()
     with lock(root) as locked:
@@ -99,7 +106,7 @@ def datasets_path(folder: Path) -> Iterator[None]:
 def lock(root: Path, patience: float = _PATIENCE) -> Iterator[bool]:
     """Let one process at a time build in a folder; yields whether the lock was obtained.
 
-    The folder itself is locked, so that no lock file stays behind, and the kernel frees the lock when a process is
+    The folder itself is locked, so that no lock file is left, and the kernel frees the lock when a process is
     killed. Where such locks do not exist (Windows, some network drives), nothing is locked: the rename decides.
 
     Args:

@@ -28,6 +28,11 @@ __all__ = ["Assembly", "Table", "read_table"]
 _ROUNDING = 1e-3
 _OTHER_UNITS = 1.0
 
+_FINITE = "finite numbers; remove those episodes from the data set"
+_IN_ONE_PIECE = "each episode in one piece; end an episode (timeouts, truncations) there"
+_CLIPPED = "they are clipped"
+_INSIDE = "them inside; name the environment with the right bounds in --data.env_id, or clip the recorded actions"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -149,9 +154,8 @@ class _Checks:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._rows = 0
-        self._outside, self._first_outside, self._excess = 0, 0, 0.0
-        self._jumps, self._first_jump = 0, 0
-        self._bad: dict[str, tuple[int, int, NDArray[np.bool_]]] = {}  # values, first row, which columns
+        self._excess = 0.0
+        self._wrong: dict[tuple[str, str], list[int]] = {}  # what and what to do: how many, the first one's row
 
     def scale_and_check(self, block: Block, parts: Columns) -> None:
         """Scales the actions of a block in place, and records what is wrong in it.
@@ -162,51 +166,33 @@ class _Checks:
         """
         if not np.isfinite(block.rows).all():
             for key, values in parts._asdict().items():
-                self._record_not_finite(key, ~np.isfinite(values).reshape(len(values), -1))
-        elif len(jumped := jumps(parts.observations, parts.next_observations, block.last)):
-            self._first_jump = self._first_jump if self._jumps else self._rows + int(jumped[0])
-            self._jumps += len(jumped)
+                bad = ~np.isfinite(values).reshape(len(values), -1)
+                for column in np.flatnonzero(bad.any(axis=0)):
+                    where = f"{key}[{column}]" if values.ndim > 1 else key
+                    self._note(f"NaN or infinite values in {where}", _FINITE, np.flatnonzero(bad[:, column]))
+        else:
+            jumped = jumps(parts.observations, parts.next_observations, block.last)
+            self._note("jumps of the observations inside episodes", _IN_ONE_PIECE, jumped)
         actions = torch.from_numpy(parts.actions)
         actions.copy_(scale_actions(actions, self._source.action_space))
-        excess = actions.abs().amax(dim=-1) - 1.0
-        outside = excess > _ROUNDING
-        if outside.any():
-            if not self._outside:
-                self._first_outside = self._rows + int(outside.int().argmax())
-            self._outside += int(outside.sum())
-            self._excess = max(self._excess, float(excess.max()))
+        excess = actions.abs().amax(dim=-1).numpy() - 1.0
+        self._note(f"actions outside {self._source.action_space}", _CLIPPED, np.flatnonzero(excess > _ROUNDING))
+        self._excess = max(self._excess, float(excess.max()))
         actions.clamp_(-1.0, 1.0)
         self._rows += len(block.rows)
 
     def finish(self) -> None:
         """Raises a UserError for what cannot be used, and warns of what was changed."""
-        start, space = f"--data.dataset: got {self._source.name} with", self._source.action_space
-        for key, (count, first, bad) in self._bad.items():
-            which = ", ".join(map(str, np.flatnonzero(bad)[:3]))
-            where = f"{key} (column {which})" if key not in ("rewards", "terminations") else key
-            raise UserError(
-                f"{start} {count} NaN or infinite values in {where}, the first in row {first}, expected finite "
-                "numbers; remove those episodes from the data set"
-            )
-        if self._jumps:
-            raise UserError(
-                f"{start} {self._jumps} jumps of the observations inside episodes, the first after row "
-                f"{self._first_jump}, expected each episode in one piece; end an episode (timeouts, truncations) there"
-            )
-        if self._outside:
-            outside = f"{start} {self._outside} actions outside {space}, the first in row {self._first_outside}"
+        for (what, advice), (count, first) in self._wrong.items():
+            message = f"--data.dataset: got {self._source.name} with {count} {what}, the first in row {first}"
+            if advice != _CLIPPED:
+                raise UserError(f"{message}, expected {advice}")
             if self._excess > _OTHER_UNITS:
-                raise UserError(
-                    f"{outside}, expected actions inside; name the environment with the right bounds in --data.env_id, "
-                    "or clip the recorded actions"
-                )
-            warnings.warn(f"{outside}; they are clipped", stacklevel=2)
+                raise UserError(f"{message}, expected {_INSIDE}")
+            warnings.warn(f"{message}; {advice}", stacklevel=2)
         for defect in self._source.defects:
             warnings.warn(f"--data.dataset: {self._source.name}: {defect}", stacklevel=2)
 
-    def _record_not_finite(self, key: str, bad: NDArray[np.bool_]) -> None:
-        if not bad.any():
-            return
-        first = self._rows + int(bad.any(axis=1).argmax())
-        count, earlier, which = self._bad.get(key, (0, first, np.zeros(bad.shape[1], bool)))
-        self._bad[key] = (count + int(bad.sum()), earlier, which | bad.any(axis=0))
+    def _note(self, what: str, advice: str, rows: NDArray[np.int64]) -> None:
+        if len(rows):
+            self._wrong.setdefault((what, advice), [0, self._rows + int(rows[0])])[0] += len(rows)
