@@ -116,7 +116,7 @@ def share(seconds: float, whole: float) -> list[str]:
 
 
 def run_body(seconds: dict[str, float]) -> list[list[str]]:
-    """The run by stage; evaluations of the agent's training stand in its stage."""
+    """The run by stage; evaluations during the agent's training are part of its stage."""
     whole = seconds["fit"]
     parts = {"data (with building it)": seconds.get("before/data", 0.0)}
     parts |= {name.replace("_", " "): seconds.get(f"{name}/stage", 0.0) for name in STAGES}
@@ -128,7 +128,7 @@ def run_body(seconds: dict[str, float]) -> list[list[str]]:
 
 
 def stage_body(seconds: dict[str, float]) -> list[list[str]]:
-    """Seconds of every part of every stage, and the share of training that is neither networks nor drawing."""
+    """Seconds of every part of every stage, and the fraction of training that is neither networks nor drawing."""
     body = []
     for name in STAGES:
         whole = seconds.get(f"{name}/stage")
@@ -198,7 +198,9 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     command += f" --transitions {options.transitions}" + "".join(f" {part}" for part in more)
     report("end-to-end", command, tables, " ".join(__doc__.split("\n\n")[2].split()))
     agent = next((row for row in tables[1][2] if row[0] == "agent"), None)
-    headlines = [("evaluations, share of a fit", next(row[2] for row in body if row[0].startswith("all evaluations")))]
+    headlines = [
+        ("evaluations, fraction of a fit", next(row[2] for row in body if row[0].startswith("all evaluations")))
+    ]
     return headlines if agent is None else [*headlines, ("agent's training outside networks and drawing", agent[-1])]
 
 

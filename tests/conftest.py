@@ -32,7 +32,7 @@ def _isolated(tmp_path, monkeypatch):
 
 @pytest.fixture
 def write_dataset(tmp_path):
-    """Writes a D4RL-layout file in which every field tells its row.
+    """Writes a D4RL-layout file in which every field says which row it is in.
 
     Row i of episode e: observation (i, e), action i / 1000, reward i + 0.25, next observation (i + 1, e). Rows count
     from ``first``.

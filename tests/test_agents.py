@@ -31,7 +31,7 @@ def _seed():
 
 
 def uniform(rows: int = 512) -> Transitions:
-    """Terminated one-step episodes with observations and actions spread over [-1, 1] and reward 0."""
+    """Terminated one-step episodes with observations and actions all over [-1, 1] and reward 0."""
     observations, actions = torch.rand(2, rows, 1) * 2 - 1
     return Transitions(observations, actions, torch.zeros(rows), observations, torch.ones(rows))
 
@@ -103,7 +103,7 @@ def test_truncated_end_bootstraps_and_terminated_end_does_not(make, termination,
 
 @pytest.mark.parametrize("make", AGENTS)
 def test_actor_moves_in_units_of_the_data(make):
-    # observations far from 0: without normalisation in `act` as in `update` the policy would not tell them apart
+    # observations far from 0: without normalisation in `act` as in `update` the policy would not distinguish them
     data = uniform()
     data = replace(data, actions=data.observations.sign() / 2, rewards=torch.ones(512))
     data = data[data.observations[:, 0].abs() > 0.2]

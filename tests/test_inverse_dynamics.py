@@ -4,6 +4,7 @@ import torch
 from conftest import data_of
 
 from dawm.data.batches import BatchLoader, FixedBatches, RowStream
+from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Transitions
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.training.save_checkpoint import SaveCheckpoint
@@ -36,6 +37,17 @@ def test_linear_dynamics_are_recovered(make_trainer):
     assert float((inferred.actions - held_out.actions).abs().mean()) < 0.03
     assert inferred.disagreement.shape == (200,)
     assert float(model.best_errors.mean()) < 0.002
+
+
+def test_a_plain_trainer_draws_normalizes_and_validates(dataset, make_trainer):
+    data = TransitionDataModule(dataset, horizon=2, batch_size=8, updates_per_step=2)
+    model = InverseDynamics(2, 1, members=2, hidden=(8,))
+    make_trainer(4, val_check_interval=1).fit(model, datamodule=data)
+    trained_on = data.episodes.transitions[data.episodes.sample_rows(data.training_episodes)]
+    torch.testing.assert_close(model.observation_normalizer.mean, trained_on.observations.mean(dim=0))
+    differences = trained_on.next_observations - trained_on.observations
+    torch.testing.assert_close(model.difference_normalizer.mean, differences.mean(dim=0))
+    assert model.best_errors.isfinite().all(), "held-out transitions were validated on"
 
 
 class Stepping(InverseDynamics):

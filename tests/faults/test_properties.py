@@ -151,7 +151,7 @@ def test_every_stage_goes_through_or_says_why_not(make_trainer, case):
 @given(case=cases())
 @pytest.mark.filterwarnings("ignore")
 def test_no_segment_crosses_the_end_of_an_episode(case):
-    """The observations name row and episode; float32 tells them apart up to 2^24 rows."""
+    """The observations name row and episode; float32 distinguishes them up to 2^24 rows."""
     case = case._replace(next_recorded=True)
     rows = np.arange(sum(case.lengths), dtype=case.kind)
     episode = np.repeat(np.arange(len(case.lengths), dtype=case.kind), case.lengths)
@@ -174,6 +174,6 @@ def test_no_segment_crosses_the_end_of_an_episode(case):
     assert (row == np.minimum(row[..., :1] + steps, end)).all()  # on to the end's observation, which then repeats
     valid = segments.valid.numpy().astype(bool)
     assert (valid == (row[..., :1] + steps[:-1] < end)).all()
-    assert (valid | terminated[which[..., :-1]]).all()  # nothing is made up behind a truncation
+    assert (valid | terminated[which[..., :-1]]).all()  # nothing is made up after a truncation
     at_end = terminated[which[..., :-1]] & (row[..., :1] + steps[:-1] >= end - 1)
     assert (segments.terminations.numpy().astype(bool) == at_end).all()
