@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["UpdateGraph", "plain_group", "reason_against", "set_learning_rate"]
 
 Work = Callable[[], dict[str, Tensor]]
-WARM_UP = 2
-"""Training steps run one by one first, in which the optimisers make their state."""
+WARM_UP = 2  # training steps run one by one first, in which the optimisers make their state
 
 
 def reason_against(module: UpdateModule, device: torch.device, world_size: int, precision: str) -> str | None:
@@ -56,17 +55,12 @@ def record_on_cuda(work: Work) -> Work:
 
 
 class UpdateGraph:
-    """Runs a module's updates as one graph; one by one at first, where a step is cut short, or where recording fails.
-
-    Tests record in another way than as a CUDA graph.
-    """
+    """Runs a module's updates as one graph; one by one at first, where a step is cut short, or recording fails."""
 
     def __init__(self, module: UpdateModule, record: Callable[[Work], Work] = record_on_cuda) -> None:
-        self.module = module
+        self.module, self.record = module, record  # as a CUDA graph, but for tests
         self.period = module.update_period or 1
-        self.record = record
-        self._size = 0
-        self._steps = 0
+        self._size = self._steps = 0
         self._launch: Work | None = None
 
     def run_updates(self, batches: Any, first: int, rates: list[list[float] | None]) -> dict[str, Tensor]:
