@@ -9,11 +9,9 @@ random numbers.
 Symbols: K updates of a training step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -21,17 +19,14 @@ from torch import Tensor
 
 from dawm.errors import first_line
 
-if TYPE_CHECKING:
-    from dawm.training.updates import UpdateModule
-
 __all__ = ["UpdateGraph", "plain_group", "reason_against", "set_learning_rate"]
 
 Work = Callable[[], dict[str, Tensor]]
 WARM_UP = 2  # training steps run one by one first, in which the optimisers make their state
 
 
-def reason_against(module: UpdateModule, device: torch.device, world_size: int, precision: str) -> str | None:
-    """Why a module's updates cannot be one CUDA graph, or None where they can."""
+def reason_against(module: Any, device: torch.device, world_size: int, precision: str) -> str | None:
+    """Why an `UpdateModule`'s updates cannot be one CUDA graph, or None where they can."""
     reasons = {
         f"it needs a CUDA device, and training is on {device.type}": device.type != "cuda",
         "gradients are averaged over several processes": world_size > 1,
@@ -55,9 +50,9 @@ def record_on_cuda(work: Work) -> Work:
 
 
 class UpdateGraph:
-    """Runs a module's updates as one graph; one by one at first, where a step is cut short, or recording fails."""
+    """Runs an `UpdateModule`'s updates as one graph; one by one at first, where a step is cut short, or it fails."""
 
-    def __init__(self, module: UpdateModule, record: Callable[[Work], Work] = record_on_cuda) -> None:
+    def __init__(self, module: Any, record: Callable[[Work], Work] = record_on_cuda) -> None:
         self.module, self.record = module, record  # as a CUDA graph, but for tests
         self.period = module.update_period or 1
         self._size = self._steps = 0
