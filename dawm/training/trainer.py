@@ -63,8 +63,7 @@ def make_trainer(
 class CountTrainingSteps(L.Callback):
     """Counts the training steps of a plain LightningModule in ``trainer.global_step``.
 
-    Under manual optimisation Lightning counts the steps of every optimiser: two per batch for an actor and a critic,
-    so that ``max_steps`` would end the training half-way.
+    Under manual optimisation Lightning counts those of every optimiser: two per batch for an actor and a critic.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:

@@ -132,6 +132,7 @@ class UpdateModule(L.LightningModule):
                     set_learning_rate(group, rate)
             for key, value in self.update(batches[k]).items():
                 values[key].append(value)
+        self.update_index = first + len(rates)
         return {key: torch.stack(parts).mean() for key, parts in values.items()}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
