@@ -38,6 +38,7 @@ def test_wheel_holds_everything_and_works_elsewhere(tmp_path):
         "dawm/data/sources/policies/hopper.safetensors",
         "dawm/data/sources/policies/LICENSE.txt",
         "dawm/py.typed",
+        "dawm/cli/report_template.html",
     ):
         assert name in names
     assert not any(name.startswith(("tests/", "benchmarks/", "callbacks/", "examples/", "docs/")) for name in names)
