@@ -85,8 +85,6 @@ class TransitionDataModule(L.LightningDataModule):
         # agents are scored in their environment, and Lightning warns where there is no validation
         warnings.filterwarnings("ignore", ".*have no `validation_step`.*")
 
-    # The data set
-
     def setup(self, stage: str | None = None) -> None:
         """Loads the data set once, and splits off the held-out episodes."""
         if self._episodes is not None:
@@ -195,10 +193,11 @@ class TransitionDataModule(L.LightningDataModule):
 
     def _loader(self, source: "_Numbered", kind: str, batch_size: int, updates: int, rank: int) -> BatchLoader:
         stream = RowStream(derive_seed(self.seed, rank, kind))
-        return BatchLoader(
-            lambda count: source.gather(stream.draw(source.size, count, batch_size)),
-            [(stream, batch_size)], updates, self.updates_per_step,
-        )  # fmt: skip
+
+        def draw(count: int) -> Any:
+            return source.gather(stream.draw(source.size, count, batch_size))
+
+        return BatchLoader(draw, [(stream, batch_size)], updates, self.updates_per_step)
 
     def _validation_loader(self, source: "_Numbered", rank: int, world_size: int) -> FixedBatches:
         """A sample that is drawn once and divided among the ranks."""
@@ -208,9 +207,7 @@ class TransitionDataModule(L.LightningDataModule):
     # Real and synthetic transitions for the agent
 
     def mixed_loader(self, updates: int, rank: int = 0, squeeze: bool = False, seeds: int = 1) -> BatchLoader:
-        """Batches of ``round(batch_size * synthetic_fraction)`` synthetic rows, the rest real.
-
-        Until the first refill all rows are real.
+        """Batches of ``round(batch_size * synthetic_fraction)`` synthetic rows (after the first refill), the rest real.
 
         Args:
             updates: Updates to draw for.
@@ -250,9 +247,9 @@ def _check(data: TransitionDataModule) -> None:
         ("validation_fraction", 0 < data.validation_fraction < 1, "a number between 0 and 1"),
         ("memory_limit", data.memory_limit >= 0, "a number of GiB, at least 0"),
         ("discount", 0 <= data.discount <= 1, "a number from 0 to 1"),
-        *((key, getattr(data, key) >= 1, "a whole number of at least 1")
-          for key in ("horizon", "batch_size", "segment_batch_size", "updates_per_step")),
-        *((key, getattr(data, key) is None or getattr(data, key) >= 1, "a whole number of at least 1")
-          for key in ("return_window", "max_episode_steps")),
-    ):  # fmt: skip
+    ):
         require(f"data.{key}", getattr(data, key), holds, expected)
+    counts = "horizon", "batch_size", "segment_batch_size", "updates_per_step", "return_window", "max_episode_steps"
+    for key in counts:
+        value = getattr(data, key)
+        require(f"data.{key}", value, value is None or value >= 1, "a whole number of at least 1")

@@ -36,14 +36,7 @@ def returns_to_go(rewards: Tensor, ends: Tensor, discount: float, window: int | 
 def returns_in_blocks(
     read: Callable[[int, int], Tensor], ends: Tensor, discount: float, window: int | None = None
 ) -> Iterator[Tensor]:
-    """As `returns_to_go`, some whole episodes at a time and in double precision.
-
-    Args:
-        read: Gives the rewards from a row up to another.
-        ends: See `returns_to_go`, as the others.
-        discount: Gamma.
-        window: Rewards to sum.
-    """
+    """As `returns_to_go` of the rewards ``read(start, stop)``, some whole episodes at a time, in double precision."""
     first, start = 0, 0
     while first < len(ends):
         after = max(first + 1, int(torch.searchsorted(ends, start + BLOCK, right=True)))

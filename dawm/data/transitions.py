@@ -66,26 +66,12 @@ class Transitions(_Batch):
 
     def pack(self) -> Tensor:
         """All fields side by side, so that one gather fetches a whole row, shape (N, 2 O + A + 2)."""
-        return torch.cat(
-            [
-                self.observations,
-                self.actions,
-                self.rewards.unsqueeze(-1),
-                self.next_observations,
-                self.terminations.unsqueeze(-1),
-            ],
-            dim=-1,
-        )
+        rewards, terminations = self.rewards.unsqueeze(-1), self.terminations.unsqueeze(-1)
+        return torch.cat([self.observations, self.actions, rewards, self.next_observations, terminations], dim=-1)
 
     @classmethod
     def unpack(cls, rows: Tensor, observation_size: int, action_size: int) -> "Transitions":
-        """Views into packed rows; the inverse of `pack`.
-
-        Args:
-            rows: Packed rows, shape (..., 2 O + A + 2).
-            observation_size: O.
-            action_size: A.
-        """
+        """Views into packed rows, shape (..., 2 O + A + 2); the inverse of `pack`."""
         sizes = [observation_size, action_size, 1, observation_size, 1]
         observations, actions, rewards, next_observations, terminations = rows.split(sizes, dim=-1)
         return cls(observations, actions, rewards.squeeze(-1), next_observations, terminations.squeeze(-1))

@@ -1,8 +1,7 @@
 """Embedded data sets: real rollouts, built on this machine from behaviour policies inside the package.
 
-No download is needed. Each data set is a true Minari data set, and once built like any other
-(``minari show embedded/hopper/medium-replay-v0``). `dawm.data.sources.behaviour` says what is in them,
-`dawm.data.store.staging` how a build stays invisible until it is complete.
+No download is needed, and once built they are Minari data sets like any other
+(``minari show embedded/hopper/medium-replay-v0``). `dawm.data.sources.behaviour` says what is in them.
 """
 
 import contextlib
@@ -33,17 +32,15 @@ _ABOUT = {
 def build(
     name: str, seed: int = 0, steps: int | None = None, progress: bool | None = None, overwrite: bool = False
 ) -> str:
-    """Build an embedded data set, unless it is there already.
+    """Build an embedded data set, unless it is there already; returns Minari's id.
 
     Args:
-        name: One of `dawm.data.sources.catalog.EMBEDDED`, with or without the version ``-v0``.
+        name: One of `dawm.data.sources.catalog.EMBEDDED`, with or without the version ``-v0``. Another seed or number
+            of steps than the default becomes part of the id.
         seed: Seed of the episodes' starts and of the actions' noise.
         steps: Least number of steps; None: `STEPS`.
         progress: Whether to show a progress bar; None: if the standard error stream is a terminal.
         overwrite: Whether to build it again if it is there.
-
-    Returns:
-        Minari's id: the name with ``-v0``; another seed or number of steps than the default becomes part of it.
     """
     name = name.removesuffix("-v0")
     if name not in EMBEDDED:
@@ -56,7 +53,7 @@ def build(
         return dataset_id
     fractions = ", ".join(f"{policy} {fraction:.0%}" for policy, fraction in MIXTURES[name].items())
     with (
-        contextlib.suppress(OutputExists),  # another process has built it while this one waited
+        contextlib.suppress(OutputExists),  # another process has built it in the meantime
         progress_bar(f"Building {name}", steps, sys.stderr.isatty() if progress is None else progress) as bar,
     ):
         write_dataset(

@@ -1,7 +1,6 @@
 """What every reader of files delivers: rows in order, in the environment's own units, as NumPy arrays.
 
-A `Source` is a data set that is open but not read: it knows what surrounds the rows, and gives the rows in blocks, so
-that a data set may be larger than the memory. A `Recording` is one that was read whole.
+A `Source` gives the rows in blocks, so that a data set may be larger than the memory; a `Recording` was read whole.
 
 Symbols: N rows, O observation size, A action size, E episodes, D = 2 O + A + 2 columns of a packed row.
 """
@@ -86,6 +85,11 @@ class Source(ABC):
         return self.observation_space.shape[0], self.action_space.shape[0]
 
     @property
+    def bounds(self) -> list[list[float]]:
+        """Lowest and highest actions."""
+        return [self.action_space.low.tolist(), self.action_space.high.tolist()]
+
+    @property
     def width(self) -> int:
         """Columns of a packed row D."""
         return 2 * self.sizes[0] + self.sizes[1] + 2
@@ -97,10 +101,9 @@ class Source(ABC):
     def read(self) -> "Recording":
         """Read everything, with whatever is wrong in its numbers."""
         blocks = [Block(np.empty((0, self.width), np.float32), np.zeros(0, bool)), *self.blocks()]
-        rows = np.concatenate([block.rows for block in blocks])
+        rows, last = (np.concatenate(arrays) for arrays in ([b.rows for b in blocks], [b.last for b in blocks]))
         known = [np.ones(len(b.rows), bool) if b.next_observed is None else b.next_observed for b in blocks]
-        parts, last = columns(rows, *self.sizes), np.concatenate([block.last for block in blocks])
-        ends = np.flatnonzero(last) + 1
+        parts, ends = columns(rows, *self.sizes), np.flatnonzero(last) + 1
         return Recording(self, *parts[:-1], parts.terminations != 0, ends, np.concatenate(known))
 
 
@@ -135,45 +138,25 @@ class Recording:
 
     def returns(self) -> NDArray[np.float64]:
         """Undiscounted return of each episode, shape (E,)."""
-        if not len(self.ends):
-            return np.zeros(0)
-        return np.add.reduceat(self.rewards, self.starts, dtype=np.float64)
+        return np.add.reduceat(self.rewards, self.starts, dtype=np.float64) if len(self.ends) else np.zeros(0)
 
 
 def columns(rows: Floats, observation_size: int, action_size: int) -> Columns:
-    """Views into packed rows.
-
-    Args:
-        rows: Packed rows, shape (N, D).
-        observation_size: O.
-        action_size: A.
-    """
+    """Views into packed rows, shape (N, D)."""
     reward = observation_size + action_size
-    return Columns(
-        rows[:, :observation_size],
-        rows[:, observation_size:reward],
-        rows[:, reward],
-        rows[:, reward + 1 : -1],
-        rows[:, -1],
-    )
+    observations, actions = rows[:, :observation_size], rows[:, observation_size:reward]
+    return Columns(observations, actions, rows[:, reward], rows[:, reward + 1 : -1], rows[:, -1])
 
 
 def flags(values: NDArray, name: str, key: str, start: int = 0) -> NDArray[np.bool_]:
-    """Recorded flags as booleans; a UserError for what is neither 0 nor 1 (nor 255, as some tools write true).
+    """Recorded flags as booleans, shape (N,), the first from row ``start`` of the data set.
 
-    Args:
-        values: The flags, shape (N,).
-        name: Name of the data set, for the error.
-        key: Name of the column.
-        start: Row of the first.
+    Raises a UserError for what is neither 0 nor 1 (nor 255, as some tools write true).
     """
     if values.dtype.kind == "b":
         return values
-    if values.dtype.kind in "iuf":
-        good = (values == 0) | (values == 1)
-        good = good | ((values == 0) | (values == 255)).all()
-    else:
-        good = np.zeros(len(values), bool)
+    numeric = values.dtype.kind in "iuf"
+    good = np.isin(values, (0, 1)) | np.isin(values, (0, 255)).all() if numeric else np.zeros(len(values), bool)
     if not good.all():
         first = int(good.argmin())
         raise UserError(
@@ -184,12 +167,6 @@ def flags(values: NDArray, name: str, key: str, start: int = 0) -> NDArray[np.bo
 
 
 def require_numbers(kind: np.dtype, name: str, key: str) -> None:
-    """Raises a UserError where a column holds anything but real numbers.
-
-    Args:
-        kind: The column's type.
-        name: Name of the data set, for the error.
-        key: Name of the column.
-    """
+    """Raises a UserError where a data set's column holds anything but real numbers."""
     if kind.kind not in "biuf":
         raise UserError(f"--data.dataset: got {name} with {key} of type {kind}, expected real numbers; convert them")

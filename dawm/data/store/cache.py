@@ -39,12 +39,11 @@ import torch
 from torch import Tensor
 
 from dawm.data.returns import returns_in_blocks
-from dawm.data.sources.catalog import local_path
 from dawm.data.sources.source import Source
 from dawm.data.store.staging import lock, progress_bar
 from dawm.data.store.table import Assembly, Table, read_table
 from dawm.errors import UserError
-from dawm.files import whole, write_whole
+from dawm.files import expanded, whole, write_whole
 
 __all__ = ["MEMORY_LIMIT", "default_folder", "load_table", "mapped_returns_to_go"]
 
@@ -60,21 +59,15 @@ _PREFIX = ".staged-"
 def default_folder() -> Path:
     """Where the cache is: ``$DAWM_CACHE``, else ``dawm`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     own, caches = os.environ.get("DAWM_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return local_path(own) if own else (Path(caches) if caches else Path.home() / ".cache") / "dawm"
+    return expanded(own) if own else (Path(caches) if caches else Path.home() / ".cache") / "dawm"
 
 
 def load_table(sources: Sequence[Source], cache_dir: str | None = None, memory_limit: float = MEMORY_LIMIT) -> Table:
-    """Rows of a data set, held in memory or mapped from the cache.
-
-    Args:
-        sources: The data sets to join.
-        cache_dir: Folder of the cache; None: `default_folder`.
-        memory_limit: Rows of more than so many GiB are mapped, others held in memory.
-    """
+    """Rows of joined data sets, held in memory, or mapped from the cache if they are more than so many GiB."""
     size = sum(source.count for source in sources) * sources[0].width * 4
     if size <= memory_limit * 2**30:
         return read_table(sources)
-    root = default_folder() if cache_dir is None else local_path(cache_dir)
+    root = default_folder() if cache_dir is None else expanded(cache_dir)
     identity = _identity(sources)
     folder = root / hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     try:
@@ -102,10 +95,9 @@ def mapped_returns_to_go(folder: Path, ends: Tensor, discount: float, window: in
 
 def _identity(sources: Sequence[Source]) -> dict[str, Any]:
     """All that the rows depend on, whatever their place."""
-    space = sources[0].action_space
     return {
         "format": [_FORMAT, sys.byteorder],
-        "bounds": [space.low.tolist(), space.high.tolist()],
+        "bounds": sources[0].bounds,
         "settings": [source.settings for source in sources],
         "files": [[_sampled(file, source.path) for file in source.files] for source in sources],
     }

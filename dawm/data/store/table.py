@@ -100,19 +100,13 @@ class Assembly:
             raise RuntimeError(f"{start} rows were read, where {self.count} were announced")
 
     def table(self, rows: Tensor) -> Table:
-        """The data set, once all blocks were taken.
-
-        Args:
-            rows: The rows, wherever they were put, shape (N, D).
-        """
-        ends, terminated, end_observed, returns = (
-            torch.from_numpy(np.concatenate(values)) for values in zip(*self._episodes)
-        )
+        """The data set, once all blocks were taken and put into ``rows``, shape (N, D)."""
+        episodes = [torch.from_numpy(np.concatenate(values)) for values in zip(*self._episodes)]
         space, digest = self._sources[0].action_space, self._digest.copy()
-        digest.update(str((self.count, *self._sources[0].sizes)).encode() + ends.numpy().tobytes())
+        digest.update(str((self.count, *self._sources[0].sizes)).encode() + episodes[0].numpy().tobytes())
         digest.update(space.low.astype(np.float64).tobytes() + space.high.astype(np.float64).tobytes())
         low, high = torch.from_numpy(self._low), torch.from_numpy(self._high)
-        return Table(rows, ends, terminated, end_observed, returns, low, high, digest.hexdigest())
+        return Table(rows, *episodes, low, high, fingerprint=digest.hexdigest())  # type: ignore[misc]
 
     def _record(self, block: Block, parts: Columns, start: int) -> None:
         """Records where episodes end, and the range of the observations."""
@@ -123,19 +117,14 @@ class Assembly:
         returns = np.bincount(episode, parts.rewards, minlength=len(last) + 1)
         returns[0] += self._running
         self._running = returns[len(last)]
-        self._episodes.append(
-            (start + last + 1, parts.terminations[last] != 0, observed, returns[: len(last)].astype(np.float32))
-        )
+        returns = returns[: len(last)].astype(np.float32)
+        self._episodes.append((start + last + 1, parts.terminations[last] != 0, observed, returns))
         np.minimum(self._low, parts.observations.min(axis=0), out=self._low)
         np.maximum(self._high, parts.observations.max(axis=0), out=self._high)
 
 
 def read_table(sources: Sequence[Source]) -> Table:
-    """Read into memory.
-
-    Args:
-        sources: The data sets to join.
-    """
+    """Read into memory."""
     assembly = Assembly(sources)
     rows, start = torch.empty(assembly.count, assembly.width), 0
     for block in assembly.blocks():
@@ -145,25 +134,14 @@ def read_table(sources: Sequence[Source]) -> Table:
 
 
 class _Checks:
-    """What is wrong in the numbers of a source: reported once for all of its rows.
-
-    Args:
-        source: The data set.
-    """
+    """What is wrong in the numbers of a source: reported once for all of its rows."""
 
     def __init__(self, source: Source) -> None:
-        self._source = source
-        self._rows = 0
-        self._excess = 0.0
+        self._source, self._rows, self._excess = source, 0, 0.0
         self._wrong: dict[tuple[str, str], list[int]] = {}  # what and what to do: how many, the first one's row
 
     def scale_and_check(self, block: Block, parts: Columns) -> None:
-        """Scales the actions of a block in place, and records what is wrong in it.
-
-        Args:
-            block: Packed rows, shape (n, D).
-            parts: Their columns.
-        """
+        """Scales the actions of a block in place, and records what is wrong in it."""
         if not np.isfinite(block.rows).all():
             for key, values in parts._asdict().items():
                 bad = ~np.isfinite(values).reshape(len(values), -1)
