@@ -44,12 +44,7 @@ class RowStream:
 
 
 class Ranges:
-    """Ranges of rows in order, whose rows are found by number: a list of rows that takes no memory.
-
-    Args:
-        starts: First row of each range, shape (E,).
-        lengths: Rows of each range, shape (E,).
-    """
+    """Ranges of rows by their starts and lengths, shapes (E,): a list of rows that takes no memory."""
 
     def __init__(self, starts: Tensor, lengths: Tensor) -> None:
         self._stops = lengths.cumsum(0)
@@ -66,19 +61,12 @@ class Ranges:
 
 @dataclass(eq=False)
 class BatchLoader:
-    """Yields K batches at once, for a stated number of updates; Lightning can resume it.
+    """Yields K batches at once, for a stated number of updates; Lightning can resume it."""
 
-    Args:
-        draw: Draws the batches of the next ``count`` updates.
-        streams: The streams that `draw` reads, each with the count of numbers it takes per update.
-        updates: Updates to draw for, all in all.
-        updates_per_step: Updates K that one item serves.
-    """
-
-    draw: Callable[[int], Any]
-    streams: Sequence[tuple[RowStream, int]]
-    updates: int
-    updates_per_step: int
+    draw: Callable[[int], Any]  # the batches of the next so many updates
+    streams: Sequence[tuple[RowStream, int]]  # what `draw` reads, each with the count of numbers it takes per update
+    updates: int  # to draw for, all in all
+    updates_per_step: int  # updates K that one item serves
     drawn: int = field(default=0, init=False)
 
     def __len__(self) -> int:

@@ -8,8 +8,7 @@ Symbols: T steps of an episode, O observation size, A action size.
 * ``embedded/hopper/expert`` plays the expert.
 
 The environment is Gymnasium's ``Hopper-v5``, and all actions are sampled. The same seed gives the same data, bit for
-bit, on the same machine and versions. Observations and rewards are kept in single precision: these are the numbers that
-the policies saw.
+bit, on the same machine and versions, in single precision: these are the numbers that the policies saw.
 """
 
 from collections.abc import Iterator

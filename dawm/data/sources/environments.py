@@ -31,7 +31,7 @@ def describe_environment(env_spec: EnvSpec | None, env_id: str | None = None) ->
 
 
 def environment_from(description: str | None, env_id: str | None = None, env_id_key: str = "env_id") -> str | EnvSpec:
-    """The environment of what `describe_environment` gave, or another named by ``env_id``, the setting ``env_id_key``."""
+    """The environment of what `describe_environment` gave, or the one that the setting ``env_id_key`` names instead."""
     if env_id is not None:
         return env_id
     expected = "an environment, because the data set names none"

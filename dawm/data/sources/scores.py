@@ -40,11 +40,7 @@ _D4RL = {
 }
 
 # Random policy and deterministic expert (public TQC agents of DLR-RM/rl-trained-agents), measured in Gymnasium v5.
-_GYMNASIUM_V5 = {
-    "Hopper-v5": (18.8, 3276.0),
-    "Walker2d-v5": (1.8, 4401.0),
-    "HalfCheetah-v5": (-297.0, 12051.0),
-}
+_GYMNASIUM_V5 = {"Hopper-v5": (18.8, 3276.0), "Walker2d-v5": (1.8, 4401.0), "HalfCheetah-v5": (-297.0, 12051.0)}
 
 # Gymnasium's v2 to v4 keep the dynamics, rewards and endings that D4RL's values were measured with.
 _EARLIER_GYMNASIUM = re.compile(r"(Hopper|Walker2d|HalfCheetah|Ant)-v[234]")
@@ -52,17 +48,11 @@ _EARLIER_GYMNASIUM = re.compile(r"(Hopper|Walker2d|HalfCheetah|Ant)-v[234]")
 
 @dataclass(frozen=True)
 class ReferenceScores:
-    """The two returns between which a score runs from 0 to 100.
+    """The two returns between which a score runs from 0 to 100."""
 
-    Args:
-        minimum: Return of a random policy: score 0.
-        maximum: Return of an expert: score 100.
-        source: Where the two numbers come from, for people to read.
-    """
-
-    minimum: float
-    maximum: float
-    source: str
+    minimum: float  # return of a random policy
+    maximum: float  # return of an expert
+    source: str  # where the two numbers come from, for people to read
 
     def __str__(self) -> str:
         return f"{self.minimum:g} to {self.maximum:g}, {self.source}"

@@ -21,8 +21,7 @@ from dawm.errors import UserError
 
 __all__ = ["BLOCK", "Block", "Columns", "Recording", "Source", "columns", "flags", "require_numbers"]
 
-BLOCK = 1 << 16
-"""Rows that a source reads at once."""
+BLOCK = 1 << 16  # rows that a source reads at once
 
 Floats = NDArray[np.float32]
 
@@ -38,46 +37,26 @@ class Columns(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive rows of a data set; an episode may continue in the next block.
+    """Consecutive rows of a data set; an episode may continue in the next block."""
 
-    Args:
-        rows: Packed rows, actions in the environment's units, terminations 0 or 1, shape (N, D).
-        last: Whether each row is the last one of its episode, shape (N,), bool.
-        next_observed: False where ``s_{t+1}`` was not recorded and is filled in: last rows of episodes only, shape
-            (N,), bool; None: all recorded.
-    """
-
-    rows: Floats
-    last: NDArray[np.bool_]
-    next_observed: NDArray[np.bool_] | None = None
+    rows: Floats  # packed, actions in the environment's units, terminations 0 or 1, shape (N, D)
+    last: NDArray[np.bool_]  # whether each row is the last one of its episode, shape (N,)
+    next_observed: NDArray[np.bool_] | None = None  # as in `Recording`, False in last rows only; None: all recorded
 
 
 class Source(ABC):
-    """A data set that is open but not read.
+    """A data set that is open but not read."""
 
-    Attributes:
-        name: What the user calls it.
-        count: Rows N.
-        observation_space: Flat Box.
-        action_space: Flat Box with finite bounds.
-        env_spec: The environment to evaluate in.
-        reference: Reference scores.
-        path: The file or folder.
-        files: The files that hold the rows.
-        settings: What the rows depend on besides the files, in words.
-        defects: What the reader found wrong and worked around, one line each; complete when the rows were read.
-    """
-
-    name: str
-    count: int
-    observation_space: gym.spaces.Box
-    action_space: gym.spaces.Box
-    env_spec: EnvSpec | None
+    name: str  # what the user calls it
+    count: int  # rows N
+    observation_space: gym.spaces.Box  # flat
+    action_space: gym.spaces.Box  # flat, with finite bounds
+    env_spec: EnvSpec | None  # the environment to evaluate in
     reference: ReferenceScores | None
-    path: Path
-    files: Sequence[Path]
-    settings: str
-    defects: tuple[str, ...] = ()
+    path: Path  # the file or folder
+    files: Sequence[Path]  # those that hold the rows
+    settings: str  # what the rows depend on besides the files, in words
+    defects: tuple[str, ...] = ()  # what is wrong and worked around, a line each; complete when the rows were read
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -101,7 +80,7 @@ class Source(ABC):
     def read(self) -> "Recording":
         """Read everything, with whatever is wrong in its numbers."""
         blocks = [Block(np.empty((0, self.width), np.float32), np.zeros(0, bool)), *self.blocks()]
-        rows, last = (np.concatenate(arrays) for arrays in ([b.rows for b in blocks], [b.last for b in blocks]))
+        rows, last = np.concatenate([b.rows for b in blocks]), np.concatenate([b.last for b in blocks])
         known = [np.ones(len(b.rows), bool) if b.next_observed is None else b.next_observed for b in blocks]
         parts, ends = columns(rows, *self.sizes), np.flatnonzero(last) + 1
         return Recording(self, *parts[:-1], parts.terminations != 0, ends, np.concatenate(known))
@@ -109,27 +88,16 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Recording:
-    """A data set that was read whole, cut into episodes, with whatever is wrong in its numbers.
-
-    Args:
-        source: What surrounds the rows.
-        observations: ``s_t``, shape (N, O).
-        actions: ``a_t`` in the environment's units, shape (N, A).
-        rewards: ``r_t``, shape (N,).
-        next_observations: ``s_{t+1}``, shape (N, O).
-        terminations: Whether the task ended at ``s_{t+1}``, shape (N,), bool.
-        ends: Exclusive end row of each episode, shape (E,), int64.
-        next_observed: False where ``s_{t+1}`` was not recorded and is filled in, shape (N,), bool.
-    """
+    """A data set that was read whole, cut into episodes, with whatever is wrong in its numbers."""
 
     source: Source
-    observations: Floats
-    actions: Floats
-    rewards: Floats
-    next_observations: Floats
-    terminations: NDArray[np.bool_]
-    ends: NDArray[np.int64]
-    next_observed: NDArray[np.bool_]
+    observations: Floats  # s_t, shape (N, O)
+    actions: Floats  # a_t in the environment's units, shape (N, A)
+    rewards: Floats  # r_t, shape (N,)
+    next_observations: Floats  # s_{t+1}, shape (N, O)
+    terminations: NDArray[np.bool_]  # whether the task ended at s_{t+1}, shape (N,)
+    ends: NDArray[np.int64]  # exclusive end row of each episode, shape (E,)
+    next_observed: NDArray[np.bool_]  # False where s_{t+1} was not recorded and is filled in, shape (N,)
 
     @property
     def starts(self) -> NDArray[np.int64]:

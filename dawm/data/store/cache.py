@@ -5,16 +5,11 @@ the operating system keeps them in memory as long as there is room. Smaller data
 
 Each data set has a folder named by a key: a hash of the sizes, times of change and samples of its files, of the action
 bounds and of all else that the rows depend on, but not of their place. (A hash of whole files would take as long as
-reading them.) A changed file has another key, and what was cached of its earlier content is removed. A folder holds
-
-* ``data/rows.f32``: packed rows, float32 in the machine's byte order, shape (N, D),
-* ``data/rewards.f32``: its column of rewards once more, shape (N,), to sum without a walk through all rows,
-* ``data/episodes.npz``: where episodes end and what is known of each,
-* ``data/meta.json``: written last,
-* ``data/returns-*.f32``: returns-to-go, shape (N,), one file for each discount and window.
-
-A folder ``data`` is staged beside its place and put there by one rename. All of the cache can be deleted at any time;
-who has it mapped keeps it until the process ends.
+reading them.) A changed file has another key, and what was cached of its earlier content is removed. A folder holds in
+``data`` the packed rows (``rows.f32``, float32 in the machine's byte order), their rewards once more, to sum without a
+walk through all rows (``rewards.f32``), what is known of the episodes (``episodes.npz``), ``meta.json``, written last,
+and returns-to-go, a file for each discount and window. ``data`` is staged beside its place and put there by one rename.
+All of the cache can be deleted at any time; who has it mapped keeps it until the process ends.
 
 Symbols: N rows, E episodes, D columns of a packed row.
 """
@@ -47,9 +42,7 @@ from dawm.files import expanded, whole, write_whole
 
 __all__ = ["MEMORY_LIMIT", "default_folder", "load_table", "mapped_returns_to_go"]
 
-MEMORY_LIMIT = 4.0
-"""GiB of rows that are held in memory by default."""
-
+MEMORY_LIMIT = 4.0  # GiB of rows that are held in memory by default
 _FORMAT = 2
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _EPISODE_FIELDS = ("ends", "terminated", "end_observed", "episode_returns", "observation_low", "observation_high")
@@ -81,12 +74,9 @@ def mapped_returns_to_go(folder: Path, ends: Tensor, discount: float, window: in
     path, count = folder / "data" / f"returns-{discount!r}-{window}.f32", int(ends[-1])
     try:
         if not path.is_file() or path.stat().st_size != 4 * count:
-            with (folder / "data" / "rewards.f32").open("rb") as rewards, whole(path) as file:
-
-                def read(start: int, stop: int) -> Tensor:
-                    return torch.from_numpy(np.fromfile(rewards, np.float32, stop - start))
-
-                for block in returns_in_blocks(read, ends, discount, window):
+            rewards = _mapped(folder / "data" / "rewards.f32", (count,))
+            with whole(path) as file:
+                for block in returns_in_blocks(lambda start, stop: rewards[start:stop], ends, discount, window):
                     file.write(block.float().numpy().data)
         return _mapped(path, (count,))
     except OSError as error:

@@ -2,7 +2,7 @@
 
 Minari's own writer takes 1.7 ms and 15 kB for an episode of eight steps, because each column can grow and is stored in
 a chunk of its own. Here the columns of a short episode lie inside their headers ("compact"), and h5py's low-level calls
-create them: 0.4 ms and 2.4 kB, and whatever reads Minari's files reads it like any other.
+create them: 0.4 ms and 2.4 kB, in files like any other to Minari.
 
 Symbols: E episodes, T_e steps of an episode, N steps of all, O observation size, A action size.
 """
@@ -33,21 +33,13 @@ COMPACT_BYTES = 32_768  # HDF5 takes up to 64 kB in a header
 
 
 class EpisodeColumns(NamedTuple):
-    """Some episodes in order.
+    """Some episodes in order."""
 
-    Args:
-        lengths: Steps T_e, at least 1, shape (E,), int64.
-        observations: T_e + 1 rows for each episode, shape (N + E, O).
-        actions: In the environment's units, shape (N, A).
-        rewards: Shape (N,).
-        terminated: Whether each episode ended with a termination; the others are truncated, shape (E,), bool.
-    """
-
-    lengths: NDArray[np.int64]
-    observations: NDArray[np.float32]
-    actions: NDArray[np.floating]
-    rewards: NDArray[np.float32]
-    terminated: NDArray[np.bool_]
+    lengths: NDArray[np.int64]  # steps T_e, at least 1, shape (E,)
+    observations: NDArray[np.float32]  # T_e + 1 rows for each episode, shape (N + E, O)
+    actions: NDArray[np.floating]  # in the environment's units, shape (N, A)
+    rewards: NDArray[np.float32]  # shape (N,)
+    terminated: NDArray[np.bool_]  # whether each episode ended with a termination, else truncated, shape (E,)
 
 
 def in_episodes(source: Source) -> Iterator[EpisodeColumns]:
@@ -89,20 +81,10 @@ def write_dataset(
 ) -> tuple[int, int]:
     """Writes a Minari data set that appears once it is whole, and returns its numbers of episodes and steps.
 
-    Raises `OutputExists` where there is one already that shall not be replaced.
-
-    Args:
-        output: Minari's id.
-        episodes: The episodes in order; only one part is in memory at a time.
-        env_spec: Their environment; None if not known.
-        observation_space: Flat Box; it is stored in single precision, as the observations are.
-        action_space: Flat Box, in the units of the actions.
-        metadata: What else to say, as plain values; read once the episodes are written.
-        description: What it is, in a sentence.
-        algorithm_name: What acted.
-        author: Who made it.
-        overwrite: Whether to replace a data set of that id.
-        report: Called after each part with the steps written so far.
+    Raises `OutputExists` where there is one already that shall not be replaced. Only one part of the episodes is in
+    memory at a time; ``report`` is called after each with the steps written so far. The spaces are flat; that of the
+    observations is stored in single precision, as they are. ``metadata``, plain values, are read once the episodes are
+    written.
     """
     low, high = (bound.astype(np.float32) for bound in (observation_space.low, observation_space.high))
     try:

@@ -38,30 +38,21 @@ _INSIDE = "them inside; name the environment with the right bounds in --data.env
 class Table:
     """All rows of a data set in order, and where its episodes end.
 
-    Args:
-        rows: Packed rows (`dawm.data.transitions.Transitions.pack`), float32 on the CPU, actions in [-1, 1], shape
-            (N, D). Never write to them: of a large data set they are a mapped file.
-        ends: Exclusive end row of each episode, shape (E,), int64.
-        terminated: Whether each episode ended with a termination, shape (E,), bool.
-        end_observed: False where the last ``s_{t+1}`` of an episode was not recorded and is filled with ``s_t``, shape
-            (E,), bool. Only terminated rows of files without ``next_observations`` are so; they serve one-step TD,
-            because they never bootstrap, but must not teach the dynamics or the inverse dynamics.
-        episode_returns: Undiscounted return of each episode, shape (E,).
-        observation_low: Lowest value of each observation dimension, shape (O,).
-        observation_high: Highest value, shape (O,).
-        fingerprint: Hash of rows, ends and action bounds: the same for the same data in another file format.
-        cache: Folder of the cache whose file the rows are mapped from; None: they are held in memory.
+    The rows are packed (`dawm.data.transitions.Transitions.pack`), float32 on the CPU, actions in [-1, 1]. Never write
+    to them: of a large data set they are a mapped file. ``end_observed`` is False where the last ``s_{t+1}`` of an
+    episode was not recorded and is filled with ``s_t``. Only terminated rows of files without ``next_observations`` are
+    so; they serve one-step TD, because they never bootstrap, but must not teach the dynamics or the inverse dynamics.
     """
 
-    rows: Tensor
-    ends: Tensor
-    terminated: Tensor
-    end_observed: Tensor
-    episode_returns: Tensor
-    observation_low: Tensor
-    observation_high: Tensor
-    fingerprint: str
-    cache: Path | None = None
+    rows: Tensor  # shape (N, D)
+    ends: Tensor  # exclusive end row of each episode, shape (E,), int64
+    terminated: Tensor  # whether each episode ended with a termination, shape (E,), bool
+    end_observed: Tensor  # shape (E,), bool
+    episode_returns: Tensor  # undiscounted, shape (E,)
+    observation_low: Tensor  # lowest value of each observation dimension, shape (O,)
+    observation_high: Tensor  # highest value, shape (O,)
+    fingerprint: str  # hash of rows, ends and action bounds: the same for the same data in another file format
+    cache: Path | None = None  # folder of the cache whose file the rows are mapped from; None: held in memory
 
 
 class Assembly:
@@ -73,8 +64,7 @@ class Assembly:
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
-        self.count = sum(source.count for source in sources)
-        self.width = sources[0].width
+        self.count, self.width = sum(source.count for source in sources), sources[0].width
         self._digest = hashlib.blake2b(digest_size=16)
         self._episodes: list[tuple[NDArray, ...]] = []
         self._low = np.full(sources[0].sizes[0], np.inf, np.float32)
@@ -101,12 +91,12 @@ class Assembly:
 
     def table(self, rows: Tensor) -> Table:
         """The data set, once all blocks were taken and put into ``rows``, shape (N, D)."""
-        episodes = [torch.from_numpy(np.concatenate(values)) for values in zip(*self._episodes)]
+        ends, terminated, observed, returns = (torch.from_numpy(np.concatenate(part)) for part in zip(*self._episodes))
         space, digest = self._sources[0].action_space, self._digest.copy()
-        digest.update(str((self.count, *self._sources[0].sizes)).encode() + episodes[0].numpy().tobytes())
+        digest.update(str((self.count, *self._sources[0].sizes)).encode() + ends.numpy().tobytes())
         digest.update(space.low.astype(np.float64).tobytes() + space.high.astype(np.float64).tobytes())
         low, high = torch.from_numpy(self._low), torch.from_numpy(self._high)
-        return Table(rows, *episodes, low, high, fingerprint=digest.hexdigest())  # type: ignore[misc]
+        return Table(rows, ends, terminated, observed, returns, low, high, digest.hexdigest())
 
     def _record(self, block: Block, parts: Columns, start: int) -> None:
         """Records where episodes end, and the range of the observations."""
