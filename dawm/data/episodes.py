@@ -47,20 +47,15 @@ STATISTICS_ROWS = 1 << 20
 class Episodes(Table):
     """Recorded steps in order, and all that is known of them.
 
-    Args:
-        name: The data set as the user named it.
-        observation_space: Flat Box of the observations.
-        action_space: The data's own Box of actions, in the units they were recorded in: +1 in ``rows`` is its upper
-            bound. A Minari data set stores it, whatever environment ``env_id`` names; of an HDF5 file it is the
-            environment's, or [-1, 1] where no environment is known.
-        env_spec: The environment to evaluate in; None if not known.
-        reference: Reference scores; None if not known.
+    ``action_space`` has the units that the actions were recorded in: +1 in ``rows`` is its upper bound. A Minari data
+    set stores it, whatever environment ``env_id`` names; of an HDF5 file it is the environment's, or [-1, 1] where no
+    environment is known.
     """
 
-    name: str
-    observation_space: gym.spaces.Box
-    action_space: gym.spaces.Box
-    env_spec: EnvSpec | None
+    name: str  # as the user named the data set
+    observation_space: gym.spaces.Box  # flat
+    action_space: gym.spaces.Box  # flat, the data's own
+    env_spec: EnvSpec | None  # the environment to evaluate in, if known
     reference: ReferenceScores | None
 
     def __len__(self) -> int:
@@ -122,13 +117,10 @@ class Episodes(Table):
 def load_episodes(
     dataset: str, env_id: str | None = None, cache_dir: str | None = None, memory_limit: float = MEMORY_LIMIT
 ) -> Episodes:
-    """Load a data set by name; the module's docstring gives the forms a name takes.
+    """Load a data set by name, of one of the forms above; ``env_id`` names another environment to evaluate in.
 
-    Args:
-        dataset: The name.
-        env_id: Gymnasium id of the environment to evaluate in; None: the one that the data set names.
-        cache_dir: Folder of the cache; None: `dawm.data.store.cache.default_folder`.
-        memory_limit: Rows of more than so many GiB are mapped from the cache instead of held in memory.
+    Rows of more than ``memory_limit`` GiB are mapped from the cache in ``cache_dir`` (None: its default folder) instead
+    of held in memory.
     """
     sources = [_open(part, env_id) for part in _split(dataset)]
     for source in sources:

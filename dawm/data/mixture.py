@@ -17,13 +17,7 @@ _KINDS = ("real", "synthetic")
 
 
 class Mixture:
-    """Packed rows to draw from, on the training device.
-
-    Args:
-        real: Real rows, shape (N, D).
-        sizes: Observation size and action size.
-        mapped: Whether the real rows are a mapped file: they stay where they are, and are gathered on the CPU.
-    """
+    """Packed rows (N, D) to draw from, on the training device; if they are a mapped file, gathered on the CPU."""
 
     def __init__(self, real: Tensor, sizes: tuple[int, int], mapped: bool) -> None:
         self.real, self._sizes, self._mapped = real, sizes, mapped

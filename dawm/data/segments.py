@@ -19,12 +19,8 @@ class SegmentTable:
     In an episode that ended with a termination a segment may start at any step: after the termination it continues with
     absorbing rows. In a truncated episode nothing is known beyond the end, so a segment must fit inside.
 
-    Args:
-        episodes: The data set.
-        episode_ids: Which of them to take segments from, shape (E,).
-        packed: All rows of the data set, shape (N, D).
-        returns_to_go: Return-to-go of every row, shape (N,).
-        horizon: Steps of a segment H.
+    Segments of H steps are taken from the episodes ``episode_ids``, shape (E,); ``packed``, shape (N, D), and
+    ``returns_to_go``, shape (N,), are of all rows.
     """
 
     def __init__(

@@ -38,9 +38,8 @@ def play(name: str, seed: int, steps: int) -> Iterator[EpisodeColumns]:
     """Play at least so many steps of one of `MIXTURES` in whole episodes, each policy until its fraction is reached."""
     generator = np.random.default_rng([seed, list(MIXTURES).index(name)])
     weights = load(files("dawm.data.sources").joinpath("policies", "hopper.safetensors").read_bytes())
-    environment = gym.make("Hopper-v5", disable_env_checker=True)
     played, goal = 0, 0.0
-    try:
+    with gym.make("Hopper-v5", disable_env_checker=True) as environment:
         for policy, fraction in MIXTURES[name].items():
             layers = [weights[f"{policy}.{key}"].astype(np.float32) for key in _LAYERS]
             goal += fraction * steps
@@ -48,8 +47,6 @@ def play(name: str, seed: int, steps: int) -> Iterator[EpisodeColumns]:
                 episode = _episode(environment, layers, generator)
                 played += len(episode.rewards)
                 yield episode
-    finally:
-        environment.close()
 
 
 def _episode(environment: gym.Env, layers: list[NDArray], generator: np.random.Generator) -> EpisodeColumns:

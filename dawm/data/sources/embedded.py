@@ -17,8 +17,7 @@ from dawm.data.store.staging import OutputExists, is_complete, progress_bar
 
 __all__ = ["STEPS", "build"]
 
-STEPS = 40_000
-"""Steps of each data set; the last episode is played to its end."""
+STEPS = 40_000  # of each data set; the last episode is played to its end
 
 _ABOUT = {
     # means over 100 episodes of uniformly random actions and over 30 of the deterministic expert, in Hopper-v5
@@ -34,13 +33,9 @@ def build(
 ) -> str:
     """Build an embedded data set, unless it is there already; returns Minari's id.
 
-    Args:
-        name: One of `dawm.data.sources.catalog.EMBEDDED`, with or without the version ``-v0``. Another seed or number
-            of steps than the default becomes part of the id.
-        seed: Seed of the episodes' starts and of the actions' noise.
-        steps: Least number of steps; None: `STEPS`.
-        progress: Whether to show a progress bar; None: if the standard error stream is a terminal.
-        overwrite: Whether to build it again if it is there.
+    The name is one of `dawm.data.sources.catalog.EMBEDDED`, with or without the version ``-v0``. Another seed (of the
+    starts and of the actions' noise) or least number of steps than the default becomes part of the id. ``progress``
+    None shows a bar if the standard error stream is a terminal.
     """
     name = name.removesuffix("-v0")
     if name not in EMBEDDED:

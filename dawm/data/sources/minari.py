@@ -73,7 +73,7 @@ class MinariSource(Source):
         self.defects = ()
         try:
             for piece in read(self._dataset, self._paths, self._episodes):
-                leaves, actions, rewards, terminations, ends = self._checked(piece, start + filled)
+                observations, actions, rewards, terminations, ends = self._checked(piece, start + filled)
                 steps = len(rewards)
                 if filled + steps > len(rows):
                     if start + filled > self.count:
@@ -81,12 +81,9 @@ class MinariSource(Source):
                     yield self._block(rows[:filled], last[:filled])
                     start, filled = start + filled, 0
                     rows, last = self._buffers(steps)
-                stop, column = filled + steps, 0
+                stop = filled + steps
                 parts = columns(rows[filled:stop], *self.sizes)
-                for leaf in leaves:
-                    place = slice(column, column + leaf.shape[1])
-                    parts.observations[:, place], parts.next_observations[:, place] = leaf[:-1], leaf[1:]
-                    column += leaf.shape[1]
+                parts.observations[:], parts.next_observations[:] = observations[:-1], observations[1:]
                 parts.actions[:], parts.rewards[:], parts.terminations[:] = actions, rewards, terminations
                 last[filled:stop] = terminations
                 early.append(start + filled + np.flatnonzero(terminations[: steps - 1] if ends else terminations))
@@ -112,8 +109,8 @@ class MinariSource(Source):
             )
         yield self._block(rows[:filled], last[:filled])
 
-    def _checked(self, piece: Piece, row: int) -> Piece:
-        """The same steps with leaves and actions of two dimensions, the rest of one; a UserError if they are not so."""
+    def _checked(self, piece: Piece, row: int) -> tuple[NDArray, NDArray, NDArray, NDArray, bool]:
+        """The same with observations (T + 1, O), actions (T, A), the rest (T,); a UserError if they are not so."""
         leaves, actions, rewards, terminations, ends = piece
         steps = len(rewards)
 
@@ -128,10 +125,11 @@ class MinariSource(Source):
                 require_numbers(column.dtype, self.name, key)
             return column.reshape(count, width)
 
-        leaves = [flat("observations", leaf, steps + 1, width) for leaf, width in zip(leaves, self._widths)]
+        flat_leaves = [flat("observations", leaf, steps + 1, width) for leaf, width in zip(leaves, self._widths)]
+        observations = flat_leaves[0] if len(flat_leaves) == 1 else np.concatenate(flat_leaves, axis=1)
         actions = flat("actions", actions, steps, self.sizes[1])
         rewards, terminations = flat("rewards", rewards, steps, 1), flat("terminations", terminations, steps, 1)
-        return leaves, actions, rewards[:, 0], flags(terminations[:, 0], self.name, "terminations", row), ends
+        return observations, actions, rewards[:, 0], flags(terminations[:, 0], self.name, "terminations", row), ends
 
     def _buffers(self, steps: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Room for a block that begins with so many steps."""

@@ -139,15 +139,12 @@ def _build(folder: Path, sources: Sequence[Source], identity: dict[str, Any]) ->
             if locked:  # what is here is damaged, or a killed process left it
                 for left in folder.iterdir():
                     shutil.rmtree(left, ignore_errors=True)
-            staged = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
-            try:
-                _write(staged, sources, identity)
+            with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as staged:
+                _write(Path(staged), sources, identity)
                 with contextlib.suppress(OSError):  # a process that could not be locked out was first: use its copy
-                    staged.rename(folder / "data")
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
+                    os.rename(staged, folder / "data")
             stored = _stored(folder)
-        _remove_outdated(folder, identity, sources)
+        _remove_outdated(folder)
     finally:
         if not (folder / "data").exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -158,7 +155,7 @@ def _build(folder: Path, sources: Sequence[Source], identity: dict[str, Any]) ->
 
 def _write(staged: Path, sources: Sequence[Source], identity: dict[str, Any]) -> None:
     """Write the files of a data set."""
-    assembly, place = Assembly(sources), 0
+    assembly = Assembly(sources)
     shape = assembly.count, assembly.width
     if shutil.disk_usage(staged).free < 4 * shape[0] * (shape[1] + 2):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -171,29 +168,25 @@ def _write(staged: Path, sources: Sequence[Source], identity: dict[str, Any]) ->
         for block in assembly.blocks():
             rows.write(block.data)
             rewards.write(block[:, reward].tobytes())
-            place += len(block)
-            bar.update(bar.task_ids[0], completed=place)
+            bar.advance(bar.task_ids[0], len(block))
     table = assembly.table(torch.empty(shape, device="meta"))
     with whole(staged / "episodes.npz") as file:
         np.savez(file, **{key: getattr(table, key).numpy() for key in _EPISODE_FIELDS})
-    meta = {"rows": shape[0], "columns": shape[1], "fingerprint": table.fingerprint, "places": _places(sources)}
-    write_whole(staged / "meta.json", json.dumps({**meta, **identity}))
+    places = [str(source.path.resolve()) for source in sources]
+    meta = {"rows": shape[0], "columns": shape[1], "fingerprint": table.fingerprint, "places": places, **identity}
+    write_whole(staged / "meta.json", json.dumps(meta))
 
 
-def _places(sources: Sequence[Source]) -> list[str]:
-    return [str(source.path.resolve()) for source in sources]
-
-
-def _remove_outdated(folder: Path, identity: dict[str, Any], sources: Sequence[Source]) -> None:
+def _remove_outdated(folder: Path) -> None:
     """Remove what was cached of the same files with an earlier content."""
-    wanted = {"places": _places(sources), "bounds": identity["bounds"]}
-    for meta in folder.parent.glob("*/data/meta.json"):
-        try:
-            found = json.loads(meta.read_text())
-        except (OSError, ValueError):
-            continue
-        if meta.parent.parent != folder and all(found.get(key) == value for key, value in wanted.items()):
-            shutil.rmtree(meta.parent.parent, ignore_errors=True)
+    found = {}
+    for path in folder.parent.glob("*/data/meta.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found[path.parent.parent] = json.loads(path.read_text())
+    mine = found.pop(folder, {})
+    for other, meta in found.items():
+        if all(meta.get(key) == mine.get(key) for key in ("places", "bounds")):
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _unusable(root: Path, size: int, error: OSError) -> UserError:

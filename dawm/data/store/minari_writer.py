@@ -87,20 +87,13 @@ def write_dataset(
     written.
     """
     low, high = (bound.astype(np.float32) for bound in (observation_space.low, observation_space.high))
+    spaces = {"observation_space": gym.spaces.Box(low, high, dtype=np.float32), "action_space": action_space}
+    about = {"description": description, "algorithm_name": algorithm_name, "author": author}
     try:
         with staged(output, overwrite) as folder:
             with _datasets_path(folder), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Minari's wishes for an e-mail address and a link
-                storage = minari.create_dataset_from_buffers(
-                    output,
-                    [],
-                    env=env_spec,
-                    observation_space=gym.spaces.Box(low, high, dtype=np.float32),
-                    action_space=action_space,
-                    description=description,
-                    algorithm_name=algorithm_name,
-                    author=author,
-                ).storage
+                storage = minari.create_dataset_from_buffers(output, [], env=env_spec, **spaces, **about).storage
             count, steps = write_episodes(storage.data_path / "main_data.hdf5", episodes, report)
             storage.update_metadata({**metadata, "total_episodes": count, "total_steps": steps})
             storage.update_metadata({"dataset_size": float(storage.get_size())})

@@ -56,11 +56,7 @@ class Table:
 
 
 class Assembly:
-    """The rows of one or several sources in order, checked and with their actions scaled to [-1, 1].
-
-    Args:
-        sources: The data sets to join, all of the same sizes and action bounds.
-    """
+    """The rows of sources that have the same sizes and bounds, in order, checked, their actions scaled to [-1, 1]."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
