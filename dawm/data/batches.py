@@ -3,8 +3,7 @@
 Symbols: K updates drawn at once, B batch size, E ranges.
 
 A stream is a function of its seed alone, and each update takes a fixed count of numbers from it. So results do not
-depend on K, and a resumed run skips what the interrupted one has used: its position is one number, the same on every
-rank, and that is all a checkpoint holds.
+depend on K, and a resumed run skips what the interrupted one has used: a checkpoint holds its position, one number.
 """
 
 import hashlib

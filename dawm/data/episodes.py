@@ -1,8 +1,6 @@
 """Load recorded episodes: the one place where files become tensors.
 
-Symbols: N rows, O observation size, A action size, E episodes, D = 2 O + A + 2 columns of a packed row.
-
-A data set is named by
+Symbols: N rows, E episodes, others as in `dawm.data.store.table`. A data set is named by
 
 * a Minari id (``mujoco/hopper/medium-v0``): found under ``MINARI_DATASETS_PATH`` (else ``~/.minari/datasets``), or
   downloaded,

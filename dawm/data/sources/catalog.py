@@ -53,8 +53,7 @@ def local_datasets() -> dict[str, dict[str, Any]]:
         if os.path.realpath(path) in map(os.path.realpath, Path(path).parents):  # a link to a folder above it
             folders.clear()
         elif "data" in folders:
-            name = Path(path).relative_to(root).as_posix()
-            found[name] = _metadata(Path(path, "data", "metadata.json"))
+            found[Path(path).relative_to(root).as_posix()] = _metadata(Path(path, "data", "metadata.json"))
             folders.clear()
         folders[:] = [folder for folder in folders if not folder.startswith(".")]
     return dict(sorted(found.items()))

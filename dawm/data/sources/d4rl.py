@@ -19,7 +19,6 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import gymnasium as gym
 import h5py
@@ -113,7 +112,7 @@ def _kept(file: "D4RLFile") -> NDArray[np.bool_]:
     return np.ones(len(file.last), bool) if file.next_observations else ~file.last | file.terminations
 
 
-class D4RLFile:
+class D4RLFile(contextlib.AbstractContextManager):
     """An open file, checked: what surrounds its rows (as `Source`), and its columns.
 
     ``terminations`` and ``last``, the last row of each episode, are flags of shape (N,).
@@ -130,9 +129,6 @@ class D4RLFile:
         except BaseException:
             self._file.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -167,9 +163,7 @@ class D4RLFile:
                 raise UserError(f"{got} {key} of shape {shape}, expected {rows} rows of {kind}; mend the file")
         ours, nexts = shapes["observations"], shapes.get("next_observations")
         if nexts not in (None, ours):
-            raise UserError(
-                f"{got} next_observations of shape {nexts}, expected {ours}, the shape of observations; mend the file"
-            )
+            raise UserError(f"{got} next_observations of shape {nexts}, expected {ours} as observations; mend the file")
         self.next_observations = ("next_observations",) if "next_observations" in shapes else ()
         self._has_timeouts = "timeouts" in shapes
         return shapes["observations"][1], shapes["actions"][1]

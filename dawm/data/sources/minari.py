@@ -16,7 +16,6 @@ from operator import getitem
 import h5py
 import minari
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -57,12 +56,16 @@ class MinariSource(Source):
             self.env_spec = spaces.environment_spec(env_id)
             spaces.environment_spaces(self.env_spec, name, self.sizes)
         metadata = dataset.storage.metadata
-        self.reference = _reference(metadata, self.env_spec)
+        self.reference = reference_scores(self.env_spec.id) if self.env_spec is not None else None
+        minimum, maximum = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+        if minimum is not None and maximum is not None:
+            source = f"data set's metadata, {metadata[SOURCE]}" if SOURCE in metadata else "data set's metadata"
+            self.reference = ReferenceScores(float(minimum), float(maximum), source)
         self.count, self._episodes = int(metadata["total_steps"]), int(metadata["total_episodes"])
         self._repeated = bool(metadata.get(REPEATED))
-        data = dataset.storage.data_path
-        self.path = data.parent
-        self.files = sorted(file for file in data.rglob("*") if file.is_file() and file.name != "metadata.json")
+        self.path = dataset.storage.data_path.parent
+        held = (self.path / "data").rglob("*")
+        self.files = sorted(file for file in held if file.is_file() and file.name != "metadata.json")
         self.settings = f"{self.count} steps, {self._episodes} episodes, {self._paths}, {REPEATED} {self._repeated}"
 
     def blocks(self) -> Iterator[Block]:
@@ -140,15 +143,6 @@ class MinariSource(Source):
         return Block(rows, last, rows[:, -1] == 0 if self._repeated else None)
 
 
-def _reference(metadata: dict, env_spec: EnvSpec | None) -> ReferenceScores | None:
-    """The data set's own reference scores, else those of the tables."""
-    minimum, maximum = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if minimum is not None and maximum is not None:
-        source = f"data set's metadata, {metadata[SOURCE]}" if SOURCE in metadata else "data set's metadata"
-        return ReferenceScores(float(minimum), float(maximum), source)
-    return reference_scores(env_spec.id) if env_spec is not None else None
-
-
 def _open(dataset_id: str) -> minari.MinariDataset:
     """Minari's data set, downloaded if it is not on this machine."""
     folder = dataset_folder(dataset_id)
@@ -175,8 +169,7 @@ def _download(dataset_id: str) -> None:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # two lines for each attempt
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about newer versions of the data set
+        with warnings.catch_warnings(action="ignore"):  # about newer versions of the data set
             minari.download_dataset(dataset_id)
     except BaseException as error:  # whatever the network, Hugging Face's client, Minari and the user's Ctrl-C throw
         shutil.rmtree(dataset_folder(dataset_id) / "data", ignore_errors=True)  # it was not there before

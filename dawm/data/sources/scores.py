@@ -82,7 +82,5 @@ def reference_scores(env_id: str) -> ReferenceScores | None:
     """
     if env_id in _GYMNASIUM_V5:
         return ReferenceScores(*_GYMNASIUM_V5[env_id], source="Gymnasium v5 table")
-    if _EARLIER_GYMNASIUM.fullmatch(env_id):
-        return d4rl_scores(env_id)
     # Gymnasium's names have capitals, D4RL's have none: Ant-v5 must not fall through to D4RL's ant.
-    return d4rl_scores(env_id) if env_id == env_id.lower() else None
+    return d4rl_scores(env_id) if env_id == env_id.lower() or _EARLIER_GYMNASIUM.fullmatch(env_id) else None

@@ -35,10 +35,8 @@ def observation_leaves(space: gym.Space, name: str) -> list[tuple[tuple[str, ...
     if isinstance(space, gym.spaces.Box) and len(space.shape) <= 1:
         return [((), space)]
     kind = f"Box of shape {space.shape}" if isinstance(space, gym.spaces.Box) else type(space).__name__
-    raise UserError(
-        f"--data.dataset: got {name} with observations of the kind {kind}, expected flat Boxes or Dicts of them; "
-        "choose another data set"
-    )
+    got = f"--data.dataset: got {name} with observations of the kind {kind}"
+    raise UserError(f"{got}, expected flat Boxes or Dicts of them; choose another data set")
 
 
 def observation_box(space: gym.Space, name: str) -> gym.spaces.Box:

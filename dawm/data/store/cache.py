@@ -122,9 +122,8 @@ def _stored(folder: Path) -> Table | None:
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
     """A file of float32 as a tensor that must not be written to."""
-    with warnings.catch_warnings():
-        # torch knows no read-only tensors and warns; a mapping that may be written to counts as memory in use
-        warnings.filterwarnings("ignore", ".*not writable.*")
+    # torch knows no read-only tensors and warns; a mapping that may be written to counts as memory in use
+    with warnings.catch_warnings(action="ignore"):
         return torch.from_numpy(np.memmap(path, np.float32, "r", shape=shape))
 
 

@@ -10,7 +10,7 @@ Symbols: E episodes, T_e steps of an episode, N steps of all, O observation size
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,8 +91,8 @@ def write_dataset(
     about = {"description": description, "algorithm_name": algorithm_name, "author": author}
     try:
         with staged(output, overwrite) as folder:
-            with _datasets_path(folder), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Minari's wishes for an e-mail address and a link
+            # Minari warns that it wishes for an e-mail address and a link
+            with _datasets_path(folder), warnings.catch_warnings(action="ignore"):
                 storage = minari.create_dataset_from_buffers(output, [], env=env_spec, **spaces, **about).storage
             count, steps = write_episodes(storage.data_path / "main_data.hdf5", episodes, report)
             storage.update_metadata({**metadata, "total_episodes": count, "total_steps": steps})
@@ -121,15 +121,12 @@ def _datasets_path(folder: Path) -> Iterator[None]:
 def write_episodes(path: Path, parts: Iterable[EpisodeColumns], report: Callable[[int], None]) -> tuple[int, int]:
     """Writes (or replaces) the data file ``main_data.hdf5`` of Minari's storage, part by part, as `write_dataset`."""
     episodes = steps = 0
-    file = h5f.create(str(path).encode(), h5f.ACC_TRUNC, fcpl=_timeless(h5p.FILE_CREATE))
-    try:
+    with closing(h5f.create(str(path).encode(), h5f.ACC_TRUNC, fcpl=_timeless(h5p.FILE_CREATE))) as file:
         for part in parts:
             _write_part(file, part, first=episodes)
             episodes, steps = episodes + len(part.lengths), steps + len(part.rewards)
             report(steps)
         h5f.flush(file)
-    finally:
-        file.close()
     return episodes, steps
 
 

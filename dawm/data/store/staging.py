@@ -1,7 +1,7 @@
 """Staging: a Minari data set that is invisible until it is complete.
 
 It is written in a hidden folder beside the data sets, and put in place by one rename. So interrupted work leaves no
-data set at all, and what a killed process leaves hidden is removed by the next.
+data set at all. Who writes holds the lock of the hidden folder: one without, left by a killed process, is removed.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def staged(dataset_id: str, overwrite: bool = False) -> Iterator[Path]:
             if is_complete(dataset_id) and not overwrite:
                 raise OutputExists(dataset_id)
             for left in root.glob(f"{_PREFIX}*") if locked else ():
-                with lock(left, patience=0.0) as stale:  # who writes holds the lock of its folder
+                with lock(left, patience=0.0) as stale:
                     if stale:
                         shutil.rmtree(left, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
