@@ -53,4 +53,4 @@ def expanded(path: str | os.PathLike) -> Path:
     Args:
         path: As a user typed it.
     """
-    return Path(os.path.expandvars(path)).expanduser()
+    return Path(os.path.expanduser(os.path.expandvars(path)))

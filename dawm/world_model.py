@@ -25,6 +25,7 @@ from dawm.diffusion.denoisers import Denoiser, ResidualMLP
 from dawm.diffusion.preconditioning import EDM, Preconditioning, denoising_loss, guided
 from dawm.diffusion.samplers import DPMSolverPP2M, Sampler
 from dawm.errors import require
+from dawm.nn.normalizer import Normalizer
 from dawm.training.metrics import HorizonErrors
 from dawm.training.updates import UpdateModule
 
@@ -97,6 +98,11 @@ class DiffusionWorldModel(UpdateModule):
         if regression_baseline:
             self.baseline = OneStepRegression(observation_size, action_size, self.codec.features, learning_rate)
         self.validation_errors, self.regression_errors = HorizonErrors(horizon), HorizonErrors(horizon)
+
+    @property
+    def observation_normalizer(self) -> Normalizer:
+        """The codec's normalizer of observations."""
+        return self.codec.observation_normalizer
 
     def configure_optimizers(self) -> list[Optimizer]:
         """The denoiser's optimiser and, with a baseline, the baseline's."""
@@ -186,7 +192,7 @@ class DiffusionWorldModel(UpdateModule):
             self._record(self.regression_errors, self.baseline.roll_out(self.codec, batch), batch)
 
     def _record(self, errors: HorizonErrors, imagined: Imagined, batch: Segments) -> None:
-        difference = (imagined.observations - batch.observations)[:, 1:] / self.codec.observation_normalizer.std
+        difference = (imagined.observations - batch.observations)[:, 1:] / self.observation_normalizer.std
         reward_error = (imagined.rewards - batch.rewards) / self.codec.reward_normalizer.std
         wrong = (imagined.terminations > 0.5) != (batch.terminations > 0.5)
         errors.update(difference.square(), reward_error.square(), wrong.float(), batch.valid)

@@ -1,7 +1,7 @@
 import multiprocessing
 import os
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.resources import files
 
 import minari
@@ -113,6 +113,34 @@ def test_two_builds_at_once(root):
     assert [process.exitcode for process in processes] == [0, 0]
     assert list(minari.list_local_datasets()) == ["embedded/hopper/medium-steps300-v0"]
     assert len(load_episodes("embedded/hopper/medium-steps300-v0")) >= 300
+    assert hidden(root) == []
+
+
+def put(folder, text):
+    (folder / "mine/set-v0/data").mkdir(parents=True)
+    (folder / "mine/set-v0/data/metadata.json").write_text(text)
+
+
+def test_who_writes_for_hours_holds_up_nobody_and_keeps_the_folder(root):
+    began = time.monotonic()
+    with staging.staged("mine/set-v0") as folder:
+        put(folder, "long")
+        os.utime(folder, (0, 0))
+        build("embedded/hopper/medium", steps=1)  # sweeps
+        assert folder.is_dir()
+    assert time.monotonic() - began < 60
+    assert (root / "mine/set-v0/data/metadata.json").read_text() == "long"
+    assert hidden(root) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_that_write_the_same_data_set_the_second_to_finish_replaces_it_only_if_told_to(root, overwrite):
+    with ExitStack() as stack:
+        stack.enter_context(nullcontext() if overwrite else pytest.raises(staging.OutputExists))
+        put(stack.enter_context(staging.staged("mine/set-v0", overwrite)), "second")
+        with staging.staged("mine/set-v0") as folder:
+            put(folder, "first")
+    assert (root / "mine/set-v0/data/metadata.json").read_text() == ("second" if overwrite else "first")
     assert hidden(root) == []
 
 

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dawm.data.episodes import read_recordings
-from dawm.data.sources.catalog import EMBEDDED, REMOTE, dataset_folder, local_datasets, local_path
+from dawm.data.sources.catalog import EMBEDDED, REMOTE, dataset_folder, local_datasets
 from dawm.data.sources.d4rl import D4RLSource
 from dawm.data.sources.embedded import STEPS, build
 from dawm.data.sources.minari import REPEATED, SOURCE
@@ -23,6 +23,7 @@ from dawm.data.sources.source import Recording
 from dawm.data.store.minari_writer import in_episodes, write_dataset
 from dawm.data.store.staging import check_output, progress_bar
 from dawm.errors import UserError, first_line
+from dawm.files import expanded
 
 __all__ = ["build_dataset", "import_file", "list_datasets", "show_dataset"]
 
@@ -111,7 +112,7 @@ def import_file(
         reference_maximum: Return that scores 100.
         overwrite: Replace a data set of that name.
     """
-    path, reference, low, high = local_path(str(file)), None, reference_minimum, reference_maximum
+    path, reference, low, high = expanded(file), None, reference_minimum, reference_maximum
     if low is not None or high is not None:
         if low is None or high is None or not low < high:
             raise UserError(

@@ -3,18 +3,18 @@
 Symbols: K updates drawn at once, B batch size, E ranges.
 
 A stream is a function of its seed alone, and each update takes a fixed count of numbers from it. So results do not
-depend on K, and a resumed run skips what the interrupted one has used: its position is one number, the same on every
-rank, and that is all a checkpoint holds.
+depend on K, and a resumed run skips what the interrupted one has used: a checkpoint holds its position, one number.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import embedding_bag
 
 __all__ = ["BatchLoader", "FixedBatches", "Ranges", "RowStream", "derive_seed", "take"]
 
@@ -22,54 +22,28 @@ SKIP_CHUNK = 1 << 22
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed of its own for each purpose: a hash of the parts.
-
-    Args:
-        parts: What sets this seed apart, such as the experiment's seed, the rank and a word.
-    """
+    """A seed of its own for each purpose: a hash of the parts, such as the experiment's seed, the rank and a word."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])
 
 
 class RowStream:
-    """An endless stream of uniform row numbers.
-
-    Args:
-        seed: The stream's seed.
-    """
+    """An endless stream of uniform row numbers."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
     def draw(self, high: int, updates: int, batch_size: int) -> Tensor:
-        """The next row numbers.
-
-        Args:
-            high: Row numbers are in [0, high).
-            updates: Updates K.
-            batch_size: Rows per update B.
-
-        Returns:
-            Row numbers, shape (K, B).
-        """
+        """The next row numbers in [0, high), shape (K, B)."""
         return torch.randint(high, (updates, batch_size), generator=self._generator)
 
     def skip(self, count: int) -> None:
-        """Passes over row numbers already used.
-
-        Args:
-            count: How many numbers to pass over.
-        """
+        """Passes over row numbers already used."""
         for start in range(0, count, SKIP_CHUNK):
             torch.randint(2, (min(SKIP_CHUNK, count - start),), generator=self._generator)
 
 
 class Ranges:
-    """Ranges of rows in order, whose rows are found by number: a list of rows that takes no memory.
-
-    Args:
-        starts: First row of each range, shape (E,).
-        lengths: Rows of each range, shape (E,).
-    """
+    """Ranges of rows by their starts and lengths, shapes (E,): a list of rows that takes no memory."""
 
     def __init__(self, starts: Tensor, lengths: Tensor) -> None:
         self._stops = lengths.cumsum(0)
@@ -79,88 +53,60 @@ class Ranges:
         return int(self._stops[-1]) if len(self._stops) else 0
 
     def find(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows by number, and the range that each belongs to.
-
-        Args:
-            numbers: Numbers below ``len(self)``, shape (...).
-
-        Returns:
-            Rows and positions in ``starts``, each shape (...).
-        """
+        """Rows by number, and the positions in ``starts`` of the ranges they belong to, each of the numbers' shape."""
         which = torch.searchsorted(self._stops, numbers.contiguous(), right=True)
         return numbers + self._shifts[which], which
 
 
+@dataclass(eq=False)
 class BatchLoader:
-    """Yields K batches at once, for a stated number of updates; Lightning can resume it.
+    """Yields K batches at once, for a stated number of updates; Lightning can resume it."""
 
-    Args:
-        draw: Draws the batches of the next ``count`` updates.
-        streams: The streams that `draw` reads, each with the count of numbers it takes per update.
-        updates: Updates to draw for, all in all.
-        updates_per_step: Updates K that one item serves.
-    """
-
-    def __init__(
-        self, draw: Callable[[int], Any], streams: Sequence[tuple[RowStream, int]], updates: int, updates_per_step: int
-    ) -> None:
-        self._draw = draw
-        self._streams = streams
-        self._updates = updates
-        self._updates_per_step = updates_per_step
-        self._drawn = 0
+    draw: Callable[[int], Any]  # the batches of the next so many updates
+    streams: Sequence[tuple[RowStream, int]]  # what `draw` reads, each with the count of numbers it takes per update
+    updates: int  # to draw for, all in all
+    updates_per_step: int  # updates K that one item serves
+    drawn: int = field(default=0, init=False)
 
     def __len__(self) -> int:
-        return ceil(self._updates / self._updates_per_step)
+        return ceil(self.updates / self.updates_per_step)
 
     def __iter__(self) -> Iterator[Any]:
-        while self._drawn < self._updates:
-            count = min(self._updates_per_step, self._updates - self._drawn)
-            self._drawn += count
-            yield self._draw(count)
+        while self.drawn < self.updates:
+            count = min(self.updates_per_step, self.updates - self.drawn)
+            self.drawn += count
+            yield self.draw(count)
 
     def state_dict(self) -> dict[str, int]:
         """The number of updates drawn for."""
-        return {"drawn": self._drawn}
+        return {"drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resumes after the updates already drawn for."""
-        for stream, numbers in self._streams:
-            stream.skip((state["drawn"] - self._drawn) * numbers)
-        self._drawn = state["drawn"]
+        for stream, numbers in self.streams:
+            stream.skip((state["drawn"] - self.drawn) * numbers)
+        self.drawn = state["drawn"]
 
 
+@dataclass(eq=False)
 class FixedBatches:
-    """The same batches in every epoch, for validation.
+    """The same batches in every epoch, for validation."""
 
-    Args:
-        batches: The batches.
-    """
-
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self._batches = batches
+    batches: Sequence[Any]
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
+        return iter(self.batches)
 
 
 def take(table: Tensor, rows: Tensor) -> Tensor:
-    """Packed rows by number, in one gather.
-
-    Args:
-        table: Packed rows, shape (N, D).
-        rows: Row numbers, on any device, shape (...).
-
-    Returns:
-        Rows, shape (..., D).
-    """
+    """Rows by number, shape (..., D), from packed rows (N, D) in one gather; the numbers may be on any device."""
     rows = rows.to(table.device, non_blocking=True)
     if table.device.type == "cpu":
         # sums over bags of one row each: unlike index_select it fetches rows into the cache ahead of their turn
-        taken = functional.embedding_bag(rows.reshape(-1, 1), table, mode="sum")
+        taken = embedding_bag(rows.reshape(-1, 1), table, mode="sum")
     else:
         taken = table.index_select(0, rows.reshape(-1))
     return taken.view(*rows.shape, table.shape[1])

@@ -1,8 +1,6 @@
 """Load recorded episodes: the one place where files become tensors.
 
-Symbols: N rows, O observation size, A action size, E episodes, D = 2 O + A + 2 columns of a packed row.
-
-A data set is named by
+Symbols: N rows, E episodes, others as in `dawm.data.store.table`. A data set is named by
 
 * a Minari id (``mujoco/hopper/medium-v0``): found under ``MINARI_DATASETS_PATH`` (else ``~/.minari/datasets``), or
   downloaded,
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from dawm.data.batches import Ranges
 from dawm.data.returns import returns_to_go
-from dawm.data.sources.catalog import EMBEDDED, dataset_folder, local_path
+from dawm.data.sources.catalog import EMBEDDED, dataset_folder
 from dawm.data.sources.d4rl import D4RLSource, is_d4rl_name
 from dawm.data.sources.embedded import build
 from dawm.data.sources.minari import MinariSource
@@ -36,6 +34,7 @@ from dawm.data.store.cache import MEMORY_LIMIT, load_table, mapped_returns_to_go
 from dawm.data.store.table import Table
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
+from dawm.files import expanded
 
 __all__ = ["Episodes", "load_episodes", "read_recordings", "scale_actions", "unscale_actions"]
 
@@ -46,20 +45,15 @@ STATISTICS_ROWS = 1 << 20
 class Episodes(Table):
     """Recorded steps in order, and all that is known of them.
 
-    Args:
-        name: The data set as the user named it.
-        observation_space: Flat Box of the observations.
-        action_space: The data's own Box of actions, in the units they were recorded in: +1 in ``rows`` is its upper
-            bound. A Minari data set stores it, whatever environment ``env_id`` names; of an HDF5 file it is the
-            environment's, or [-1, 1] where no environment is known.
-        env_spec: The environment to evaluate in; None if not known.
-        reference: Reference scores; None if not known.
+    ``action_space`` has the units that the actions were recorded in: +1 in ``rows`` is its upper bound. A Minari data
+    set stores it, whatever environment ``env_id`` names; of an HDF5 file it is the environment's, or [-1, 1] where no
+    environment is known.
     """
 
-    name: str
-    observation_space: gym.spaces.Box
-    action_space: gym.spaces.Box
-    env_spec: EnvSpec | None
+    name: str  # as the user named the data set
+    observation_space: gym.spaces.Box  # flat
+    action_space: gym.spaces.Box  # flat, the data's own
+    env_spec: EnvSpec | None  # the environment to evaluate in, if known
     reference: ReferenceScores | None
 
     def __len__(self) -> int:
@@ -98,24 +92,16 @@ class Episodes(Table):
         return observed
 
     def returns_to_go(self, discount: float, window: int | None = None) -> Tensor:
-        """Return-to-go of every row, shape (N,); mapped where the rows are.
-
-        Args:
-            discount: Discount.
-            window: Sum only this many rewards; None sums to the episode's end.
-        """
+        """Return-to-go of every row, shape (N,), as `dawm.data.returns.returns_to_go`; mapped where the rows are."""
         if self.cache is not None:
             return mapped_returns_to_go(self.cache, self.ends, discount, window)
         return returns_to_go(self.transitions.rewards, self.ends, discount, window)
 
     def sample_rows(self, episode_ids: Tensor | None = None) -> Tensor:
-        """Row numbers to take statistics from, ascending, shape (n,): always the same ones.
+        """Row numbers of some episodes (None: all) to take statistics from, ascending, shape (n,): always the same.
 
         They are all rows up to 2^20; of more, so many are drawn at random (some twice), which moves a mean by a
         thousandth of a standard deviation.
-
-        Args:
-            episode_ids: The episodes to take rows from; None: all.
         """
         chosen = slice(None) if episode_ids is None else episode_ids
         ranges = Ranges(self.starts[chosen], self.lengths[chosen])
@@ -129,43 +115,34 @@ class Episodes(Table):
 def load_episodes(
     dataset: str, env_id: str | None = None, cache_dir: str | None = None, memory_limit: float = MEMORY_LIMIT
 ) -> Episodes:
-    """Load a data set by name; the module's docstring gives the forms a name takes.
+    """Load a data set by name, of one of the forms above; ``env_id`` names another environment to evaluate in.
 
-    Args:
-        dataset: The name.
-        env_id: Gymnasium id of the environment to evaluate in; None: the one that the data set names.
-        cache_dir: Folder of the cache; None: `dawm.data.store.cache.default_folder`.
-        memory_limit: Rows of more than so many GiB are mapped from the cache instead of held in memory.
+    Rows of more than ``memory_limit`` GiB are mapped from the cache in ``cache_dir`` (None: its default folder) instead
+    of held in memory.
     """
     sources = [_open(part, env_id) for part in _split(dataset)]
     for source in sources:
         if not source.count:
             raise UserError(f"--data.dataset: got {source.name}, expected complete steps, but it is empty; record some")
     _check_agreement(sources)
-    first, table = sources[0], load_table(sources, cache_dir, memory_limit)
     return Episodes(
-        **vars(table),
+        **vars(load_table(sources, cache_dir, memory_limit)),
         name=dataset,
-        observation_space=first.observation_space,
-        action_space=first.action_space,
+        observation_space=sources[0].observation_space,
+        action_space=sources[0].action_space,
         env_spec=next((source.env_spec for source in sources if source.env_spec is not None), None),
         reference=next((source.reference for source in sources if source.reference is not None), None),
     )
 
 
 def read_recordings(dataset: str, env_id: str | None = None) -> list[Recording]:
-    """Read a data set as it is, with whatever is wrong in its numbers: one recording for each of the joined parts.
-
-    Args:
-        dataset: The name.
-        env_id: Gymnasium id of the environment; None: the one that the data set names.
-    """
+    """Read a data set as it is, with whatever is wrong in its numbers: one recording for each of the joined parts."""
     return [_open(part, env_id).read() for part in _split(dataset)]
 
 
 def _split(dataset: str) -> list[str]:
     """The names that are joined with ``+``; an existing file may have a ``+`` in its path."""
-    if local_path(dataset).is_file():
+    if expanded(dataset).is_file():
         return [dataset]
     parts = [part.strip() for part in dataset.split("+")]
     if not all(parts):
@@ -175,7 +152,7 @@ def _split(dataset: str) -> list[str]:
 
 def _open(name: str, env_id: str | None) -> Source:
     """One data set by name."""
-    path = local_path(name)
+    path = expanded(name)
     if path.is_file():
         return D4RLSource(path, name, env_id)
     if name.startswith((".", "/", "~", "$")) or path.suffix in (".hdf5", ".h5"):
@@ -188,32 +165,24 @@ def _open(name: str, env_id: str | None) -> Source:
 
 def _check_agreement(sources: Sequence[Source]) -> None:
     """Raise a UserError where joined data sets do not belong together."""
-    first = sources[0]
-    scored = [part for part in sources if part.reference is not None]
-    for other in sources[1:]:
+    first, *others = sources
+    for other in others:
         joined = f"got {first.name}+{other.name}"
-        if _sizes_and_bounds(first) != _sizes_and_bounds(other):
+        if first.sizes != other.sizes or first.bounds != other.bounds:
             raise UserError(
-                f"--data.dataset: {joined}, expected the same spaces, but they differ "
-                f"({first.sizes[0]} observations, actions {first.action_space}, against {other.sizes[0]}, "
-                f"{other.action_space}); join data sets of one environment"
+                f"--data.dataset: {joined}, expected the same spaces, but they differ ({first.sizes[0]} observations, "
+                f"actions {first.action_space}, against {other.sizes[0]}, {other.action_space}); join data sets of one "
+                "environment"
             )
         if first.env_spec and other.env_spec and first.env_spec.id != other.env_spec.id:
             raise UserError(
                 f"--data.env_id: {joined}, which come from {first.env_spec.id} and {other.env_spec.id}, expected one "
                 "environment; name the one to evaluate in"
             )
-    for other in scored[1:]:
-        ours, theirs = scored[0].reference, other.reference
-        if ours and theirs and not ours.agrees_with(theirs):
+    scored = [(part.name, part.reference) for part in sources if part.reference is not None]
+    for (name, ours), (other_name, theirs) in zip(scored, scored[1:]):
+        if not ours.agrees_with(theirs):
             raise UserError(
-                f"--data.dataset: got {scored[0].name}+{other.name}, which have different reference scores "
-                f"({ours.minimum:g} to {ours.maximum:g}, {ours.source}; {theirs.minimum:g} to {theirs.maximum:g}, "
-                f"{theirs.source}), expected the same; join data sets of one scale"
+                f"--data.dataset: got {name}+{other_name}, which have different reference scores ({ours}; {theirs}), "
+                "expected the same; join data sets of one scale"
             )
-
-
-def _sizes_and_bounds(source: Source) -> tuple[int, list[float], list[float]]:
-    """What joined data sets must have in common."""
-    space = source.action_space
-    return source.sizes[0], space.low.tolist(), space.high.tolist()

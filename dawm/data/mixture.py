@@ -17,19 +17,11 @@ _KINDS = ("real", "synthetic")
 
 
 class Mixture:
-    """Packed rows to draw from, on the training device.
-
-    Args:
-        real: Real rows, shape (N, D).
-        sizes: Observation size and action size.
-        mapped: Whether the real rows are a mapped file: they stay where they are, and are gathered on the CPU.
-    """
+    """Packed rows (N, D) to draw from, on the training device; if they are a mapped file, gathered on the CPU."""
 
     def __init__(self, real: Tensor, sizes: tuple[int, int], mapped: bool) -> None:
-        self.real = real
+        self.real, self._sizes, self._mapped = real, sizes, mapped
         self.device = torch.device("cpu")
-        self._sizes = sizes
-        self._mapped = mapped
         self._synthetic = real.new_empty(0, real.shape[1])
         self._count = 0
 
@@ -58,21 +50,12 @@ class Mixture:
         return Transitions.unpack(take(self.real, rows).to(self.device), *self._sizes)
 
     def loader(
-        self,
-        batch_size: int,
-        fraction: float,
-        updates: int,
-        updates_per_step: int | None,
-        seeds: Sequence[Sequence[int]],
+        self, batch_size: int, fraction: float, updates: int, updates_per_step: int | None, seeds: Sequence[tuple]
     ) -> BatchLoader:
         """Batches of ``round(batch_size * fraction)`` synthetic rows, the rest real; all real until the first refill.
 
-        Args:
-            batch_size: Rows of a batch B.
-            fraction: Fraction of synthetic rows.
-            updates: Updates to draw for.
-            updates_per_step: Batches drawn at once K; None draws single ones, fields of shape (B, ...).
-            seeds: What sets the draws of each agent apart; several agents get fields of shape (K, S, B, ...).
+        ``updates_per_step`` None draws single batches, fields of shape (B, ...). ``seeds`` say what sets the draws of
+        each agent apart; several agents get fields of shape (K, S, B, ...).
         """
         streams = [[RowStream(derive_seed(*parts[:2], kind, *parts[2:])) for kind in _KINDS] for parts in seeds]
         synthetic_size = round(batch_size * fraction)
@@ -82,20 +65,16 @@ class Mixture:
             # Each stream gives as many numbers per update whatever the mixture, so that resuming can skip them and
             # the real rows of a run do not depend on its synthetic ones.
             real, synthetic = (
-                _side_by_side([pair[kind].draw(high, count, drawn[kind]) for pair in streams])
+                torch.stack([pair[kind].draw(high, count, drawn[kind]) for pair in streams], dim=1)
                 for kind, high in enumerate((len(self.real), max(self._count, 1)))
             )
             mixed = synthetic_size if self._count else 0
             rows = take(self.real, real[..., : batch_size - mixed]).to(self.device)
             if mixed:
                 rows = torch.cat([rows, take(self._synthetic, synthetic)], dim=-2)
+            rows = rows.squeeze(1) if len(seeds) == 1 else rows
             rows = rows.squeeze(0) if updates_per_step is None else rows
             return Transitions.unpack(rows, *self._sizes)
 
         counted = [(stream, size) for pair in streams for stream, size in zip(pair, drawn)]
         return BatchLoader(draw, counted, updates, updates_per_step or 1)
-
-
-def _side_by_side(rows: list[Tensor]) -> Tensor:
-    """Row numbers of several seeds, shape (K, S, B); of one alone (K, B)."""
-    return rows[0] if len(rows) == 1 else torch.stack(rows, dim=1)

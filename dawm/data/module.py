@@ -9,7 +9,7 @@ Symbols: N real rows, B batch size, K batches drawn at once, H horizon, O observ
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -29,6 +29,8 @@ __all__ = ["TransitionDataModule"]
 
 VALIDATION_ROWS = 8192  # enough to see an error to two digits
 VALIDATION_BATCH = 1024
+
+Gather = Callable[[Tensor], Any]  # batches by the numbers of what they are drawn from
 
 
 class TransitionDataModule(L.LightningDataModule):
@@ -83,9 +85,7 @@ class TransitionDataModule(L.LightningDataModule):
         _check(self)
         self._episodes: Episodes | None = None
         # agents are scored in their environment, and Lightning warns where there is no validation
-        warnings.filterwarnings("ignore", ".*have no `validation_step`.*")
-
-    # The data set
+        warnings.filterwarnings("ignore", ".*(have no `validation_step`|have no `val_dataloader`).*")
 
     def setup(self, stage: str | None = None) -> None:
         """Loads the data set once, and splits off the held-out episodes."""
@@ -169,11 +169,11 @@ class TransitionDataModule(L.LightningDataModule):
         """A fixed sample of held-out segments, a part for each rank."""
         return self._validation_loader(self._segments(self.validation_episodes), rank, world_size)
 
-    def _segments(self, episode_ids: Tensor) -> "_Numbered":
+    def _segments(self, episode_ids: Tensor) -> tuple[int, Gather]:
         table = SegmentTable(self.episodes, episode_ids, self._mixture.real, self.returns_to_go, self.horizon)
         expected = f"segments that fit into the episodes of {self.dataset} chosen for training or validation"
         require("data.horizon", self.horizon, len(table) > 0, expected, "lower --horizon")
-        return _Numbered(len(table), lambda numbers: table.gather(numbers).to(self._mixture.device))
+        return len(table), lambda numbers: table.gather(numbers).to(self._mixture.device)
 
     # Pairs of observations for the inverse dynamics
 
@@ -185,39 +185,37 @@ class TransitionDataModule(L.LightningDataModule):
         """A fixed sample of held-out transitions, a part for each rank."""
         return self._validation_loader(self._pairs(self.validation_episodes), rank, world_size)
 
-    def _pairs(self, episode_ids: Tensor) -> "_Numbered":
+    def _pairs(self, episode_ids: Tensor) -> tuple[int, Gather]:
         """Rows whose next observation was recorded: without it nothing can be learnt of the action."""
         lengths = self.episodes.lengths - (~self.episodes.end_observed).long()
         rows = Ranges(self.episodes.starts[episode_ids], lengths[episode_ids])
         expected = "recorded next observations in the episodes chosen for training and for validation"
         require("data.dataset", self.dataset, len(rows) > 0, expected, "record them, or add episodes")
-        return _Numbered(len(rows), lambda numbers: self._mixture.gather(rows.find(numbers)[0]))
+        return len(rows), lambda numbers: self._mixture.gather(rows.find(numbers)[0])
 
-    def _loader(self, source: "_Numbered", kind: str, batch_size: int, updates: int, rank: int) -> BatchLoader:
+    def _loader(self, source: tuple[int, Gather], kind: str, size: int, updates: int, rank: int) -> BatchLoader:
+        count, gather = source
         stream = RowStream(derive_seed(self.seed, rank, kind))
-        return BatchLoader(
-            lambda count: source.gather(stream.draw(source.size, count, batch_size)),
-            [(stream, batch_size)], updates, self.updates_per_step,
-        )  # fmt: skip
 
-    def _validation_loader(self, source: "_Numbered", rank: int, world_size: int) -> FixedBatches:
+        def draw(batches: int) -> Any:
+            return gather(stream.draw(count, batches, size))
+
+        return BatchLoader(draw, [(stream, size)], updates, self.updates_per_step)
+
+    def _validation_loader(self, source: tuple[int, Gather], rank: int, world_size: int) -> FixedBatches:
         """A sample that is drawn once and divided among the ranks."""
-        numbers = torch.randperm(source.size, generator=torch.Generator().manual_seed(self.seed))[:VALIDATION_ROWS]
-        return FixedBatches([source.gather(part) for part in numbers[rank::world_size].split(VALIDATION_BATCH)])
+        count, gather = source
+        numbers = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[:VALIDATION_ROWS]
+        return FixedBatches([gather(part) for part in numbers[rank::world_size].split(VALIDATION_BATCH)])
 
     # Real and synthetic transitions for the agent
 
     def mixed_loader(self, updates: int, rank: int = 0, squeeze: bool = False, seeds: int = 1) -> BatchLoader:
-        """Batches of ``round(batch_size * synthetic_fraction)`` synthetic rows, the rest real.
+        """Batches of ``round(batch_size * synthetic_fraction)`` synthetic rows (after the first refill), the rest real.
 
-        Until the first refill all rows are real.
-
-        Args:
-            updates: Updates to draw for.
-            rank: The process that draws; each draws different rows.
-            squeeze: One batch at a time, fields of shape (B, ...) instead of (K, B, ...).
-            seeds: Agents trained side by side S, each with batches of its own: fields of shape (K, S, B, ...). The
-                first agent's batches are those of a run with one.
+        Each rank draws different rows. ``squeeze`` gives one batch at a time, fields of shape (B, ...) instead of
+        (K, B, ...). Several ``seeds``, agents trained side by side, have each their own batches, fields of shape
+        (K, S, B, ...); the first agent's are those of a run with one.
         """
         self.setup()
         parts = [(self.seed, rank, *((number,) if number else ())) for number in range(seeds)]
@@ -236,13 +234,6 @@ class TransitionDataModule(L.LightningDataModule):
         return self._mixture.synthetic
 
 
-class _Numbered(NamedTuple):
-    """Something to draw from by number: how many there are, and how to gather them."""
-
-    size: int
-    gather: Callable[[Tensor], Any]
-
-
 def _check(data: TransitionDataModule) -> None:
     """Raises a UserError for a setting that is out of its range."""
     for key, holds, expected in (
@@ -250,9 +241,9 @@ def _check(data: TransitionDataModule) -> None:
         ("validation_fraction", 0 < data.validation_fraction < 1, "a number between 0 and 1"),
         ("memory_limit", data.memory_limit >= 0, "a number of GiB, at least 0"),
         ("discount", 0 <= data.discount <= 1, "a number from 0 to 1"),
-        *((key, getattr(data, key) >= 1, "a whole number of at least 1")
-          for key in ("horizon", "batch_size", "segment_batch_size", "updates_per_step")),
-        *((key, getattr(data, key) is None or getattr(data, key) >= 1, "a whole number of at least 1")
-          for key in ("return_window", "max_episode_steps")),
-    ):  # fmt: skip
+    ):
         require(f"data.{key}", getattr(data, key), holds, expected)
+    counts = "horizon", "batch_size", "segment_batch_size", "updates_per_step", "return_window", "max_episode_steps"
+    for key in counts:
+        value = getattr(data, key)
+        require(f"data.{key}", value, value is None or value >= 1, "a whole number of at least 1")

@@ -16,16 +16,13 @@ BLOCK = 1 << 18  # rows to sum at once, if not one episode has more: bounds the 
 
 
 def returns_to_go(rewards: Tensor, ends: Tensor, discount: float, window: int | None = None) -> Tensor:
-    """Return-to-go at every step, never summing across an episode's end.
+    """Return-to-go at every step, never summing across an episode's end, shape (N,), in the rewards' dtype.
 
     Args:
         rewards: Rewards of all episodes, one after the other, shape (N,).
         ends: Exclusive end row of each episode, ascending, shape (E,).
         discount: Gamma, in [0, 1].
         window: Sum only this many rewards; None sums to the episode's end.
-
-    Returns:
-        Return-to-go, shape (N,), in the rewards' dtype.
     """
     if rewards.ndim != 1 or ends.ndim != 1:
         raise ValueError(f"rewards and ends must have one dimension, got {rewards.ndim} and {ends.ndim}")
@@ -36,14 +33,7 @@ def returns_to_go(rewards: Tensor, ends: Tensor, discount: float, window: int | 
 def returns_in_blocks(
     read: Callable[[int, int], Tensor], ends: Tensor, discount: float, window: int | None = None
 ) -> Iterator[Tensor]:
-    """As `returns_to_go`, some whole episodes at a time and in double precision.
-
-    Args:
-        read: Gives the rewards from a row up to another.
-        ends: See `returns_to_go`, as the others.
-        discount: Gamma.
-        window: Rewards to sum.
-    """
+    """As `returns_to_go` of the rewards ``read(start, stop)``, some whole episodes at a time, in double precision."""
     first, start = 0, 0
     while first < len(ends):
         after = max(first + 1, int(torch.searchsorted(ends, start + BLOCK, right=True)))

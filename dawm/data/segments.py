@@ -19,20 +19,14 @@ class SegmentTable:
     In an episode that ended with a termination a segment may start at any step: after the termination it continues with
     absorbing rows. In a truncated episode nothing is known beyond the end, so a segment must fit inside.
 
-    Args:
-        episodes: The data set.
-        episode_ids: The episodes to take segments from, shape (E,).
-        packed: All transitions of the data set, packed, shape (N, D).
-        returns_to_go: Return-to-go of every row, shape (N,).
-        horizon: Steps of a segment H.
+    Segments of H steps are taken from the episodes ``episode_ids``, shape (E,); ``packed``, shape (N, D), and
+    ``returns_to_go``, shape (N,), are of all rows.
     """
 
     def __init__(
         self, episodes: Episodes, episode_ids: Tensor, packed: Tensor, returns_to_go: Tensor, horizon: int
     ) -> None:
-        self._packed = packed
-        self._returns_to_go = returns_to_go
-        self._horizon = horizon
+        self._packed, self._returns_to_go, self._horizon = packed, returns_to_go, horizon
         self._sizes = episodes.sizes
         starts, self._ends = episodes.starts[episode_ids], episodes.ends[episode_ids]
         stops = torch.where(episodes.truncated[episode_ids], self._ends - horizon + 1, self._ends)
@@ -42,14 +36,7 @@ class SegmentTable:
         return len(self._starts)
 
     def gather(self, numbers: Tensor) -> Segments:
-        """Segments by number.
-
-        Args:
-            numbers: Numbers below ``len(self)``, shape (..., B).
-
-        Returns:
-            Segments with fields of shape (..., B, ...).
-        """
+        """Segments with fields of shape (..., B, ...) by number, shape (..., B), below ``len(self)``."""
         first, which = self._starts.find(numbers)
         starts, ends = first.unsqueeze(-1), self._ends[which].unsqueeze(-1)
         rows = starts + torch.arange(self._horizon)
@@ -59,11 +46,6 @@ class SegmentTable:
         # (Where a file did not record that observation it is filled in as "no change"; nothing bootstraps from it.)
         observations = torch.cat([steps.observations[..., :1, :], steps.next_observations], dim=-2)
         mask = valid.to(self._packed)
-        return Segments(
-            observations=observations,
-            actions=steps.actions * mask.unsqueeze(-1),
-            rewards=steps.rewards * mask,
-            terminations=steps.terminations,
-            valid=mask,
-            returns_to_go=take(self._returns_to_go.unsqueeze(-1), first).squeeze(-1).to(mask.device),
-        )
+        returns_to_go = take(self._returns_to_go.unsqueeze(-1), first).squeeze(-1).to(mask.device)
+        actions, rewards = steps.actions * mask.unsqueeze(-1), steps.rewards * mask
+        return Segments(observations, actions, rewards, steps.terminations, mask, returns_to_go)

@@ -43,21 +43,13 @@ class _Batch:
 
 @dataclass(frozen=True)
 class Transitions(_Batch):
-    """A batch of one-step transitions; every field shares its leading dimensions.
+    """A batch of one-step transitions; every field shares its leading dimensions."""
 
-    Args:
-        observations: Observations ``s_t``, shape (N, O).
-        actions: Actions ``a_t`` in [-1, 1], shape (N, A).
-        rewards: Rewards ``r_t``, shape (N,).
-        next_observations: Observations ``s_{t+1}``, shape (N, O).
-        terminations: 1 where the task ended at ``s_{t+1}``, else 0, shape (N,), float32.
-    """
-
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    next_observations: Tensor
-    terminations: Tensor
+    observations: Tensor  # s_t, shape (N, O)
+    actions: Tensor  # a_t in [-1, 1], shape (N, A)
+    rewards: Tensor  # r_t, shape (N,)
+    next_observations: Tensor  # s_{t+1}, shape (N, O)
+    terminations: Tensor  # 1 where the task ended at s_{t+1}, else 0, shape (N,), float32
 
     @classmethod
     def cat(cls, parts: Sequence["Transitions"]) -> "Transitions":
@@ -66,26 +58,12 @@ class Transitions(_Batch):
 
     def pack(self) -> Tensor:
         """All fields side by side, so that one gather fetches a whole row, shape (N, 2 O + A + 2)."""
-        return torch.cat(
-            [
-                self.observations,
-                self.actions,
-                self.rewards.unsqueeze(-1),
-                self.next_observations,
-                self.terminations.unsqueeze(-1),
-            ],
-            dim=-1,
-        )
+        rewards, terminations = self.rewards.unsqueeze(-1), self.terminations.unsqueeze(-1)
+        return torch.cat([self.observations, self.actions, rewards, self.next_observations, terminations], dim=-1)
 
     @classmethod
     def unpack(cls, rows: Tensor, observation_size: int, action_size: int) -> "Transitions":
-        """Views into packed rows; the inverse of `pack`.
-
-        Args:
-            rows: Packed rows, shape (..., 2 O + A + 2).
-            observation_size: O.
-            action_size: A.
-        """
+        """Views into packed rows, shape (..., 2 O + A + 2); the inverse of `pack`."""
         sizes = [observation_size, action_size, 1, observation_size, 1]
         observations, actions, rewards, next_observations, terminations = rows.split(sizes, dim=-1)
         return cls(observations, actions, rewards.squeeze(-1), next_observations, terminations.squeeze(-1))
@@ -96,20 +74,12 @@ class Segments(_Batch):
     """A batch of H consecutive steps of one episode each; a segment never crosses an episode's end.
 
     A segment that meets a termination before its H-th step is continued by absorbing rows: the observation stays, the
-    reward is 0, the termination stays 1. Those rows have ``valid`` 0.
-
-    Args:
-        observations: ``s_t .. s_{t+H}``, shape (B, H + 1, O).
-        actions: ``a_t .. a_{t+H-1}`` in [-1, 1], shape (B, H, A).
-        rewards: ``r_t .. r_{t+H-1}``, shape (B, H).
-        terminations: 1 at the step that ended the task and after it, shape (B, H).
-        valid: 1 for a recorded step, 0 for an absorbing row, shape (B, H).
-        returns_to_go: Return-to-go at ``s_t``, shape (B,).
+    reward is 0, the termination stays 1.
     """
 
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    terminations: Tensor
-    valid: Tensor
-    returns_to_go: Tensor
+    observations: Tensor  # s_t .. s_{t+H}, shape (B, H + 1, O)
+    actions: Tensor  # a_t .. a_{t+H-1} in [-1, 1], shape (B, H, A)
+    rewards: Tensor  # r_t .. r_{t+H-1}, shape (B, H)
+    terminations: Tensor  # 1 at the step that ended the task and after it, shape (B, H)
+    valid: Tensor  # 1 for a recorded step, 0 for an absorbing row, shape (B, H)
+    returns_to_go: Tensor  # at s_t, shape (B,)

@@ -8,8 +8,7 @@ Symbols: T steps of an episode, O observation size, A action size.
 * ``embedded/hopper/expert`` plays the expert.
 
 The environment is Gymnasium's ``Hopper-v5``, and all actions are sampled. The same seed gives the same data, bit for
-bit, on the same machine and versions. Observations and rewards are kept in single precision: these are the numbers that
-the policies saw.
+bit, on the same machine and versions, in single precision: these are the numbers that the policies saw.
 """
 
 from collections.abc import Iterator
@@ -24,10 +23,9 @@ from dawm.data.store.minari_writer import EpisodeColumns
 
 __all__ = ["MIXTURES", "play", "sample_action"]
 
+_SNAPSHOTS = ("step5000", "step20000", "step35000", "step70000", "step75000", "step77500")
 MIXTURES = {
-    "embedded/hopper/medium-replay": dict.fromkeys(
-        ("step5000", "step20000", "step35000", "step70000", "step75000", "step77500"), 1 / 6
-    ),
+    "embedded/hopper/medium-replay": dict.fromkeys(_SNAPSHOTS, 1 / 6),
     "embedded/hopper/medium": {"step77500": 1.0},
     "embedded/hopper/expert": {"expert": 1.0},
 }
@@ -37,18 +35,11 @@ _LAYERS = ("w0", "b0", "w1", "b1", "w2", "b2")
 
 
 def play(name: str, seed: int, steps: int) -> Iterator[EpisodeColumns]:
-    """Play whole episodes, each policy until its fraction of the steps is reached.
-
-    Args:
-        name: Key of `MIXTURES`.
-        seed: Seed of the episodes' starts and of the actions' noise.
-        steps: Least number of steps.
-    """
+    """Play at least so many steps of one of `MIXTURES` in whole episodes, each policy until its fraction is reached."""
     generator = np.random.default_rng([seed, list(MIXTURES).index(name)])
     weights = load(files("dawm.data.sources").joinpath("policies", "hopper.safetensors").read_bytes())
-    environment = gym.make("Hopper-v5", disable_env_checker=True)
     played, goal = 0, 0.0
-    try:
+    with gym.make("Hopper-v5", disable_env_checker=True) as environment:
         for policy, fraction in MIXTURES[name].items():
             layers = [weights[f"{policy}.{key}"].astype(np.float32) for key in _LAYERS]
             goal += fraction * steps
@@ -56,8 +47,6 @@ def play(name: str, seed: int, steps: int) -> Iterator[EpisodeColumns]:
                 episode = _episode(environment, layers, generator)
                 played += len(episode.rewards)
                 yield episode
-    finally:
-        environment.close()
 
 
 def _episode(environment: gym.Env, layers: list[NDArray], generator: np.random.Generator) -> EpisodeColumns:
@@ -76,18 +65,15 @@ def _episode(environment: gym.Env, layers: list[NDArray], generator: np.random.G
 def sample_action(
     layers: list[NDArray[np.float32]], observation: NDArray[np.float32], generator: np.random.Generator
 ) -> NDArray[np.float32]:
-    """Action of a tanh-Gaussian policy, shape (A,).
+    """Action of a tanh-Gaussian policy, shape (A,), at one raw observation, shape (O,).
 
-    Args:
-        layers: Weights, (inputs, outputs), and biases of three layers; the last one's outputs are the A means and the
-            A logarithms of the standard deviations.
-        observation: One raw observation, shape (O,).
-        generator: Source of the noise.
+    ``layers`` are weights, (inputs, outputs), and biases of three layers; the last one's outputs are the A means and
+    the A logarithms of the standard deviations.
     """
     w0, b0, w1, b1, w2, b2 = layers
     hidden = np.maximum(observation @ w0 + b0, 0.0)
     hidden = np.maximum(hidden @ w1 + b1, 0.0)
     output = hidden @ w2 + b2
-    size = len(output) // 2
-    noise = generator.standard_normal(size, dtype=np.float32)
-    return np.tanh(output[:size] + np.exp(np.minimum(output[size:], 2.0)) * noise)
+    means, log_stds = np.split(output, 2)
+    noise = generator.standard_normal(len(means), dtype=np.float32)
+    return np.tanh(means + np.exp(np.minimum(log_stds, 2.0)) * noise)

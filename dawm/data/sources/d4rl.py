@@ -12,16 +12,13 @@
 
 D4RL's own file names (``hopper_medium_replay-v2.hdf5``) bring D4RL's reference scores. D4RL's environments are gone;
 Hopper, Walker2d and HalfCheetah are evaluated in Gymnasium's v5 versions, whose rewards and endings are nearly the same
-but whose simulator is newer. Set ``data.env_id`` for another.
-
-Symbols: N rows, O observation size, A action size, T steps of an episode.
+but whose simulator is newer. Symbols: N rows, O observation size, T steps of an episode.
 """
 
 import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import gymnasium as gym
 import h5py
@@ -55,21 +52,14 @@ def is_d4rl_name(name: str) -> bool:
 
 
 class D4RLSource(Source):
-    """One file.
-
-    Args:
-        path: The file.
-        name: What the user calls it, for messages.
-        env_id: The environment to evaluate in; None: known from the file's name, or none.
-    """
+    """One file, and the environment to evaluate in; None: known from the file's name, or none."""
 
     def __init__(self, path: Path, name: str, env_id: str | None = None) -> None:
-        self.path, self.name, self._env_id = path, name, env_id
-        self.files = [path]
+        self.path, self.name, self._env_id, self.files = path, name, env_id, [path]
         with D4RLFile(path, name, env_id) as file:
             self.observation_space, self.action_space = file.observation_space, file.action_space
             self.env_spec, self.reference, self.defects = file.env_spec, file.reference, file.defects
-            self.has_next_observations = file.has_next_observations
+            self.has_next_observations = bool(file.next_observations)
             self.count = int(_kept(file).sum())
         self.settings = "; ".join(self.defects)  # where it was cut
 
@@ -81,27 +71,24 @@ class D4RLSource(Source):
             last = np.append(last[:-1] | ~keep[1:], last[-1:])
             for start in range(0, len(last), BLOCK):
                 part = slice(start, start + BLOCK)
-                observations = file.read("observations", start, start + BLOCK + 1)
-                rows = np.empty((len(last[part]), self.width), np.float32)
+                observations = file.read("observations", start, part.stop + 1)
+                ended, kept = terminations[part], keep[part]
+                rows = np.empty((len(kept), self.width), np.float32)
                 parts = columns(rows, *self.sizes)
-                parts.observations[:] = observations[: len(rows)]
-                parts.actions[:] = file.read("actions", start, start + BLOCK)
-                parts.rewards[:] = file.read("rewards", start, start + BLOCK)
-                parts.terminations[:] = terminations[part]
-                if file.has_next_observations:
-                    parts.next_observations[:] = file.read("next_observations", start, start + BLOCK)
+                parts.observations[:], parts.terminations[:] = observations[: len(rows)], ended
+                for key in ("actions", "rewards", *file.next_observations):
+                    getattr(parts, key)[:] = file.read(key, start, part.stop)
+                if file.next_observations:
                     cut = _breaks(observations, parts.next_observations, last[part])
                     last[start + cut] = True
                     cuts.append(start + cut)
                     yield Block(rows, last[part])
-                    continue
-                parts.next_observations[: len(observations) - 1] = observations[1:]
-                parts.next_observations[terminations[part]] = parts.observations[terminations[part]]
-                kept = keep[part]
-                yield Block(rows[kept], last[part][kept], ~terminations[part][kept])
-            found = np.concatenate(cuts)
+                else:
+                    parts.next_observations[: len(observations) - 1] = observations[1:]
+                    parts.next_observations[ended] = parts.observations[ended]
+                    yield Block(rows[kept], last[part][kept], ~ended[kept])
             self.defects = file.defects
-            if len(found):
+            if len(found := np.concatenate(cuts)):
                 self.defects += (
                     f"next_observations: {len(found)} are not the observations of the next row of the same episode, "
                     f"the first in row {found[0]}; another episode begins there",
@@ -109,12 +96,9 @@ class D4RLSource(Source):
 
 
 def _breaks(observations: NDArray, next_observations: NDArray, last: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Rows inside an episode whose ``s_{t+1}`` is not the next row's ``s_t`` but for rounding.
+    """Rows inside an episode whose ``s_{t+1}``, shape (N, O), is not the next row's ``s_t`` but for rounding.
 
-    Args:
-        observations: Observations of the rows and of the one after them, if there is one, shape (N + 1, O) or (N, O).
-        next_observations: What the file says came next, shape (N, O).
-        last: Whether each row is the last of its episode, shape (N,).
+    The observations are those of the rows and of the one after them, if there is one, shape (N + 1, O) or (N, O).
     """
     following = observations[1:]
     next_observations, last = next_observations[: len(following)], last[: len(following)]
@@ -125,26 +109,13 @@ def _breaks(observations: NDArray, next_observations: NDArray, last: NDArray[np.
 
 def _kept(file: "D4RLFile") -> NDArray[np.bool_]:
     """Rows whose ``s_{t+1}`` is known or not needed, shape (N,)."""
-    return np.ones(len(file.last), bool) if file.has_next_observations else ~file.last | file.terminations
+    return np.ones(len(file.last), bool) if file.next_observations else ~file.last | file.terminations
 
 
-class D4RLFile:
-    """An open file, checked: what surrounds its rows, and its columns.
+class D4RLFile(contextlib.AbstractContextManager):
+    """An open file, checked: what surrounds its rows (as `Source`), and its columns.
 
-    Args:
-        path: The file.
-        name: What the user calls it, for messages.
-        env_id: The environment to evaluate in; None: known from the file's name, or none.
-
-    Attributes:
-        has_next_observations: Whether the file recorded them.
-        terminations: Shape (N,), bool.
-        last: Last row of each episode, shape (N,), bool.
-        observation_space: Flat Box.
-        action_space: Flat Box with finite bounds.
-        env_spec: The environment to evaluate in.
-        reference: Reference scores.
-        defects: What is wrong and worked around, one line each.
+    ``terminations`` and ``last``, the last row of each episode, are flags of shape (N,).
     """
 
     def __init__(self, path: Path, name: str, env_id: str | None = None) -> None:
@@ -159,20 +130,11 @@ class D4RLFile:
             self._file.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> NDArray:
-        """Rows of one column: numbers as float32, flags as booleans.
-
-        Args:
-            key: Name of the column.
-            start: First row.
-            stop: Row after the last; None: to the end.
-        """
+        """Rows of one column: numbers as float32, flags as booleans."""
         with self._reading():
             values = self._file[key][start:stop]
         if _RANKS[key] == 1:
@@ -199,44 +161,39 @@ class D4RLFile:
             if shape[:1] != (rows,) or (len(shape) != rank and not (rank == 1 and shape == (rows, 1))):
                 kind = "vectors" if rank == 2 else "numbers"
                 raise UserError(f"{got} {key} of shape {shape}, expected {rows} rows of {kind}; mend the file")
-        if shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
-            raise UserError(
-                f"{got} next_observations of shape {shapes['next_observations']}, expected {shapes['observations']}, "
-                "the shape of observations; mend the file"
-            )
-        self.has_next_observations = "next_observations" in shapes
+        ours, nexts = shapes["observations"], shapes.get("next_observations")
+        if nexts not in (None, ours):
+            raise UserError(f"{got} next_observations of shape {nexts}, expected {ours} as observations; mend the file")
+        self.next_observations = ("next_observations",) if "next_observations" in shapes else ()
         self._has_timeouts = "timeouts" in shapes
         return shapes["observations"][1], shapes["actions"][1]
 
     def _surroundings(self, title: str, env_id: str | None, sizes: tuple[int, int]) -> None:
         """Spaces, environment and reference scores."""
-        locomotion = _LOCOMOTION.fullmatch(title)
-        if env_id is None and locomotion is not None:
+        if env_id is None and (locomotion := _LOCOMOTION.fullmatch(title)) is not None:
             env_id = _EVALUATED_IN[locomotion["family"]]
-        self.env_spec: EnvSpec | None = environment_spec(env_id) if env_id is not None else None
-        self.reference: ReferenceScores | None
-        if is_d4rl_name(title):
-            self.reference = d4rl_scores(title)
-        else:
-            self.reference = reference_scores(self.env_spec.id) if self.env_spec is not None else None
-        if self.env_spec is not None:
+        self.reference: ReferenceScores | None = d4rl_scores(title) if is_d4rl_name(title) else None
+        self.env_spec: EnvSpec | None = None
+        # D4RL scales the actions of all its environments to [-1, 1].
+        self.observation_space: gym.spaces.Box = unbounded(sizes[0])
+        self.action_space: gym.spaces.Box = gym.spaces.Box(-1.0, 1.0, (sizes[1],))
+        if env_id is not None:
+            self.env_spec = environment_spec(env_id)
             self.observation_space, self.action_space = environment_spaces(self.env_spec, self._name, sizes)
-        else:
-            # D4RL scales the actions of all its environments to [-1, 1].
-            self.observation_space, self.action_space = unbounded(sizes[0]), gym.spaces.Box(-1.0, 1.0, (sizes[1],))
+            if not is_d4rl_name(title):
+                self.reference = reference_scores(self.env_spec.id)
 
     def _cut(self) -> None:
         """Where episodes end."""
         self.defects: tuple[str, ...] = ()
         self.terminations: NDArray[np.bool_] = self.read("terminals")
         if self._has_timeouts:
-            timeouts = self.read("timeouts")
+            self.last = self.terminations | self.read("timeouts")
         else:
-            timeouts = _time_limits(self.terminations, self.env_spec)
             limit = self.env_spec.max_episode_steps if self.env_spec is not None else None
+            self.last = self.terminations | _time_limits(self.terminations, limit)
             cut = "at terminals alone" if limit is None else f"at terminals and every {limit} steps"
             self.defects = (f"timeouts: the file has none; episodes are cut {cut}",)
-        self.last = self.terminations | timeouts
         self.last[-1:] = True
 
     @contextlib.contextmanager
@@ -250,10 +207,9 @@ class D4RLFile:
             ) from error
 
 
-def _time_limits(terminations: NDArray[np.bool_], env_spec: EnvSpec | None) -> NDArray[np.bool_]:
+def _time_limits(terminations: NDArray[np.bool_], limit: int | None) -> NDArray[np.bool_]:
     """Where episodes reach the environment's time limit, counted from the last termination, shape (N,)."""
     reached = np.zeros(len(terminations), dtype=bool)
-    limit = env_spec.max_episode_steps if env_spec is not None else None
     if limit is not None:
         starts = np.concatenate([[0], np.flatnonzero(terminations) + 1])
         times = np.diff(starts, append=len(terminations)) // limit

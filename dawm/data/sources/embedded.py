@@ -1,8 +1,7 @@
 """Embedded data sets: real rollouts, built on this machine from behaviour policies inside the package.
 
-No download is needed. Each data set is a true Minari data set, and once built like any other
-(``minari show embedded/hopper/medium-replay-v0``). `dawm.data.sources.behaviour` says what is in them,
-`dawm.data.store.staging` how a build stays invisible until it is complete.
+No download is needed, and once built they are Minari data sets like any other
+(``minari show embedded/hopper/medium-replay-v0``). `dawm.data.sources.behaviour` says what is in them.
 """
 
 import contextlib
@@ -18,8 +17,7 @@ from dawm.data.store.staging import OutputExists, is_complete, progress_bar
 
 __all__ = ["STEPS", "build"]
 
-STEPS = 40_000
-"""Steps of each data set; the last episode is played to its end."""
+STEPS = 40_000  # of each data set; the last episode is played to its end
 
 _ABOUT = {
     # means over 100 episodes of uniformly random actions and over 30 of the deterministic expert, in Hopper-v5
@@ -33,17 +31,11 @@ _ABOUT = {
 def build(
     name: str, seed: int = 0, steps: int | None = None, progress: bool | None = None, overwrite: bool = False
 ) -> str:
-    """Build an embedded data set, unless it is there already.
+    """Build an embedded data set, unless it is there already; returns Minari's id.
 
-    Args:
-        name: One of `dawm.data.sources.catalog.EMBEDDED`, with or without the version ``-v0``.
-        seed: Seed of the episodes' starts and of the actions' noise.
-        steps: Least number of steps; None: `STEPS`.
-        progress: Whether to show a progress bar; None: if the standard error stream is a terminal.
-        overwrite: Whether to build it again if it is there.
-
-    Returns:
-        Minari's id: the name with ``-v0``; another seed or number of steps than the default becomes part of it.
+    The name is one of `dawm.data.sources.catalog.EMBEDDED`, with or without the version ``-v0``. Another seed (of the
+    starts and of the actions' noise) or least number of steps than the default becomes part of the id. ``progress``
+    None shows a bar if the standard error stream is a terminal.
     """
     name = name.removesuffix("-v0")
     if name not in EMBEDDED:
@@ -56,7 +48,7 @@ def build(
         return dataset_id
     fractions = ", ".join(f"{policy} {fraction:.0%}" for policy, fraction in MIXTURES[name].items())
     with (
-        contextlib.suppress(OutputExists),  # another process has built it while this one waited
+        contextlib.suppress(OutputExists),  # another process has built it in the meantime
         progress_bar(f"Building {name}", steps, sys.stderr.isatty() if progress is None else progress) as bar,
     ):
         write_dataset(

@@ -8,11 +8,7 @@ __all__ = ["describe_environment", "environment_from", "spec_as_json"]
 
 
 def spec_as_json(env_spec: EnvSpec | None) -> str | None:
-    """A specification as JSON; None if it holds what JSON cannot: classes, functions, arrays or tuples.
-
-    Args:
-        env_spec: The specification; None if not known.
-    """
+    """A specification as JSON; None if it holds what JSON cannot: classes, functions, arrays or tuples."""
     try:
         text = None if env_spec is None else env_spec.to_json()
         return text if text is not None and EnvSpec.from_json(text) == env_spec else None
@@ -23,10 +19,8 @@ def spec_as_json(env_spec: EnvSpec | None) -> str | None:
 def describe_environment(env_spec: EnvSpec | None, env_id: str | None = None) -> str | None:
     """A specification as JSON, or where that cannot be an id, from which the registry makes the environment again.
 
-    Args:
-        env_spec: The specification; None if not known.
-        env_id: What the user typed, if anything: ``module:Name-v0`` says which module registers the environment.
-            Otherwise it is taken to be the module of the environment's class.
+    ``env_id`` is what the user typed, if anything: ``module:Name-v0`` says which module registers the environment.
+    Otherwise it is taken to be the module of the environment's class.
     """
     if env_spec is None:
         return None
@@ -37,13 +31,7 @@ def describe_environment(env_spec: EnvSpec | None, env_id: str | None = None) ->
 
 
 def environment_from(description: str | None, env_id: str | None = None, env_id_key: str = "env_id") -> str | EnvSpec:
-    """The environment of a description, as an id or a specification.
-
-    Args:
-        description: What `describe_environment` gave.
-        env_id: Gymnasium id of another environment to take instead.
-        env_id_key: The setting that gives ``env_id``.
-    """
+    """The environment of what `describe_environment` gave, or the one that the setting ``env_id_key`` names instead."""
     if env_id is not None:
         return env_id
     expected = "an environment, because the data set names none"

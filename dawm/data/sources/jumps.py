@@ -20,16 +20,12 @@ def jumps(
     times what they usually do (the 95 % quantile), while the steps before and after it are usual ones. So neither
     contacts, which last or move few dimensions, nor glitches, which come back, nor the start of a movement are jumps.
 
-    Args:
-        observations: ``s_t`` of consecutive rows, shape (N, O).
-        next_observations: ``s_{t+1}``, shape (N, O).
-        last: Whether each row is the last of its episode, shape (N,).
-        factor: How far a jump goes.
+    Observations ``s_t`` of consecutive rows and ``s_{t+1}`` have the shape (N, O); ``last``, shape (N,), says whether
+    a row is the last of its episode.
     """
     count = len(last)
     with np.errstate(invalid="ignore"):
-        steps = next_observations - observations
-    np.abs(steps, out=steps)
+        steps = np.abs(next_observations - observations)
     sample = slice(None, None, max(1, count // _SAMPLE))
     usual = np.quantile(steps[sample], 0.95, axis=0)
     moving = usual > 1e-4 * observations[sample].std(axis=0)

@@ -1,10 +1,8 @@
 """Read a Minari data set into flat rows.
 
 An episode of T steps is stored as T + 1 observations and T actions, rewards and terminations, so that ``s_{t+1}`` of
-every step is known. An episode ends where Minari ends it, and after every termination.
-
-HDF5, Minari's usual format, is read straight into blocks of packed rows, which is many times faster than building its
-episode objects; other formats go through Minari.
+every step is known. An episode ends where Minari ends it, and after every termination. HDF5, Minari's usual format, is
+read straight into packed rows, many times faster than by its episode objects; other formats go through Minari.
 """
 
 import logging
@@ -12,33 +10,26 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 
 import h5py
 import minari
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 from rich.console import Console
 
+from dawm.data.sources import spaces
 from dawm.data.sources.catalog import dataset_folder, unknown_dataset
 from dawm.data.sources.scores import ReferenceScores, reference_scores
 from dawm.data.sources.source import BLOCK, Block, Source, columns, flags, require_numbers
-from dawm.data.sources.spaces import (
-    action_box,
-    environment_spaces,
-    environment_spec,
-    observation_box,
-    observation_leaves,
-)
 from dawm.errors import UserError, first_line
 
 __all__ = ["REPEATED", "SOURCE", "MinariSource"]
 
-REPEATED = "last_observation_repeated"
-"""Key of the metadata: true if last observations after terminations were not recorded and repeat the ones before."""
-
-SOURCE = "ref_score_source"
-"""Key of the metadata: where the reference scores come from."""
+# Keys of the metadata.
+REPEATED = "last_observation_repeated"  # last observations after terminations were not recorded, but are those before
+SOURCE = "ref_score_source"  # where the reference scores come from
 
 Piece = tuple[list[NDArray], NDArray, NDArray, NDArray, bool]
 """Steps of one episode: leaves of the observation with T + 1 rows each; actions, rewards and terminations with T; and
@@ -48,34 +39,33 @@ whether the episode ends there."""
 class MinariSource(Source):
     """One data set on this machine, downloaded first if it is not there.
 
-    Args:
-        dataset_id: Minari's id.
-        name: What the user calls it, for messages.
-        env_id: The environment to evaluate in; None: the one the data set names. Another one's actions may be in other
-            units: ``action_space`` is always the data's own.
+    ``env_id`` names another environment to evaluate in than the data set's. Its actions may be in other units:
+    ``action_space`` is always the data's own.
     """
 
     def __init__(self, dataset_id: str, name: str, env_id: str | None = None) -> None:
-        dataset = _open(dataset_id)
-        self.name = name
-        self._dataset = dataset
-        leaves = observation_leaves(dataset.observation_space, name)
+        self.name, self._dataset = name, (dataset := _open(dataset_id))
+        leaves = spaces.observation_leaves(dataset.observation_space, name)
         self._paths, self._widths = [path for path, _ in leaves], [box.low.size for _, box in leaves]
-        self.observation_space = observation_box(dataset.observation_space, name)
-        self.action_space = action_box(dataset.action_space, name)
+        self.observation_space = spaces.observation_box(dataset.observation_space, name)
+        self.action_space = spaces.action_box(dataset.action_space, name)
         if env_id is None:
             # Minari shows the environment meant for evaluation only as a made one.
             self.env_spec = dataset._eval_env_spec or dataset.env_spec
         else:
-            self.env_spec = environment_spec(env_id)
-            environment_spaces(self.env_spec, name, self.sizes)
+            self.env_spec = spaces.environment_spec(env_id)
+            spaces.environment_spaces(self.env_spec, name, self.sizes)
         metadata = dataset.storage.metadata
-        self.reference = _reference(metadata, self.env_spec)
+        self.reference = reference_scores(self.env_spec.id) if self.env_spec is not None else None
+        minimum, maximum = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+        if minimum is not None and maximum is not None:
+            source = f"data set's metadata, {metadata[SOURCE]}" if SOURCE in metadata else "data set's metadata"
+            self.reference = ReferenceScores(float(minimum), float(maximum), source)
         self.count, self._episodes = int(metadata["total_steps"]), int(metadata["total_episodes"])
         self._repeated = bool(metadata.get(REPEATED))
-        data = dataset.storage.data_path
-        self.path = data.parent
-        self.files = sorted(file for file in data.rglob("*") if file.is_file() and file.name != "metadata.json")
+        self.path = dataset.storage.data_path.parent
+        held = (self.path / "data").rglob("*")
+        self.files = sorted(file for file in held if file.is_file() and file.name != "metadata.json")
         self.settings = f"{self.count} steps, {self._episodes} episodes, {self._paths}, {REPEATED} {self._repeated}"
 
     def blocks(self) -> Iterator[Block]:
@@ -86,7 +76,7 @@ class MinariSource(Source):
         self.defects = ()
         try:
             for piece in read(self._dataset, self._paths, self._episodes):
-                leaves, actions, rewards, terminations, ends = self._checked(piece, start + filled)
+                observations, actions, rewards, terminations, ends = self._checked(piece, start + filled)
                 steps = len(rewards)
                 if filled + steps > len(rows):
                     if start + filled > self.count:
@@ -94,19 +84,15 @@ class MinariSource(Source):
                     yield self._block(rows[:filled], last[:filled])
                     start, filled = start + filled, 0
                     rows, last = self._buffers(steps)
-                stop, column = filled + steps, 0
+                stop = filled + steps
                 parts = columns(rows[filled:stop], *self.sizes)
-                for leaf in leaves:
-                    place = slice(column, column + leaf.shape[1])
-                    parts.observations[:, place], parts.next_observations[:, place] = leaf[:-1], leaf[1:]
-                    column += leaf.shape[1]
+                parts.observations[:], parts.next_observations[:] = observations[:-1], observations[1:]
                 parts.actions[:], parts.rewards[:], parts.terminations[:] = actions, rewards, terminations
                 last[filled:stop] = terminations
                 early.append(start + filled + np.flatnonzero(terminations[: steps - 1] if ends else terminations))
                 if steps and ends:
                     last[stop - 1] = True
-                empty += not steps
-                filled = stop
+                empty, filled = empty + (not steps), stop
         except (KeyError, ValueError, OSError) as error:
             raise UserError(
                 f"--data.dataset: got {self.name}, expected whole data, but it is damaged ({error}); "
@@ -117,23 +103,17 @@ class MinariSource(Source):
                 f"--data.dataset: got {self.name} with {start + filled} steps, expected the {self.count} of its "
                 "metadata; correct total_steps there, or get it again"
             )
-        unended = np.concatenate(early)
         if empty:
             self.defects += (f"episodes: {empty} without a step; they are left out",)
-        if len(unended):
+        if len(unended := np.concatenate(early)):
             self.defects += (
                 f"terminations: {len(unended)} with further steps after them in the same episode, "
                 f"the first in row {unended[0]}; another episode begins there",
             )
         yield self._block(rows[:filled], last[:filled])
 
-    def _checked(self, piece: Piece, row: int) -> Piece:
-        """The same steps with leaves and actions of two dimensions, the rest of one; a UserError if they are not so.
-
-        Args:
-            piece: The steps.
-            row: Row of the first.
-        """
+    def _checked(self, piece: Piece, row: int) -> tuple[NDArray, NDArray, NDArray, NDArray, bool]:
+        """The same with observations (T + 1, O), actions (T, A), the rest (T,); a UserError if they are not so."""
         leaves, actions, rewards, terminations, ends = piece
         steps = len(rewards)
 
@@ -148,10 +128,11 @@ class MinariSource(Source):
                 require_numbers(column.dtype, self.name, key)
             return column.reshape(count, width)
 
-        leaves = [flat("observations", leaf, steps + 1, width) for leaf, width in zip(leaves, self._widths)]
+        flat_leaves = [flat("observations", leaf, steps + 1, width) for leaf, width in zip(leaves, self._widths)]
+        observations = flat_leaves[0] if len(flat_leaves) == 1 else np.concatenate(flat_leaves, axis=1)
         actions = flat("actions", actions, steps, self.sizes[1])
         rewards, terminations = flat("rewards", rewards, steps, 1), flat("terminations", terminations, steps, 1)
-        return leaves, actions, rewards[:, 0], flags(terminations[:, 0], self.name, "terminations", row), ends
+        return observations, actions, rewards[:, 0], flags(terminations[:, 0], self.name, "terminations", row), ends
 
     def _buffers(self, steps: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Room for a block that begins with so many steps."""
@@ -160,15 +141,6 @@ class MinariSource(Source):
 
     def _block(self, rows: NDArray[np.float32], last: NDArray[np.bool_]) -> Block:
         return Block(rows, last, rows[:, -1] == 0 if self._repeated else None)
-
-
-def _reference(metadata: dict, env_spec: EnvSpec | None) -> ReferenceScores | None:
-    """The data set's own reference scores, else those of the tables."""
-    minimum, maximum = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if minimum is not None and maximum is not None:
-        source = f"data set's metadata, {metadata[SOURCE]}" if SOURCE in metadata else "data set's metadata"
-        return ReferenceScores(float(minimum), float(maximum), source)
-    return reference_scores(env_spec.id) if env_spec is not None else None
 
 
 def _open(dataset_id: str) -> minari.MinariDataset:
@@ -197,8 +169,7 @@ def _download(dataset_id: str) -> None:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # two lines for each attempt
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about newer versions of the data set
+        with warnings.catch_warnings(action="ignore"):  # about newer versions of the data set
             minari.download_dataset(dataset_id)
     except BaseException as error:  # whatever the network, Hugging Face's client, Minari and the user's Ctrl-C throw
         shutil.rmtree(dataset_folder(dataset_id) / "data", ignore_errors=True)  # it was not there before
@@ -214,8 +185,7 @@ def _read_hdf5(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], coun
     keys = ["/".join(("observations", *path)).encode() for path in paths]
 
     def read(key: bytes, start: int = 0, stop: int | None = None, dtype: type | None = np.float32) -> NDArray:
-        column = h5py.h5d.open(file.id, key)
-        selected = memory = h5py.h5s.ALL
+        column, selected, memory = h5py.h5d.open(file.id, key), h5py.h5s.ALL, h5py.h5s.ALL
         shape = column.shape
         if start > 0 or stop is not None:
             shape = ((shape[0] if stop is None else stop) - start, *shape[1:])
@@ -245,10 +215,5 @@ def _read_hdf5(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], coun
 def _read_any(dataset: minari.MinariDataset, paths: list[tuple[str, ...]], count: int) -> Iterator[Piece]:
     """Episodes by Minari's own reader, for every format."""
     for episode in dataset.iterate_episodes(range(count)):
-        leaves = []
-        for path in paths:
-            values = episode.observations
-            for key in path:
-                values = values[key]
-            leaves.append(np.asarray(values))
+        leaves = [np.asarray(reduce(getitem, path, episode.observations)) for path in paths]
         yield leaves, np.asarray(episode.actions), np.asarray(episode.rewards), np.asarray(episode.terminations), True

@@ -2,9 +2,8 @@
 
 score = 100 (return - minimum) / (maximum - minimum)        (D4RL, arXiv 2004.07219, appendix)
 
-The return is the undiscounted sum of rewards, the minimum that of a random policy, the maximum that of an expert. Two
-families of numbers exist and must never be mixed: D4RL's were measured in the environments of its day (Hopper-v2 with
-mujoco-py), the others in Gymnasium's v5 environments. `ReferenceScores.source` says which one a score is on.
+The return is the undiscounted sum of rewards. Two families of numbers exist and must never be mixed: D4RL's were
+measured in the environments of its day (Hopper-v2 with mujoco-py), the others in Gymnasium's v5 environments.
 """
 
 import re
@@ -41,11 +40,7 @@ _D4RL = {
 }
 
 # Random policy and deterministic expert (public TQC agents of DLR-RM/rl-trained-agents), measured in Gymnasium v5.
-_GYMNASIUM_V5 = {
-    "Hopper-v5": (18.8, 3276.0),
-    "Walker2d-v5": (1.8, 4401.0),
-    "HalfCheetah-v5": (-297.0, 12051.0),
-}
+_GYMNASIUM_V5 = {"Hopper-v5": (18.8, 3276.0), "Walker2d-v5": (1.8, 4401.0), "HalfCheetah-v5": (-297.0, 12051.0)}
 
 # Gymnasium's v2 to v4 keep the dynamics, rewards and endings that D4RL's values were measured with.
 _EARLIER_GYMNASIUM = re.compile(r"(Hopper|Walker2d|HalfCheetah|Ant)-v[234]")
@@ -53,17 +48,14 @@ _EARLIER_GYMNASIUM = re.compile(r"(Hopper|Walker2d|HalfCheetah|Ant)-v[234]")
 
 @dataclass(frozen=True)
 class ReferenceScores:
-    """The two returns between which a score runs from 0 to 100.
+    """The two returns between which a score runs from 0 to 100."""
 
-    Args:
-        minimum: Return of a random policy: score 0.
-        maximum: Return of an expert: score 100.
-        source: Where the two numbers come from, for people to read.
-    """
+    minimum: float  # return of a random policy
+    maximum: float  # return of an expert
+    source: str  # where the two numbers come from, for people to read
 
-    minimum: float
-    maximum: float
-    source: str
+    def __str__(self) -> str:
+        return f"{self.minimum:g} to {self.maximum:g}, {self.source}"
 
     def normalize(self, returns: Returns) -> Returns:
         """Scores of undiscounted returns, a number or an array of any shape."""
@@ -71,36 +63,24 @@ class ReferenceScores:
 
     def agrees_with(self, other: "ReferenceScores") -> bool:
         """Whether both give the same score to within 0.1, which lets a rounded copy of the same numbers pass."""
-        tolerance = 1e-3 * abs(self.maximum - self.minimum)
-        return abs(self.minimum - other.minimum) <= tolerance and abs(self.maximum - other.maximum) <= tolerance
+        difference = max(abs(self.minimum - other.minimum), abs(self.maximum - other.maximum))
+        return difference <= 1e-3 * abs(self.maximum - self.minimum)
 
 
 def d4rl_scores(name: str) -> ReferenceScores | None:
-    """D4RL's values for one of its data sets.
-
-    Args:
-        name: D4RL's name with dashes or underscores, such as ``hopper-medium-v2`` or ``hopper_medium-v2``.
-    """
-    words = re.sub(r"-v\d+$", "", name.lower().replace("_", "-")).split("-")
-    for length in range(len(words), 0, -1):
-        family = "-".join(words[:length])
-        if family in _D4RL:
-            return ReferenceScores(*_D4RL[family], source="D4RL v2 table")
-    return None
+    """D4RL's values for one of its data sets, such as ``hopper-medium-v2`` or ``hopper_medium-v2``."""
+    family = re.sub(r"-v\d+$", "", name.lower().replace("_", "-"))
+    while family and family not in _D4RL:
+        family = family.rpartition("-")[0]
+    return ReferenceScores(*_D4RL[family], source="D4RL v2 table") if family else None
 
 
 def reference_scores(env_id: str) -> ReferenceScores | None:
     """Built-in reference scores of an environment (``Hopper-v5``) or of a D4RL data set (``hopper-medium-v2``).
 
-    Args:
-        env_id: Gymnasium's or D4RL's name. A Gymnasium environment of versions 2 to 4 has D4RL's values.
-
-    Returns:
-        The reference scores, or None where no table has the name; they are never borrowed from another version.
+    They are never borrowed from another version, but Gymnasium's versions 2 to 4 have D4RL's values.
     """
     if env_id in _GYMNASIUM_V5:
         return ReferenceScores(*_GYMNASIUM_V5[env_id], source="Gymnasium v5 table")
-    if _EARLIER_GYMNASIUM.fullmatch(env_id):
-        return d4rl_scores(env_id)
     # Gymnasium's names have capitals, D4RL's have none: Ant-v5 must not fall through to D4RL's ant.
-    return d4rl_scores(env_id) if env_id == env_id.lower() else None
+    return d4rl_scores(env_id) if env_id == env_id.lower() or _EARLIER_GYMNASIUM.fullmatch(env_id) else None

@@ -1,7 +1,6 @@
 """What every reader of files delivers: rows in order, in the environment's own units, as NumPy arrays.
 
-A `Source` is a data set that is open but not read: it knows what surrounds the rows, and gives the rows in blocks, so
-that a data set may be larger than the memory. A `Recording` is one that was read whole.
+A `Source` gives the rows in blocks, so that a data set may be larger than the memory; a `Recording` was read whole.
 
 Symbols: N rows, O observation size, A action size, E episodes, D = 2 O + A + 2 columns of a packed row.
 """
@@ -22,8 +21,7 @@ from dawm.errors import UserError
 
 __all__ = ["BLOCK", "Block", "Columns", "Recording", "Source", "columns", "flags", "require_numbers"]
 
-BLOCK = 1 << 16
-"""Rows that a source reads at once."""
+BLOCK = 1 << 16  # rows that a source reads at once
 
 Floats = NDArray[np.float32]
 
@@ -39,51 +37,36 @@ class Columns(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive rows of a data set; an episode may continue in the next block.
+    """Consecutive rows of a data set; an episode may continue in the next block."""
 
-    Args:
-        rows: Packed rows, actions in the environment's units, terminations 0 or 1, shape (N, D).
-        last: Whether each row is the last one of its episode, shape (N,), bool.
-        next_observed: False where ``s_{t+1}`` was not recorded and is filled in: last rows of episodes only, shape
-            (N,), bool; None: all recorded.
-    """
-
-    rows: Floats
-    last: NDArray[np.bool_]
-    next_observed: NDArray[np.bool_] | None = None
+    rows: Floats  # packed, actions in the environment's units, terminations 0 or 1, shape (N, D)
+    last: NDArray[np.bool_]  # whether each row is the last one of its episode, shape (N,)
+    next_observed: NDArray[np.bool_] | None = None  # as in `Recording`, False in last rows only; None: all recorded
 
 
 class Source(ABC):
-    """A data set that is open but not read.
+    """A data set that is open but not read."""
 
-    Attributes:
-        name: What the user calls it.
-        count: Rows N.
-        observation_space: Flat Box.
-        action_space: Flat Box with finite bounds.
-        env_spec: The environment to evaluate in.
-        reference: Reference scores.
-        path: The file or folder.
-        files: The files that hold the rows.
-        settings: What the rows depend on besides the files, in words.
-        defects: What the reader found wrong and worked around, one line each; complete when the rows were read.
-    """
-
-    name: str
-    count: int
-    observation_space: gym.spaces.Box
-    action_space: gym.spaces.Box
-    env_spec: EnvSpec | None
+    name: str  # what the user calls it
+    count: int  # rows N
+    observation_space: gym.spaces.Box  # flat
+    action_space: gym.spaces.Box  # flat, with finite bounds
+    env_spec: EnvSpec | None  # the environment to evaluate in
     reference: ReferenceScores | None
-    path: Path
-    files: Sequence[Path]
-    settings: str
-    defects: tuple[str, ...] = ()
+    path: Path  # the file or folder
+    files: Sequence[Path]  # those that hold the rows
+    settings: str  # what the rows depend on besides the files, in words
+    defects: tuple[str, ...] = ()  # what is wrong and worked around, a line each; complete when the rows were read
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Observation size and action size, (O, A)."""
         return self.observation_space.shape[0], self.action_space.shape[0]
+
+    @property
+    def bounds(self) -> list[list[float]]:
+        """Lowest and highest actions."""
+        return [self.action_space.low.tolist(), self.action_space.high.tolist()]
 
     @property
     def width(self) -> int:
@@ -97,36 +80,24 @@ class Source(ABC):
     def read(self) -> "Recording":
         """Read everything, with whatever is wrong in its numbers."""
         blocks = [Block(np.empty((0, self.width), np.float32), np.zeros(0, bool)), *self.blocks()]
-        rows = np.concatenate([block.rows for block in blocks])
+        rows, last = np.concatenate([b.rows for b in blocks]), np.concatenate([b.last for b in blocks])
         known = [np.ones(len(b.rows), bool) if b.next_observed is None else b.next_observed for b in blocks]
-        parts, last = columns(rows, *self.sizes), np.concatenate([block.last for block in blocks])
-        ends = np.flatnonzero(last) + 1
+        parts, ends = columns(rows, *self.sizes), np.flatnonzero(last) + 1
         return Recording(self, *parts[:-1], parts.terminations != 0, ends, np.concatenate(known))
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A data set that was read whole, cut into episodes, with whatever is wrong in its numbers.
-
-    Args:
-        source: What surrounds the rows.
-        observations: ``s_t``, shape (N, O).
-        actions: ``a_t`` in the environment's units, shape (N, A).
-        rewards: ``r_t``, shape (N,).
-        next_observations: ``s_{t+1}``, shape (N, O).
-        terminations: Whether the task ended at ``s_{t+1}``, shape (N,), bool.
-        ends: Exclusive end row of each episode, shape (E,), int64.
-        next_observed: False where ``s_{t+1}`` was not recorded and is filled in, shape (N,), bool.
-    """
+    """A data set that was read whole, cut into episodes, with whatever is wrong in its numbers."""
 
     source: Source
-    observations: Floats
-    actions: Floats
-    rewards: Floats
-    next_observations: Floats
-    terminations: NDArray[np.bool_]
-    ends: NDArray[np.int64]
-    next_observed: NDArray[np.bool_]
+    observations: Floats  # s_t, shape (N, O)
+    actions: Floats  # a_t in the environment's units, shape (N, A)
+    rewards: Floats  # r_t, shape (N,)
+    next_observations: Floats  # s_{t+1}, shape (N, O)
+    terminations: NDArray[np.bool_]  # whether the task ended at s_{t+1}, shape (N,)
+    ends: NDArray[np.int64]  # exclusive end row of each episode, shape (E,)
+    next_observed: NDArray[np.bool_]  # False where s_{t+1} was not recorded and is filled in, shape (N,)
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -135,45 +106,25 @@ class Recording:
 
     def returns(self) -> NDArray[np.float64]:
         """Undiscounted return of each episode, shape (E,)."""
-        if not len(self.ends):
-            return np.zeros(0)
-        return np.add.reduceat(self.rewards, self.starts, dtype=np.float64)
+        return np.add.reduceat(self.rewards, self.starts, dtype=np.float64) if len(self.ends) else np.zeros(0)
 
 
 def columns(rows: Floats, observation_size: int, action_size: int) -> Columns:
-    """Views into packed rows.
-
-    Args:
-        rows: Packed rows, shape (N, D).
-        observation_size: O.
-        action_size: A.
-    """
+    """Views into packed rows, shape (N, D)."""
     reward = observation_size + action_size
-    return Columns(
-        rows[:, :observation_size],
-        rows[:, observation_size:reward],
-        rows[:, reward],
-        rows[:, reward + 1 : -1],
-        rows[:, -1],
-    )
+    observations, actions = rows[:, :observation_size], rows[:, observation_size:reward]
+    return Columns(observations, actions, rows[:, reward], rows[:, reward + 1 : -1], rows[:, -1])
 
 
 def flags(values: NDArray, name: str, key: str, start: int = 0) -> NDArray[np.bool_]:
-    """Recorded flags as booleans; a UserError for what is neither 0 nor 1 (nor 255, as some tools write true).
+    """Recorded flags as booleans, shape (N,), the first from row ``start`` of the data set.
 
-    Args:
-        values: The flags, shape (N,).
-        name: Name of the data set, for the error.
-        key: Name of the column.
-        start: Row of the first.
+    Raises a UserError for what is neither 0 nor 1 (nor 255, as some tools write true).
     """
     if values.dtype.kind == "b":
         return values
-    if values.dtype.kind in "iuf":
-        good = (values == 0) | (values == 1)
-        good = good | ((values == 0) | (values == 255)).all()
-    else:
-        good = np.zeros(len(values), bool)
+    numeric = values.dtype.kind in "iuf"
+    good = np.isin(values, (0, 1)) | np.isin(values, (0, 255)).all() if numeric else np.zeros(len(values), bool)
     if not good.all():
         first = int(good.argmin())
         raise UserError(
@@ -184,12 +135,6 @@ def flags(values: NDArray, name: str, key: str, start: int = 0) -> NDArray[np.bo
 
 
 def require_numbers(kind: np.dtype, name: str, key: str) -> None:
-    """Raises a UserError where a column holds anything but real numbers.
-
-    Args:
-        kind: The column's type.
-        name: Name of the data set, for the error.
-        key: Name of the column.
-    """
+    """Raises a UserError where a data set's column holds anything but real numbers."""
     if kind.kind not in "biuf":
         raise UserError(f"--data.dataset: got {name} with {key} of type {kind}, expected real numbers; convert them")

@@ -17,14 +17,8 @@ from torch import Tensor
 from dawm.errors import UserError, first_line
 
 __all__ = [
-    "action_box",
-    "environment_spaces",
-    "environment_spec",
-    "observation_box",
-    "observation_leaves",
-    "scale_actions",
-    "unbounded",
-    "unscale_actions",
+    *("action_box", "environment_spaces", "environment_spec", "observation_box", "observation_leaves"),
+    *("scale_actions", "unbounded", "unscale_actions"),
 ]
 
 
@@ -34,22 +28,15 @@ def unbounded(size: int) -> gym.spaces.Box:
 
 
 def observation_leaves(space: gym.Space, name: str) -> list[tuple[tuple[str, ...], gym.spaces.Box]]:
-    """The flat Boxes that an observation consists of, with their paths of keys, in the order of the flat row.
-
-    Args:
-        space: Observation space of the data set.
-        name: Name of the data set, for the error's text.
-    """
+    """The flat Boxes that an observation consists of, with their paths of keys, in the order of the flat row."""
     if isinstance(space, gym.spaces.Dict):
         parts = [(key, observation_leaves(part, name)) for key, part in sorted(space.spaces.items())]
         return [((key, *path), box) for key, leaves in parts for path, box in leaves]
     if isinstance(space, gym.spaces.Box) and len(space.shape) <= 1:
         return [((), space)]
     kind = f"Box of shape {space.shape}" if isinstance(space, gym.spaces.Box) else type(space).__name__
-    raise UserError(
-        f"--data.dataset: got {name} with observations of the kind {kind}, expected flat Boxes or Dicts of them; "
-        "choose another data set"
-    )
+    got = f"--data.dataset: got {name} with observations of the kind {kind}"
+    raise UserError(f"{got}, expected flat Boxes or Dicts of them; choose another data set")
 
 
 def observation_box(space: gym.Space, name: str) -> gym.spaces.Box:
@@ -61,51 +48,36 @@ def observation_box(space: gym.Space, name: str) -> gym.spaces.Box:
 
 def action_box(space: gym.Space, name: str) -> gym.spaces.Box:
     """The action Box itself, or a UserError where it cannot be scaled to [-1, 1]."""
+    got = f"--data.dataset: got {name} with the action space {space}, expected"
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
-        raise UserError(
-            f"--data.dataset: got {name} with the action space {space}, expected a flat Box of real numbers; choose "
-            "another data set"
-        )
-    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()):
-        raise UserError(
-            f"--data.dataset: got {name} with the action space {space}, expected finite bounds; record them in it"
-        )
+        raise UserError(f"{got} a flat Box of real numbers; choose another data set")
+    if not (np.isfinite([space.low, space.high]).all() and (space.low < space.high).all()):
+        raise UserError(f"{got} finite bounds; record them in it")
     return space
 
 
 def environment_spec(env_id: str) -> EnvSpec:
     """Gymnasium's specification of an environment, or a UserError with the nearest names.
 
-    Args:
-        env_id: Its name; ``module:Name-v0`` imports the module that registers it first, as ``gymnasium.make`` does.
+    ``module:Name-v0`` imports the module that registers it first, as ``gymnasium.make`` does.
     """
     module, _, name = env_id.rpartition(":")
-    if module:
-        try:
+    got = f"--data.env_id: got {env_id!r}, expected"
+    try:
+        if module:
             importlib.import_module(module)
-        except Exception as error:  # the module's own code runs
-            raise UserError(
-                f"--data.env_id: got {env_id!r}, expected the module {module!r} to import ({first_line(error)}); "
-                "install or mend it"
-            ) from error
+    except Exception as error:  # the module's own code runs
+        raise UserError(f"{got} the module {module!r} to import ({first_line(error)}); install or mend it") from error
     try:
         return gym.spec(name)
     except (gym.error.Error, ImportError) as error:
         near = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "`module:Name-v0` imports the package that registers it"
-        raise UserError(
-            f"--data.env_id: got {env_id!r}, expected an environment that Gymnasium knows; {hint}"
-        ) from error
+        raise UserError(f"{got} an environment that Gymnasium knows; {hint}") from error
 
 
 def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tuple[gym.spaces.Box, gym.spaces.Box]:
-    """Flat observation Box and action Box of an environment, or a UserError if it is not that of the data.
-
-    Args:
-        spec: The environment.
-        name: Name of the data set.
-        sizes: Sizes of observations and actions in the data, (O, A).
-    """
+    """Flat observation Box and action Box of an environment, or a UserError if the data's sizes (O, A) are others."""
     try:
         environment = gym.make(spec, disable_env_checker=True)
     except Exception as error:  # Gymnasium lets through whatever the environment's own package raises
@@ -117,28 +89,23 @@ def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tupl
     observation_space = observation_box(environment.observation_space, described)
     action_space = action_box(environment.action_space, described)
     environment.close()
-    expected = (observation_space.shape[0], action_space.shape[0])
-    if sizes != expected:
+    found = (observation_space.shape[0], action_space.shape[0])
+    if sizes != found:
         raise UserError(
-            f"--data.env_id: got {spec.id!r} with observations and actions of sizes {expected}, "
-            f"expected the {sizes} of {name}; name the environment that the data came from"
+            f"--data.env_id: got {spec.id!r} with observations and actions of sizes {found}, expected the {sizes} of "
+            f"{name}; name the environment that the data came from"
         )
     return observation_space, action_space
 
 
 def scale_actions(actions: Tensor, space: gym.spaces.Box) -> Tensor:
-    """Map actions from their Box to [-1, 1].
-
-    Args:
-        actions: Actions in the Box's units, shape (..., A).
-        space: The Box, shape (A,).
-    """
+    """Map actions, shape (..., A), from their Box to [-1, 1]."""
     middle, half = _middle_and_half(space)
     return (actions - middle.to(actions.device)) / half.to(actions.device)
 
 
 def unscale_actions(actions: Tensor, space: gym.spaces.Box) -> Tensor:
-    """Map actions from [-1, 1], shape (..., A), to their Box; the inverse of `scale_actions`."""
+    """Map actions, shape (..., A), from [-1, 1] to their Box."""
     middle, half = _middle_and_half(space)
     return actions * half.to(actions.device) + middle.to(actions.device)
 

@@ -5,16 +5,11 @@ the operating system keeps them in memory as long as there is room. Smaller data
 
 Each data set has a folder named by a key: a hash of the sizes, times of change and samples of its files, of the action
 bounds and of all else that the rows depend on, but not of their place. (A hash of whole files would take as long as
-reading them.) A changed file has another key, and what was cached of its earlier content is removed. A folder holds
-
-* ``data/rows.f32``: packed rows, float32 in the machine's byte order, shape (N, D),
-* ``data/rewards.f32``: its column of rewards once more, shape (N,), to sum without a walk through all rows,
-* ``data/episodes.npz``: where episodes end and what is known of each,
-* ``data/meta.json``: written last,
-* ``data/returns-*.f32``: returns-to-go, shape (N,), one file for each discount and window.
-
-A folder ``data`` is staged beside its place and put there by one rename. All of the cache can be deleted at any time;
-who has it mapped keeps it until the process ends.
+reading them.) A changed file has another key, and what was cached of its earlier content is removed. A folder holds in
+``data`` the packed rows (``rows.f32``, float32 in the machine's byte order), their rewards once more, to sum without a
+walk through all rows (``rewards.f32``), what is known of the episodes (``episodes.npz``), ``meta.json``, written last,
+and returns-to-go, a file for each discount and window. ``data`` is staged beside its place and put there by one rename.
+All of the cache can be deleted at any time; who has it mapped keeps it until the process ends.
 
 Symbols: N rows, E episodes, D columns of a packed row.
 """
@@ -39,18 +34,15 @@ import torch
 from torch import Tensor
 
 from dawm.data.returns import returns_in_blocks
-from dawm.data.sources.catalog import local_path
 from dawm.data.sources.source import Source
 from dawm.data.store.staging import lock, progress_bar
 from dawm.data.store.table import Assembly, Table, read_table
 from dawm.errors import UserError
-from dawm.files import whole, write_whole
+from dawm.files import expanded, whole, write_whole
 
 __all__ = ["MEMORY_LIMIT", "default_folder", "load_table", "mapped_returns_to_go"]
 
-MEMORY_LIMIT = 4.0
-"""GiB of rows that are held in memory by default."""
-
+MEMORY_LIMIT = 4.0  # GiB of rows that are held in memory by default
 _FORMAT = 2
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _EPISODE_FIELDS = ("ends", "terminated", "end_observed", "episode_returns", "observation_low", "observation_high")
@@ -60,21 +52,15 @@ _PREFIX = ".staged-"
 def default_folder() -> Path:
     """Where the cache is: ``$DAWM_CACHE``, else ``dawm`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     own, caches = os.environ.get("DAWM_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return local_path(own) if own else (Path(caches) if caches else Path.home() / ".cache") / "dawm"
+    return expanded(own) if own else (Path(caches) if caches else Path.home() / ".cache") / "dawm"
 
 
 def load_table(sources: Sequence[Source], cache_dir: str | None = None, memory_limit: float = MEMORY_LIMIT) -> Table:
-    """Rows of a data set, held in memory or mapped from the cache.
-
-    Args:
-        sources: The data sets to join.
-        cache_dir: Folder of the cache; None: `default_folder`.
-        memory_limit: Rows of more than so many GiB are mapped, others held in memory.
-    """
+    """Rows of joined data sets, held in memory, or mapped from the cache if they are more than so many GiB."""
     size = sum(source.count for source in sources) * sources[0].width * 4
     if size <= memory_limit * 2**30:
         return read_table(sources)
-    root = default_folder() if cache_dir is None else local_path(cache_dir)
+    root = default_folder() if cache_dir is None else expanded(cache_dir)
     identity = _identity(sources)
     folder = root / hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     try:
@@ -88,12 +74,9 @@ def mapped_returns_to_go(folder: Path, ends: Tensor, discount: float, window: in
     path, count = folder / "data" / f"returns-{discount!r}-{window}.f32", int(ends[-1])
     try:
         if not path.is_file() or path.stat().st_size != 4 * count:
-            with (folder / "data" / "rewards.f32").open("rb") as rewards, whole(path) as file:
-
-                def read(start: int, stop: int) -> Tensor:
-                    return torch.from_numpy(np.fromfile(rewards, np.float32, stop - start))
-
-                for block in returns_in_blocks(read, ends, discount, window):
+            rewards = _mapped(folder / "data" / "rewards.f32", (count,))
+            with whole(path) as file:
+                for block in returns_in_blocks(lambda start, stop: rewards[start:stop], ends, discount, window):
                     file.write(block.float().numpy().data)
         return _mapped(path, (count,))
     except OSError as error:
@@ -102,10 +85,9 @@ def mapped_returns_to_go(folder: Path, ends: Tensor, discount: float, window: in
 
 def _identity(sources: Sequence[Source]) -> dict[str, Any]:
     """All that the rows depend on, whatever their place."""
-    space = sources[0].action_space
     return {
         "format": [_FORMAT, sys.byteorder],
-        "bounds": [space.low.tolist(), space.high.tolist()],
+        "bounds": sources[0].bounds,
         "settings": [source.settings for source in sources],
         "files": [[_sampled(file, source.path) for file in source.files] for source in sources],
     }
@@ -140,9 +122,8 @@ def _stored(folder: Path) -> Table | None:
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
     """A file of float32 as a tensor that must not be written to."""
-    with warnings.catch_warnings():
-        # torch knows no read-only tensors and warns; a mapping that may be written to counts as memory in use
-        warnings.filterwarnings("ignore", ".*not writable.*")
+    # torch knows no read-only tensors and warns; a mapping that may be written to counts as memory in use
+    with warnings.catch_warnings(action="ignore"):
         return torch.from_numpy(np.memmap(path, np.float32, "r", shape=shape))
 
 
@@ -157,15 +138,12 @@ def _build(folder: Path, sources: Sequence[Source], identity: dict[str, Any]) ->
             if locked:  # what is here is damaged, or a killed process left it
                 for left in folder.iterdir():
                     shutil.rmtree(left, ignore_errors=True)
-            staged = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
-            try:
-                _write(staged, sources, identity)
+            with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as staged:
+                _write(Path(staged), sources, identity)
                 with contextlib.suppress(OSError):  # a process that could not be locked out was first: use its copy
-                    staged.rename(folder / "data")
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
+                    os.rename(staged, folder / "data")
             stored = _stored(folder)
-        _remove_outdated(folder, identity, sources)
+        _remove_outdated(folder)
     finally:
         if not (folder / "data").exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -176,7 +154,7 @@ def _build(folder: Path, sources: Sequence[Source], identity: dict[str, Any]) ->
 
 def _write(staged: Path, sources: Sequence[Source], identity: dict[str, Any]) -> None:
     """Write the files of a data set."""
-    assembly, place = Assembly(sources), 0
+    assembly = Assembly(sources)
     shape = assembly.count, assembly.width
     if shutil.disk_usage(staged).free < 4 * shape[0] * (shape[1] + 2):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -189,29 +167,25 @@ def _write(staged: Path, sources: Sequence[Source], identity: dict[str, Any]) ->
         for block in assembly.blocks():
             rows.write(block.data)
             rewards.write(block[:, reward].tobytes())
-            place += len(block)
-            bar.update(bar.task_ids[0], completed=place)
+            bar.advance(bar.task_ids[0], len(block))
     table = assembly.table(torch.empty(shape, device="meta"))
     with whole(staged / "episodes.npz") as file:
         np.savez(file, **{key: getattr(table, key).numpy() for key in _EPISODE_FIELDS})
-    meta = {"rows": shape[0], "columns": shape[1], "fingerprint": table.fingerprint, "places": _places(sources)}
-    write_whole(staged / "meta.json", json.dumps({**meta, **identity}))
+    places = [str(source.path.resolve()) for source in sources]
+    meta = {"rows": shape[0], "columns": shape[1], "fingerprint": table.fingerprint, "places": places, **identity}
+    write_whole(staged / "meta.json", json.dumps(meta))
 
 
-def _places(sources: Sequence[Source]) -> list[str]:
-    return [str(source.path.resolve()) for source in sources]
-
-
-def _remove_outdated(folder: Path, identity: dict[str, Any], sources: Sequence[Source]) -> None:
+def _remove_outdated(folder: Path) -> None:
     """Remove what was cached of the same files with an earlier content."""
-    wanted = {"places": _places(sources), "bounds": identity["bounds"]}
-    for meta in folder.parent.glob("*/data/meta.json"):
-        try:
-            found = json.loads(meta.read_text())
-        except (OSError, ValueError):
-            continue
-        if meta.parent.parent != folder and all(found.get(key) == value for key, value in wanted.items()):
-            shutil.rmtree(meta.parent.parent, ignore_errors=True)
+    found = {}
+    for path in folder.parent.glob("*/data/meta.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found[path.parent.parent] = json.loads(path.read_text())
+    mine = found.pop(folder, {})
+    for other, meta in found.items():
+        if all(meta.get(key) == mine.get(key) for key in ("places", "bounds")):
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _unusable(root: Path, size: int, error: OSError) -> UserError:

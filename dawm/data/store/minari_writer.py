@@ -2,13 +2,15 @@
 
 Minari's own writer takes 1.7 ms and 15 kB for an episode of eight steps, because each column can grow and is stored in
 a chunk of its own. Here the columns of a short episode lie inside their headers ("compact"), and h5py's low-level calls
-create them: 0.4 ms and 2.4 kB, and whatever reads Minari's files reads it like any other.
+create them: 0.4 ms and 2.4 kB, in files like any other to Minari.
 
 Symbols: E episodes, T_e steps of an episode, N steps of all, O observation size, A action size.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 from dawm.data.sources.catalog import dataset_folder
 from dawm.data.sources.environments import spec_as_json
 from dawm.data.sources.source import Source, columns
-from dawm.data.store.staging import datasets_path, staged
+from dawm.data.store.staging import staged
 from dawm.errors import UserError
 
 __all__ = ["EpisodeColumns", "in_episodes", "write_dataset", "write_episodes"]
@@ -32,21 +34,13 @@ COMPACT_BYTES = 32_768  # HDF5 takes up to 64 kB in a header
 
 
 class EpisodeColumns(NamedTuple):
-    """Some episodes in order.
+    """Some episodes in order."""
 
-    Args:
-        lengths: Steps T_e, at least 1, shape (E,), int64.
-        observations: T_e + 1 rows for each episode, shape (N + E, O).
-        actions: In the environment's units, shape (N, A).
-        rewards: Shape (N,).
-        terminated: Whether each episode ended with a termination; the others are truncated, shape (E,), bool.
-    """
-
-    lengths: NDArray[np.int64]
-    observations: NDArray[np.float32]
-    actions: NDArray[np.floating]
-    rewards: NDArray[np.float32]
-    terminated: NDArray[np.bool_]
+    lengths: NDArray[np.int64]  # steps T_e, at least 1, shape (E,)
+    observations: NDArray[np.float32]  # T_e + 1 rows for each episode, shape (N + E, O)
+    actions: NDArray[np.floating]  # in the environment's units, shape (N, A)
+    rewards: NDArray[np.float32]  # shape (N,)
+    terminated: NDArray[np.bool_]  # whether each episode ended with a termination, else truncated, shape (E,)
 
 
 def in_episodes(source: Source) -> Iterator[EpisodeColumns]:
@@ -86,38 +80,22 @@ def write_dataset(
     overwrite: bool = False,
     report: Callable[[int], None] = lambda steps: None,
 ) -> tuple[int, int]:
-    """Writes a Minari data set that appears once it is whole; raises `OutputExists` where there is one already.
+    """Writes a Minari data set that appears once it is whole, and returns its numbers of episodes and steps.
 
-    Args:
-        output: Minari's id.
-        episodes: The episodes in order; only one part is in memory at a time.
-        env_spec: Their environment; None if not known.
-        observation_space: Flat Box; it is stored in single precision, as the observations are.
-        action_space: Flat Box, in the units of the actions.
-        metadata: What else to say of the data set, as plain values; read once the episodes are written.
-        description: What it is, in a sentence.
-        algorithm_name: What acted.
-        author: Who made it.
-        overwrite: Whether to replace a data set of that id.
-        report: Called after each part with the steps written so far.
-
-    Returns:
-        The numbers of episodes and steps.
+    Raises `OutputExists` where there is one already that shall not be replaced. Only one part of the episodes is in
+    memory at a time; ``report`` is called after each with the steps written so far. The spaces are flat; that of the
+    observations is stored in single precision, as they are. ``metadata``, plain values, are read once the episodes are
+    written.
     """
     low, high = (bound.astype(np.float32) for bound in (observation_space.low, observation_space.high))
+    spaces = {"observation_space": gym.spaces.Box(low, high, dtype=np.float32), "action_space": action_space}
+    about = {"description": description, "algorithm_name": algorithm_name, "author": author}
     try:
-        with staged(output, overwrite) as folder, datasets_path(folder), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Minari's wishes for an e-mail address and a link
-            storage = minari.create_dataset_from_buffers(
-                output,
-                [],
-                env=env_spec if spec_as_json(env_spec) else None,  # Minari keeps specifications as JSON
-                observation_space=gym.spaces.Box(low, high, dtype=np.float32),
-                action_space=action_space,
-                description=description,
-                algorithm_name=algorithm_name,
-                author=author,
-            ).storage
+        with staged(output, overwrite) as folder:
+            # Minari warns that it wishes for an e-mail address and a link
+            with _datasets_path(folder), warnings.catch_warnings(action="ignore"):
+                env = env_spec if spec_as_json(env_spec) else None  # Minari keeps specifications as JSON
+                storage = minari.create_dataset_from_buffers(output, [], env=env, **spaces, **about).storage
             count, steps = write_episodes(storage.data_path / "main_data.hdf5", episodes, report)
             storage.update_metadata({**metadata, "total_episodes": count, "total_steps": steps})
             storage.update_metadata({"dataset_size": float(storage.get_size())})
@@ -130,27 +108,27 @@ def write_dataset(
     return count, steps
 
 
-def write_episodes(path: Path, parts: Iterable[EpisodeColumns], report: Callable[[int], None]) -> tuple[int, int]:
-    """Writes a data file of Minari's HDF5 storage; only one part is in memory at a time.
-
-    Args:
-        path: The file, ``main_data.hdf5``; an old one is replaced.
-        parts: The episodes in order.
-        report: Called after each part with the steps written so far.
-
-    Returns:
-        The numbers of episodes and steps.
-    """
-    episodes = steps = 0
-    file = h5f.create(str(path).encode(), h5f.ACC_TRUNC, fcpl=_timeless(h5p.FILE_CREATE))
+@contextmanager
+def _datasets_path(folder: Path) -> Iterator[None]:
+    """Points Minari at another folder for a while; its one setting is the environment variable."""
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(folder)
     try:
+        yield
+    finally:
+        del os.environ["MINARI_DATASETS_PATH"]
+        os.environ.update({} if before is None else {"MINARI_DATASETS_PATH": before})
+
+
+def write_episodes(path: Path, parts: Iterable[EpisodeColumns], report: Callable[[int], None]) -> tuple[int, int]:
+    """Writes (or replaces) the data file ``main_data.hdf5`` of Minari's storage, part by part, as `write_dataset`."""
+    episodes = steps = 0
+    with closing(h5f.create(str(path).encode(), h5f.ACC_TRUNC, fcpl=_timeless(h5p.FILE_CREATE))) as file:
         for part in parts:
             _write_part(file, part, first=episodes)
             episodes, steps = episodes + len(part.lengths), steps + len(part.rewards)
             report(steps)
         h5f.flush(file)
-    finally:
-        file.close()
     return episodes, steps
 
 
@@ -169,8 +147,8 @@ def _write_part(file: h5f.FileID, part: EpisodeColumns, first: int) -> None:
     for index, (length, terminated) in enumerate(zip(part.lengths.tolist(), part.terminated.tolist())):
         stop, before = start + length, start + index  # each episode has one observation more than steps
         group = h5g.create(file, b"episode_%d" % (first + index), gcpl=group_properties)
-        _attribute(group, b"id", first + index)
-        _attribute(group, b"total_steps", length)
+        for name, value in ((b"id", first + index), (b"total_steps", length)):
+            h5a.create(group, name, h5t.STD_I64LE, _space(())).write(np.array(value, np.int64))
         column(group, b"observations", observation_type, observations[before : before + length + 1])
         column(group, b"actions", action_type, actions[start:stop])
         column(group, b"rewards", reward_type, rewards[start:stop])
@@ -180,10 +158,6 @@ def _write_part(file: h5f.FileID, part: EpisodeColumns, first: int) -> None:
 
 
 BOOL = h5t.py_create(np.dtype(bool), logical=True)
-
-
-def _attribute(group: h5g.GroupID, name: bytes, value: int) -> None:
-    h5a.create(group, name, h5t.STD_I64LE, _space(())).write(np.array(value, np.int64))
 
 
 def _timeless(kind: h5p.PropClassID) -> Any:

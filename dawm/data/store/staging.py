@@ -1,7 +1,7 @@
 """Staging: a Minari data set that is invisible until it is complete.
 
-It is written in a hidden folder beside the data sets, which one rename puts in place. So interrupted work leaves no
-data set at all, and what a killed process leaves hidden is removed by the next.
+It is written in a hidden folder beside the data sets, and put in place by one rename. So interrupted work leaves no
+data set at all. Who writes holds the lock of the hidden folder: one without, left by a killed process, is removed.
 """
 
 import contextlib
@@ -20,29 +20,21 @@ from rich.text import Text
 from dawm.data.sources.catalog import dataset_folder
 from dawm.errors import UserError
 
-__all__ = ["OutputExists", "check_output", "datasets_path", "is_complete", "lock", "progress_bar", "staged"]
+__all__ = ["OutputExists", "check_output", "is_complete", "lock", "progress_bar", "staged"]
 
 _PREFIX = ".dawm-build-"
-_PATIENCE = 120.0  # seconds to wait for another process, which needs a tenth of them
 
 
 class OutputExists(UserError):
     """A data set of that id is there already, and shall not be replaced."""
 
     def __init__(self, output: str) -> None:
-        super().__init__(
-            f"--output: got {output}, expected a new id, but {output} is there already; choose another, or --overwrite "
-            "true"
-        )
+        got = f"--output: got {output}, expected a new id, but {output} is there already"
+        super().__init__(f"{got}; choose another, or --overwrite true")
 
 
 def check_output(output: str, overwrite: bool) -> None:
-    """Raise a UserError where a data set cannot be written under an id.
-
-    Args:
-        output: Minari's id.
-        overwrite: Whether a data set of that id may be replaced.
-    """
+    """Raise a UserError where a data set cannot be written under an id."""
     try:
         parse_dataset_id(output)
     except (ValueError, TypeError) as error:  # a TypeError where the version is missing
@@ -64,69 +56,50 @@ def is_complete(dataset_id: str) -> bool:
 
 @contextlib.contextmanager
 def staged(dataset_id: str, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a folder to write the data set in, and put it in place if the block ends without an error.
+    """Yields a folder to write the data set in, and puts it in place if the block ends without an error.
 
-    Raises `OutputExists` if the data set is there already and shall not be replaced.
-
-    Args:
-        dataset_id: Minari's id.
-        overwrite: Whether to replace a data set of that id, at the very end.
-
-    Yields:
-        The folder to use in place of Minari's own.
+    Raises `OutputExists`, before the block or after it, if the data set is there already and shall not be replaced.
     """
     root = dataset_folder()
-    with lock(root) as locked:
-        if is_complete(dataset_id) and not overwrite:  # perhaps another process has built it while this one waited
-            raise OutputExists(dataset_id)
-        _remove_stale(root, older_than=0.0 if locked else 3600.0)
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-        try:
-            yield folder
+    with contextlib.ExitStack() as writing:
+        with lock(root) as locked:
+            if is_complete(dataset_id) and not overwrite:
+                raise OutputExists(dataset_id)
+            for left in root.glob(f"{_PREFIX}*") if locked else ():
+                with lock(left, patience=0.0) as stale:
+                    if stale:
+                        shutil.rmtree(left, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+            writing.enter_context(lock(folder))
+            writing.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+        with lock(root):
             _move(folder, root, dataset_id, overwrite)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def datasets_path(folder: Path) -> Iterator[None]:
-    """Point Minari at another folder for a while; its one setting is the environment variable."""
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MINARI_DATASETS_PATH"]
-        else:
-            os.environ["MINARI_DATASETS_PATH"] = before
-
-
-@contextlib.contextmanager
-def lock(root: Path, patience: float = _PATIENCE) -> Iterator[bool]:
-    """Let one process at a time build in a folder; yields whether the lock was obtained.
+def lock(folder: Path, patience: float = 120.0) -> Iterator[bool]:
+    """Hold a folder's lock, for which others are waited so many seconds; yields whether it was obtained.
 
     The folder itself is locked, so that no lock file is left, and the kernel frees the lock when a process is
     killed. Where such locks do not exist (Windows, some network drives), nothing is locked: the rename decides.
-
-    Args:
-        root: The folder.
-        patience: Seconds to wait for another process.
     """
     try:
         import fcntl
 
-        descriptor = os.open(root, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
     except (ImportError, OSError):
         yield False
         return
+    locked, deadline = False, time.monotonic() + patience
     try:
-        locked, deadline = False, time.monotonic() + patience
-        while not locked and time.monotonic() < deadline:
+        while not locked:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 locked = True
             except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    break
                 time.sleep(0.1)
             except OSError:
                 break
@@ -137,15 +110,9 @@ def lock(root: Path, patience: float = _PATIENCE) -> Iterator[bool]:
 
 def progress_bar(description: str, total: int, visible: bool) -> Progress:
     """A progress bar of one task, in steps, with rate and time left, on the standard error stream."""
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not visible,
-    )
+    columns = BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
+    text = TextColumn("{task.description}", markup=False)
+    bar = Progress(text, *columns, console=Console(stderr=True), disable=not visible)
     bar.add_task(description, total=total)
     return bar
 
@@ -170,17 +137,9 @@ def _move(folder: Path, root: Path, dataset_id: str, overwrite: bool) -> None:
         target.rename(replaced)
     try:
         (folder / dataset_id).rename(target)
-    except OSError:
+    except OSError as error:
         if replaced.exists():
             replaced.rename(target)
-            raise
-        if not is_complete(dataset_id):  # else a process that could not be locked out was first: use its copy
-            raise
-
-
-def _remove_stale(root: Path, older_than: float) -> None:
-    """Remove what killed builds left: with the lock held every hidden folder is stale, without it only old ones are."""
-    for folder in root.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime >= older_than:
-                shutil.rmtree(folder, ignore_errors=True)
+        elif is_complete(dataset_id):  # another process was faster
+            raise OutputExists(dataset_id) from error
+        raise

@@ -38,43 +38,29 @@ _INSIDE = "them inside; name the environment with the right bounds in --data.env
 class Table:
     """All rows of a data set in order, and where its episodes end.
 
-    Args:
-        rows: Packed rows (`dawm.data.transitions.Transitions.pack`), float32 on the CPU, actions in [-1, 1], shape
-            (N, D). Never write to them: of a large data set they are a mapped file.
-        ends: Exclusive end row of each episode, shape (E,), int64.
-        terminated: Whether each episode ended with a termination, shape (E,), bool.
-        end_observed: False where the last ``s_{t+1}`` of an episode was not recorded and is filled with ``s_t``, shape
-            (E,), bool. Only terminated rows of files without ``next_observations`` are so; they serve one-step TD,
-            because they never bootstrap, but must not teach the dynamics or the inverse dynamics.
-        episode_returns: Undiscounted return of each episode, shape (E,).
-        observation_low: Lowest value of each observation dimension, shape (O,).
-        observation_high: Highest value, shape (O,).
-        fingerprint: Hash of rows, ends and action bounds: the same for the same data in another file format.
-        cache: Folder of the cache whose file the rows are mapped from; None: they are held in memory.
+    The rows are packed (`dawm.data.transitions.Transitions.pack`), float32 on the CPU, actions in [-1, 1]. Never write
+    to them: of a large data set they are a mapped file. ``end_observed`` is False where the last ``s_{t+1}`` of an
+    episode was not recorded and is filled with ``s_t``. Only terminated rows of files without ``next_observations`` are
+    so; they serve one-step TD, because they never bootstrap, but must not teach the dynamics or the inverse dynamics.
     """
 
-    rows: Tensor
-    ends: Tensor
-    terminated: Tensor
-    end_observed: Tensor
-    episode_returns: Tensor
-    observation_low: Tensor
-    observation_high: Tensor
-    fingerprint: str
-    cache: Path | None = None
+    rows: Tensor  # shape (N, D)
+    ends: Tensor  # exclusive end row of each episode, shape (E,), int64
+    terminated: Tensor  # whether each episode ended with a termination, shape (E,), bool
+    end_observed: Tensor  # shape (E,), bool
+    episode_returns: Tensor  # undiscounted, shape (E,)
+    observation_low: Tensor  # lowest value of each observation dimension, shape (O,)
+    observation_high: Tensor  # highest value, shape (O,)
+    fingerprint: str  # hash of rows, ends and action bounds: the same for the same data in another file format
+    cache: Path | None = None  # folder of the cache whose file the rows are mapped from; None: held in memory
 
 
 class Assembly:
-    """The rows of one or several sources in order, checked and with their actions scaled to [-1, 1].
-
-    Args:
-        sources: The data sets to join, all of the same sizes and action bounds.
-    """
+    """The rows of sources that have the same sizes and bounds, in order, checked, their actions scaled to [-1, 1]."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
-        self.count = sum(source.count for source in sources)
-        self.width = sources[0].width
+        self.count, self.width = sum(source.count for source in sources), sources[0].width
         self._digest = hashlib.blake2b(digest_size=16)
         self._episodes: list[tuple[NDArray, ...]] = []
         self._low = np.full(sources[0].sizes[0], np.inf, np.float32)
@@ -100,19 +86,13 @@ class Assembly:
             raise RuntimeError(f"{start} rows were read, where {self.count} were announced")
 
     def table(self, rows: Tensor) -> Table:
-        """The data set, once all blocks were taken.
-
-        Args:
-            rows: The rows, wherever they were put, shape (N, D).
-        """
-        ends, terminated, end_observed, returns = (
-            torch.from_numpy(np.concatenate(values)) for values in zip(*self._episodes)
-        )
+        """The data set, once all blocks were taken and put into ``rows``, shape (N, D)."""
+        ends, terminated, observed, returns = (torch.from_numpy(np.concatenate(part)) for part in zip(*self._episodes))
         space, digest = self._sources[0].action_space, self._digest.copy()
         digest.update(str((self.count, *self._sources[0].sizes)).encode() + ends.numpy().tobytes())
         digest.update(space.low.astype(np.float64).tobytes() + space.high.astype(np.float64).tobytes())
         low, high = torch.from_numpy(self._low), torch.from_numpy(self._high)
-        return Table(rows, ends, terminated, end_observed, returns, low, high, digest.hexdigest())
+        return Table(rows, ends, terminated, observed, returns, low, high, digest.hexdigest())
 
     def _record(self, block: Block, parts: Columns, start: int) -> None:
         """Records where episodes end, and the range of the observations."""
@@ -123,19 +103,14 @@ class Assembly:
         returns = np.bincount(episode, parts.rewards, minlength=len(last) + 1)
         returns[0] += self._running
         self._running = returns[len(last)]
-        self._episodes.append(
-            (start + last + 1, parts.terminations[last] != 0, observed, returns[: len(last)].astype(np.float32))
-        )
+        returns = returns[: len(last)].astype(np.float32)
+        self._episodes.append((start + last + 1, parts.terminations[last] != 0, observed, returns))
         np.minimum(self._low, parts.observations.min(axis=0), out=self._low)
         np.maximum(self._high, parts.observations.max(axis=0), out=self._high)
 
 
 def read_table(sources: Sequence[Source]) -> Table:
-    """Read into memory.
-
-    Args:
-        sources: The data sets to join.
-    """
+    """Read into memory."""
     assembly = Assembly(sources)
     rows, start = torch.empty(assembly.count, assembly.width), 0
     for block in assembly.blocks():
@@ -145,25 +120,14 @@ def read_table(sources: Sequence[Source]) -> Table:
 
 
 class _Checks:
-    """What is wrong in the numbers of a source: reported once for all of its rows.
-
-    Args:
-        source: The data set.
-    """
+    """What is wrong in the numbers of a source: reported once for all of its rows."""
 
     def __init__(self, source: Source) -> None:
-        self._source = source
-        self._rows = 0
-        self._excess = 0.0
+        self._source, self._rows, self._excess = source, 0, 0.0
         self._wrong: dict[tuple[str, str], list[int]] = {}  # what and what to do: how many, the first one's row
 
     def scale_and_check(self, block: Block, parts: Columns) -> None:
-        """Scales the actions of a block in place, and records what is wrong in it.
-
-        Args:
-            block: Packed rows, shape (n, D).
-            parts: Their columns.
-        """
+        """Scales the actions of a block in place, and records what is wrong in it."""
         if not np.isfinite(block.rows).all():
             for key, values in parts._asdict().items():
                 bad = ~np.isfinite(values).reshape(len(values), -1)
