@@ -100,6 +100,7 @@ def _quieten() -> None:
     for pattern in (
         ".*isinstance.treespec, LeafSpec.*",  # Lightning calls a deprecated part of torch
         ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has put the ranks' metrics together
+        ".*precision lowered by casting to float32.*",  # Gymnasium on a Box of its own wrappers
         ".*does not have many workers.*",  # the data are in memory: worker processes would only slow the drawing down
     ):
         warnings.filterwarnings("ignore", pattern)

@@ -21,8 +21,9 @@ from dawm.cli.main import main
 from dawm.data import module
 from dawm.data.episodes import load_episodes
 from dawm.training.experiment import Experiment, StageResult
+from dawm.training.trainer import make_trainer
 
-CONFIGS = sorted((Path(dawm.__file__).parent.parent / "lightning_configs").glob("*.yaml"))
+CONFIGS = sorted((Path(dawm.__file__).parent.parent / "lightning_configs").rglob("*.yaml"))
 JUNK: list[Any] = [
     None, True, False, 0, -1, -7.5, 0.5, 10**15, -(10**15), 1e30, float("inf"), float("nan"), "", "junk", "a b: c",
     "${horizon}", "${nothing}", "${", "1,2",
@@ -108,8 +109,8 @@ def no_training(tmp_path, monkeypatch):
     """A small data set in place of any other; no updates and no episodes."""
     path, rng = tmp_path / "small.hdf5", np.random.default_rng(0)
     with h5py.File(path, "w") as file:
-        file["observations"] = rng.normal(size=(60, 11)).astype(np.float32)
-        file["next_observations"] = rng.normal(size=(60, 11)).astype(np.float32)
+        walk = rng.normal(size=(61, 11)).cumsum(axis=0).astype(np.float32)
+        file["observations"], file["next_observations"] = walk[:-1], walk[1:]
         file["actions"] = rng.uniform(-1, 1, (60, 3)).astype(np.float32)
         file["rewards"] = rng.normal(size=60).astype(np.float32)
         file["terminals"] = np.zeros(60, bool)
@@ -118,8 +119,8 @@ def no_training(tmp_path, monkeypatch):
     def load(dataset: str, env_id: str | None, *rest: Any) -> Any:
         return load_episodes(str(path), "Hopper-v5" if env_id is None else env_id, *rest)
 
-    def train(self: Experiment, name: str, stage: Any, built: L.LightningModule, folder: Path) -> StageResult:
-        trainer = self._trainer(name, stage, built, folder, _Nothing())
+    def train(self: Experiment, stage: Any, built: L.LightningModule, folder: Path) -> StageResult:
+        trainer = make_trainer(stage, built, folder, _Nothing(), self.settings, self.loggers, self.console)
         trainer.datamodule = self.data
         for callback in stage.callbacks:
             if type(callback).__name__ == "EvaluateInEnvironment":
@@ -129,8 +130,7 @@ def no_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "load_episodes", load)
     monkeypatch.setattr(Experiment, "_train", train)
-    monkeypatch.setattr(commands, "_evaluate", lambda *args: None)
-    for name in ("collect_results", "write_files", "show_results"):
+    for name in ("score", "collect_results", "write_files", "log_summary", "show_results"):
         monkeypatch.setattr(commands, name, lambda *args: None)
 
 
