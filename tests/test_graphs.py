@@ -7,7 +7,7 @@ import torch
 from dawm.agents import IQL, TD3BC
 from dawm.data.module import TransitionDataModule
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.training import graphs
+from dawm.training import graphs, updates
 from dawm.training.graphs import UpdateGraph, reason_against
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -34,8 +34,8 @@ class Repeated:
 
 @pytest.fixture
 def repeated(monkeypatch):
-    monkeypatch.setattr(graphs, "reason_against", lambda *args: None)
-    monkeypatch.setattr(graphs, "UpdateGraph", lambda module: UpdateGraph(module, Repeated))
+    monkeypatch.setattr(updates, "reason_against", lambda *args: None)
+    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, Repeated))
     Repeated.launches = 0
 
 
@@ -106,17 +106,17 @@ class Recorder:
 
 
 def test_updates_that_cannot_be_recorded_run_one_by_one(dataset, make_trainer, monkeypatch):
-    monkeypatch.setattr(graphs, "reason_against", lambda *args: None)
+    monkeypatch.setattr(updates, "reason_against", lambda *args: None)
 
     def refuse(work):
         raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
 
-    monkeypatch.setattr(graphs, "UpdateGraph", lambda module: UpdateGraph(module, refuse))
+    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, refuse))
     plain, _ = trained(MODULES[0].values[0], dataset, make_trainer, False)
     with pytest.warns(UserWarning, match="^cuda_graphs: .*when stream is capturing.; they run one by one$"):
         refused, _ = trained(MODULES[0].values[0], dataset, make_trainer, True)
     assert all(torch.equal(value, refused.state_dict()[key]) for key, value in plain.state_dict().items())
-    monkeypatch.setattr(graphs, "UpdateGraph", lambda module: UpdateGraph(module, Recorder))
+    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, Recorder))
     with pytest.warns(UserWarning, match="sets learning rates itself"):
         trained(lambda *sizes: Setting(*sizes, **HIDDEN), dataset, make_trainer, True)
 
