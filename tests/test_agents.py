@@ -323,7 +323,7 @@ def test_a_loaded_agent_keeps_its_statistics_on_other_data(make, dataset, write_
 @pytest.mark.filterwarnings("ignore")
 def test_a_fit_without_a_data_module_warns_of_missing_statistics(tmp_path):
     data = uniform(32)
-    with pytest.warns(UserWarning, match="TD3BC trains on data that are not normalised; give its Trainer.*datamodule="):
+    with pytest.warns(UserWarning, match="the normalizers of TD3BC are not fitted.*datamodule="):
         fit(TD3BC(1, 1, **SETTINGS), data, 2, 1, tmp_path)
     fitted = TD3BC(1, 1, **SETTINGS)
     fitted.fit_normalizers(data_of(data))

@@ -48,6 +48,7 @@ class Data(L.LightningDataModule):
         super().__init__()
         self.reference, self.env_spec, self.updates_per_step = reference, env_spec, updates_per_step
         self.episodes = SimpleNamespace(action_space=Counter.action_space)
+        self.max_episode_steps = None
 
     def train_dataloader(self):
         return DataLoader(torch.zeros(1000, 1), batch_size=1)
@@ -105,7 +106,7 @@ def test_callback_goes_on_where_a_checkpoint_left_it(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_callback_names_the_settings_that_do_not_fit(tmp_path):
-    with pytest.raises(UserError, match=r"every_n_steps \(6\).*data.updates_per_step"):
+    with pytest.raises(UserError, match=r"EvaluateInEnvironment.every_n_steps: got 6, .*data.updates_per_step"):
         fit(tmp_path, EvaluateInEnvironment(every_n_steps=6), Data(), 12)
     with pytest.raises(UserError, match="data.env_id"):
         fit(tmp_path, EvaluateInEnvironment(every_n_steps=8), Data(env_spec=None), 12)

@@ -1,5 +1,7 @@
 """A graph of K updates does what the updates do one by one; a stand-in repeats the recorded work on a CPU."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -7,10 +9,9 @@ import torch
 from dawm.agents import IQL, TD3BC
 from dawm.data.module import TransitionDataModule
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.training import graphs, updates
-from dawm.training.graphs import UpdateGraph, reason_against
+from dawm.training import graphs
+from dawm.training.graphs import CUDAGraphs, reason_against
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HIDDEN = {"hidden": (8, 8)}
 MODULES = [
     pytest.param(lambda *sizes: TD3BC(*sizes, **HIDDEN, decay_actor_learning_rate=True), id="td3_bc"),
@@ -34,8 +35,8 @@ class Repeated:
 
 @pytest.fixture
 def repeated(monkeypatch):
-    monkeypatch.setattr(updates, "reason_against", lambda *args: None)
-    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, Repeated))
+    monkeypatch.setattr(graphs, "reason_against", lambda *args: None)
+    monkeypatch.setattr(graphs, "record", Repeated)
     Repeated.launches = 0
 
 
@@ -44,17 +45,16 @@ def single(rate: float) -> float:
     return float(torch.tensor(rate))
 
 
-def trained(make, dataset, make_trainer, cuda_graphs, max_steps=50, **settings):
+def trained(make, dataset, make_trainer, cuda_graphs, max_steps=50, callbacks=()):
     data = TransitionDataModule(dataset, horizon=2, batch_size=8, updates_per_step=4, synthetic_fraction=0.0)
     data.setup()
     torch.manual_seed(0)
     module = make(data.observation_size, data.action_size)
-    module.cuda_graphs = cuda_graphs
     exact = module.learning_rates
     module.learning_rates = lambda index: None if exact(index) is None else [single(rate) for rate in exact(index)]
     for group in module.parameter_groups():
         group["lr"] = single(group["lr"])
-    trainer = make_trainer(max_steps, **settings)
+    trainer = make_trainer(max_steps, callbacks=[*callbacks, *([CUDAGraphs()] if cuda_graphs else [])])
     trainer.fit(module, datamodule=data)
     return module, trainer
 
@@ -106,30 +106,42 @@ class Recorder:
 
 
 def test_updates_that_cannot_be_recorded_run_one_by_one(dataset, make_trainer, monkeypatch):
-    monkeypatch.setattr(updates, "reason_against", lambda *args: None)
+    monkeypatch.setattr(graphs, "reason_against", lambda *args: None)
 
     def refuse(work):
         raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
 
-    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, refuse))
+    monkeypatch.setattr(graphs, "record", refuse)
     plain, _ = trained(MODULES[0].values[0], dataset, make_trainer, False)
     with pytest.warns(UserWarning, match="^cuda_graphs: .*when stream is capturing.; they run one by one$"):
         refused, _ = trained(MODULES[0].values[0], dataset, make_trainer, True)
     assert all(torch.equal(value, refused.state_dict()[key]) for key, value in plain.state_dict().items())
-    monkeypatch.setattr(updates, "UpdateGraph", lambda module: UpdateGraph(module, Recorder))
+    monkeypatch.setattr(graphs, "record", Recorder)
     with pytest.warns(UserWarning, match="sets learning rates itself"):
         trained(lambda *sizes: Setting(*sizes, **HIDDEN), dataset, make_trainer, True)
 
 
-def test_what_rules_a_graph_out():
-    agent = TD3BC(1, 1)
-    assert reason_against(agent, CUDA, 1, "32-true") is None
-    assert "cpu" in reason_against(agent, CPU, 1, "32-true")
-    assert "processes" in reason_against(agent, CUDA, 2, "32-true")
-    assert "precision" in reason_against(agent, CUDA, 1, "bf16-mixed")
-    assert reason_against(InverseDynamics(1, 1), CUDA, 1, "32-true") is None
-    agent.update_period = None
-    assert "update_period" in reason_against(agent, CUDA, 1, "32-true")
+class Plain(L.LightningModule):
+    """Not an UpdateModule."""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"strategy": SimpleNamespace(root_device=torch.device("cpu"))}, "cpu"),
+        ({"world_size": 2}, "processes"),
+        ({"precision": "bf16-mixed"}, "precision"),
+    ],
+)
+def test_what_rules_a_graph_out(change, reason):
+    trainer = {"strategy": SimpleNamespace(root_device=torch.device("cuda")), "world_size": 1, "precision": "32-true"}
+    for module in (TD3BC(1, 1), IQL(1, 1), InverseDynamics(1, 1)):
+        found = reason_against(module, SimpleNamespace(**trainer | change))
+        assert found is None if reason is None else reason in found
+    module.update_period = None
+    assert "InverseDynamics does not" in reason_against(module, SimpleNamespace(**trainer))
+    assert "Plain does not" in reason_against(Plain(), SimpleNamespace(**trainer))
 
 
 def test_without_a_gpu_one_line_says_so(dataset, make_trainer):

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -41,15 +42,14 @@ POINTS = 500  # of a curve in the report; longer ones are averaged
 
 def read_logs(stage_folder: Path) -> dict[str, Curve]:
     """All metrics over the updates of a stage, from its CSV logs (one per start of the run)."""
-    curves: dict[str, dict[int, float]] = {}
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
     for path in sorted(stage_folder.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 with suppress(KeyError, TypeError, ValueError):  # a killed run may leave half a row
                     step = int(float(row.pop("step")))
-                    for metric, value in row.items():
-                        if value:
-                            curves.setdefault(metric, {})[step] = float(value)
+                    for metric in filter(row.get, row):
+                        curves[metric][step] = float(row[metric])
     return {metric: (sorted(curve), [curve[s] for s in sorted(curve)]) for metric, curve in sorted(curves.items())}
 
 

@@ -115,7 +115,6 @@ def _writable(folder: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"--output_dir: got {folder}, expected a folder to write to ({error.strerror}); set another"
-        ) from None
+        expected = f"a folder to write to ({error.strerror})"
+        raise UserError(f"--output_dir: got {folder}, expected {expected}; set another") from None
     return folder

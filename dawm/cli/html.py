@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -27,46 +28,6 @@ LIBRARIES = ("torch", "lightning", "gymnasium", "minari", "mujoco", "numpy")
 NOTHING_IMAGINED = "The agent's logs show none: it learnt from real data alone, or was trained in another run."
 REUSED = """<p class="soft">Complete stages in the run's folder are reused; another <code>--output_dir</code> trains
 them all.</p>"""
-
-STYLE = """
-:root { color-scheme: light; --ink: #1d2733; --soft: #5b6876; --line: #dde3e9; --blue: #2b5f8f; }
-* { box-sizing: border-box; } p { margin: .25rem 0 .75rem; }
-body { margin: 0; background: #f5f7f9; color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: clamp(1.3rem, 5vw, 1.6rem); line-height: 1.25; margin: 1rem 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 0 0 .75rem; } .soft, figcaption, .cards span, th { color: var(--soft); }
-section, .cards div { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem; }
-section { margin: 1rem 0; } figcaption, .cards span { font-size: .875rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
-.cards b { display: block; font-size: 1.6rem; line-height: 1.2; color: var(--blue); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
-figure { margin: 0; } img { display: block; width: 100%; max-width: 100%; height: auto; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-.figures + .scroll, .scroll + .scroll { margin-top: 1rem; }
-th, td { text-align: left; vertical-align: top; padding: .375rem .75rem .375rem 0; border-top: 1px solid var(--line);
-  overflow-wrap: break-word; min-width: 4rem; font-variant-numeric: tabular-nums; }
-th { font-weight: 500; } tr:first-child > * { border-top: 0; }
-@media (max-width: 30rem) { table { font-size: .875rem; } section { padding: .75rem; } }
-pre { overflow-x: auto; background: #f5f7f9; border-radius: .375rem; padding: .75rem; font-size: .85rem; }
-pre.wrap { white-space: pre-wrap; } summary { cursor: pointer; color: var(--blue); }
-"""
-
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body><main>
-<h1>$heading</h1>
-<p class="soft">$subtitle</p>
-$body
-</main></body>
-</html>
-""")
 
 
 def write_report(
@@ -89,7 +50,8 @@ def write_report(
     ]  # fmt: skip
     subtitle = f"Seed {results['seed']}, written {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     heading = title.replace("/", "/<wbr>")
-    page = PAGE.substitute(title=title, heading=heading, style=STYLE, subtitle=subtitle, body="\n".join(body))
+    template = Template(files("dawm.cli").joinpath("report_template.html").read_text())
+    page = template.substitute(title=title, heading=heading, subtitle=subtitle, body="\n".join(body))
     write_whole(folder / "report.html", page)
 
 

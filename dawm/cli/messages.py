@@ -122,9 +122,8 @@ def check_no_gaps(settings: Any, function: Callable[..., Any] | None = None, set
         inside, name = None, f"{setting}.{key}" if setting else str(key)
         kind = get_origin(types.get(key)) or types.get(key)  # of list[int]: list
         if value is None and kind in (int, float, bool, str, list, tuple):
-            raise UserError(
-                f"--{name}: got an empty line, expected {kind.__name__}; give a value or leave the line out"
-            )
+            remedy = "give a value or leave the line out"
+            raise UserError(f"--{name}: got an empty line, expected {kind.__name__}; {remedy}")
         if key == "init_args" and isinstance(settings.get("class_path"), str):
             module, _, class_name = settings["class_path"].rpartition(".")
             inside = getattr(sys.modules.get(module), class_name, None)
@@ -148,10 +147,9 @@ def as_user_error(setting: str, only: type[Exception] = Exception) -> Iterator[N
             cause = cause.__cause__ or cause.__context__
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = one_line(str(error).partition("\nException raised from")[0])[:150]
-        raise UserError(
-            f"--{setting}: got settings that fail ({type(error).__name__} in {Path(frame.filename).name}, line "
-            f"{frame.lineno}: {reason}), expected those in --help; change them"
-        ) from error
+        where = f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
+        found = f"settings that fail ({where}: {reason})"
+        raise UserError(f"--{setting}: got {found}, expected those in --help; change them") from error
 
 
 @contextmanager

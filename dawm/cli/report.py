@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from dawm import __version__
 from dawm.cli.curves import draw_curves
@@ -32,12 +32,9 @@ def collect_results(
     reference = episodes.reference
     data_return = float(episodes.episode_returns.mean())
     data: dict[str, Any] = {
-        "dataset": episodes.name,
-        "episodes": len(episodes.ends),
-        "transitions": len(episodes),
-        "return": data_return,
+        "dataset": episodes.name, "episodes": len(episodes.ends), "transitions": len(episodes), "return": data_return,
         "normalized_score": None if reference is None else float(reference.normalize(data_return)),
-    }
+    }  # fmt: skip
     if reference is not None:
         data["reference"] = asdict(reference)
     agent = {
@@ -53,9 +50,7 @@ def collect_results(
 def show_results(console: Console, output_dir: Path, results: Mapping[str, Any]) -> None:
     """Prints the final table and where the report is."""
     title = f"{results['agent']['class'].split('.')[-1]} on {results['data']['dataset']}"
-    table = Table(title=escape(title), show_header=False, title_style="bold")
-    table.add_column(style="cyan")
-    table.add_column()
+    table = Table(Column(style="cyan"), Column(), title=escape(title), show_header=False, title_style="bold")
     for label, value in _rows(results):
         table.add_row(label, escape(value), style="bold" if label == "agent's score" else None)
     console.print(table)

@@ -4,7 +4,7 @@ Symbols: M networks in all, B batch, P weights of a network.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 __all__ = ["BatchedMLP"]
+
+ONE_BY_ONE = "cpu"
+"""Device on which one matmul per network is faster than a batched one."""
 
 
 class BatchedMLP(nn.Module):
@@ -58,23 +61,28 @@ class BatchedMLP(nn.Module):
     def layers(self, weights: Tensor) -> list[tuple[Tensor, ...]]:
         """Weight (..., out, in), bias (..., out, 1), and scale and shift of a layer norm, of each layer; views.
 
-        Of any of the networks, whose weights have the shape (..., P).
+        Args:
+            weights: The weights of any of the networks, shape (..., P).
         """
         parts = iter(weights.split(self._sizes, dim=-1))
         return [tuple(next(parts).unflatten(-1, shape) for shape in layer) for layer in self._shapes]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs of every network, shape (*ensemble, B, out), from one input for all, shape (B, in).
+        """Outputs of every network, shape (*ensemble, B, out).
 
-        Or from one for each of the outermost dimension: with the ensemble (5, 2) the shape (5, B, in) feeds both
-        networks of each of the five.
+        Args:
+            inputs: Inputs, one for all networks, shape (B, in), or one for each of the outermost dimension: with the
+                ensemble (5, 2) the shape (5, B, in) feeds both networks of each of the five.
         """
         return self._outputs(inputs, self.weights)
 
     def head(self, inputs: Tensor, index: int, detach: bool = True) -> Tensor:
-        """Outputs of one network of the innermost dimension, shape (*ensemble[:-1], B, out), by default as a constant.
+        """Outputs of one network of the innermost dimension, shape (*ensemble[:-1], B, out).
 
-        With the ensemble (5, 2), index 0 asks the first network of each of the five. Inputs are as in `forward`.
+        Args:
+            inputs: Inputs, as in `forward`.
+            index: Its number; with the ensemble (5, 2), 0 asks the first network of each of the five.
+            detach: Take its weights as constants.
         """
         weights = self.weights[..., index, :]
         return self._outputs(inputs, weights.detach() if detach else weights)
@@ -84,21 +92,26 @@ class BatchedMLP(nn.Module):
         missing = len(ensemble) - (inputs.dim() - 2)
         x = inputs[(..., *missing * (None,), slice(None), slice(None))].expand(*ensemble, -1, -1).mT
         if not ensemble:
-            return self._network(x, weights, torch.addmm).mT
+            return self._network(x, weights).mT
         x, weights = x.flatten(end_dim=-3), weights.flatten(end_dim=-2)
-        if x.device.type == "cpu":  # one network after the other, whose activations then stay in the cache
-            outputs = torch.stack([self._network(*network, torch.addmm) for network in zip(x, weights)])
+        if x.device.type == ONE_BY_ONE:  # one network after the other, whose activations then stay in the cache
+            outputs = torch.stack([self._network(*network) for network in zip(x, weights)])
         else:
-            outputs = self._network(x, weights, torch.baddbmm)
+            outputs = self._network(x, weights)
         return outputs.mT.unflatten(0, ensemble)
 
-    def _network(self, x: Tensor, weights: Tensor, matmul: Callable[..., Tensor]) -> Tensor:
-        """From x, shape (..., in, B), to (..., out, B); batch-major, a layer with one output is slow on a CPU."""
-        *hidden, (last_weight, last_bias) = self.layers(weights)
+    def _network(self, x: Tensor, weights: Tensor) -> Tensor:
+        """From x, shape (..., in, B), to (..., out, B)."""
+        *hidden, last = self.layers(weights)
         for weight, bias, *norm in hidden:
-            x = matmul(bias, weight, x)
+            x = self._affine(x, weight, bias)
             if norm:
                 scale, shift = norm
-                x = torch.addcmul(shift, functional.layer_norm(x.mT, x.mT.shape[-1:]).mT, scale)
+                x = torch.addcmul(shift.mT, functional.layer_norm(x.mT, x.mT.shape[-1:]), scale.mT).mT
             x = functional.dropout(x.relu(), self.dropout, self.training)
-        return matmul(last_bias, last_weight, x)
+        return self._affine(x, *last)
+
+    def _affine(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # Columns are up to 4 % faster on a CPU; but layer norm reads along rows, which saves it 8 % of an update
+        matmul = torch.addmm if x.dim() == 2 else torch.baddbmm
+        return matmul(bias.mT, x.mT, weight.mT).mT if self.layer_norm else matmul(bias, weight, x)

@@ -20,10 +20,8 @@ from dawm.files import whole
 
 __all__ = ["LAYOUT", "ORIGIN", "AtomicCheckpointIO", "plain", "previous_of", "read_checkpoint"]
 
-ORIGIN = "dawm_origin"
-"""Key of a checkpoint under which the data set it was trained on is named."""
-LAYOUT = 3
-"""Version of the parameters' names and order; a checkpoint of another one would not load, or mean nothing."""
+ORIGIN = "dawm_origin"  # key of a checkpoint under which the data set it was trained on is named
+LAYOUT = 3  # of the parameters' names and order; a checkpoint of another one would not load, or mean nothing
 AS_THEY_ARE = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device, torch.Size)
 
 

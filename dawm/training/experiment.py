@@ -33,8 +33,7 @@ from dawm.training.updates import UpdateModule
 
 __all__ = ["Experiment", "StageResult"]
 
-ANY_LENGTH = "any_length.txt"
-"""File in a stage's folder with a key that leaves ``max_steps`` out: whose training a longer one can follow."""
+ANY_LENGTH = "any_length.txt"  # in a stage's folder: its key without ``max_steps``, which a longer training can follow
 
 
 @dataclass
@@ -72,10 +71,7 @@ class Experiment:
         """The stage's module, untrained."""
         # a seed for each stage, so that a reused stage leaves the next one as it would have been
         L.seed_everything(derive_seed(self.seed, stage.name) % 2**32, verbose=False)
-        module = build_module(self.settings[stage.name], self.data.observation_size, self.data.action_size)
-        if isinstance(module, UpdateModule):
-            module.cuda_graphs = self.settings["cuda_graphs"]
-        return module
+        return build_module(self.settings[stage.name], self.data.observation_size, self.data.action_size)
 
     def run(self, stage: Stage, trained: Mapping[str, L.LightningModule]) -> L.LightningModule:
         """Trains one stage, or takes it from where it is complete: its module in evaluation mode, on the CPU."""
@@ -89,8 +85,8 @@ class Experiment:
             return module.eval()
         if stage.init_from is not None:
             self._load(module, expanded(stage.init_from), f"stages.{stage.name}.init_from")
-        key = self._keys[stage.name] = self.key(stage)
-        folder = self.output_dir / stage.name / key[:8]
+        self._keys[stage.name] = self.key(stage)
+        folder = self.output_dir / stage.name / self._keys[stage.name][:8]
         complete = folder / "complete.json"
         if complete.exists():
             self._load(module, folder / "last.ckpt", f"stages.{stage.name}")
@@ -107,13 +103,10 @@ class Experiment:
         if max_steps is not None:
             parts["stage"] = parts["stage"] | {"max_steps": max_steps}
         parts |= {
-            "fingerprint": self.data.episodes.fingerprint,
-            "seed": self.seed,
+            "fingerprint": self.data.episodes.fingerprint, "seed": self.seed, "version": __version__, "layout": LAYOUT,
             "before": [self._keys[name] for name in stage.after if name in self._keys],
             "init_from": None if stage.init_from is None else _hash_of(expanded(stage.init_from)),
-            "version": __version__,
-            "layout": LAYOUT,
-        }
+        }  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _train(self, stage: Stage, module: L.LightningModule, folder: Path) -> StageResult:

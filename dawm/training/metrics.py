@@ -6,14 +6,18 @@ Symbols: B batch, H horizon.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 __all__ = ["HorizonErrors", "MeanPerColumn"]
 
 
 class MeanPerColumn(Metric):
-    """Mean of each of H columns (horizon's steps, or an action's dimensions) over all rows, gathered over the ranks."""
+    """Weighted mean of each column, gathered over the ranks; a column is a step of the horizon, or an action dimension.
+
+    Args:
+        columns: Number of columns H.
+    """
 
     full_state_update = False
     total: Tensor
@@ -25,13 +29,13 @@ class MeanPerColumn(Metric):
         self.add_state("count", torch.zeros(columns, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weights: Tensor | None = None) -> None:
-        """Adds values (B, H), each with a weight (B, H); 0 leaves it out, and all are 1 if None."""
+        """Adds values, shape (B, H), with weights of the same shape, all 1 if None; 0 leaves a value out."""
         weights = torch.ones_like(values) if weights is None else weights
         self.total += (values * weights).sum(dim=0).double()
         self.count += weights.sum(dim=0).double()
 
     def compute(self) -> Tensor:
-        """Mean of each column, NaN where no row counted, shape (H,); of a single column torchmetrics makes a scalar."""
+        """Mean of each column, NaN where all weights are 0, shape (H,); torchmetrics makes one column a scalar."""
         return (self.total / self.count).float()
 
     def means(self) -> Tensor:
@@ -39,20 +43,35 @@ class MeanPerColumn(Metric):
         return torch.atleast_1d(self.compute())
 
 
-class HorizonErrors(torch.nn.Module):
-    """Observation, reward and termination errors at each of H steps."""
+class HorizonErrors(nn.Module):
+    """Observation, reward and termination errors at each step of the horizon.
+
+    Args:
+        horizon: Steps H.
+    """
+
+    parts: Any  # nn.ModuleDict, whose values mypy takes for plain modules
 
     def __init__(self, horizon: int) -> None:
         super().__init__()
-        self.errors = MeanPerColumn(3 * horizon)
+        self.parts = nn.ModuleDict({key: MeanPerColumn(horizon) for key in ("observation", "reward", "termination")})
 
     def update(self, observation: Tensor, reward: Tensor, termination: Tensor, valid: Tensor) -> None:
-        """Adds errors (B, H, O), averaged over O, (B, H), and (B, H); valid (B, H) is 0 where nothing was recorded."""
-        errors = torch.cat([observation.mean(dim=-1), reward, termination], dim=1)
-        self.errors.update(errors, valid.repeat(1, 3))
+        """Adds segments.
+
+        Args:
+            observation: Errors of the observations, shape (B, H, O); their mean over O counts.
+            reward: Errors of the rewards, shape (B, H).
+            termination: Errors of the terminations, shape (B, H).
+            valid: 0 where a step was not recorded, else 1, shape (B, H).
+        """
+        errors = {"observation": observation.mean(dim=-1), "reward": reward, "termination": termination}
+        for key, values in errors.items():
+            self.parts[key].update(values, valid)
 
     def compute_and_reset(self) -> dict[str, Tensor]:
         """Mean error at each step since the last call, by name, each shape (H,)."""
-        means = self.errors.means().chunk(3)
-        self.errors.reset()
-        return dict(zip(("observation", "reward", "termination"), means))
+        means = {key: part.means() for key, part in self.parts.items()}
+        for part in self.parts.values():
+            part.reset()
+        return means

@@ -67,13 +67,10 @@ class StageProgress(ProgressBar):
         if self._progress is not None:
             self._progress.update(self._task, completed=trainer.global_step, rate=_figure(self._rate(trainer)))
         now = monotonic()
-        if now - self._last_look < LOOK:
-            return
-        self._last_look = now
-        evaluated = _newest(trainer, "eval/")
-        if evaluated != self._evaluated or (self._progress is None and now - self._last_line >= SECONDS):
-            self._evaluated = evaluated
-            self._show_metrics(trainer)
+        if now - self._last_look >= LOOK:
+            before, self._evaluated, self._last_look = self._evaluated, _newest(trainer, "eval/"), now
+            if self._evaluated != before or (self._progress is None and now - self._last_line >= SECONDS):
+                self._show_metrics(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Shows the validation's metrics."""

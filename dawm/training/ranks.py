@@ -18,8 +18,7 @@ from dawm.errors import UserError, require
 __all__ = ["check_launcher", "end_with_first_rank", "is_lost_connection", "only_run_in"]
 
 INTERVAL = 2.0  # seconds between two looks
-FIRST_RANK = "DAWM_FIRST_RANK"
-"""Environment variable with the process that the other ranks are started by; they inherit it."""
+FIRST_RANK = "DAWM_FIRST_RANK"  # environment variable with the process that starts the other ranks, which inherit it
 
 
 def end_with_first_rank(trainer: L.Trainer) -> None:

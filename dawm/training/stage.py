@@ -17,16 +17,13 @@ from dawm.errors import UserError, require
 
 __all__ = ["AgentStage", "InverseDynamicsStage", "Stage", "Stages", "WorldModelStage"]
 
-COUNTS = ("max_steps", "log_every_n_steps", "validate_every_n_steps", "checkpoint_every_n_steps", "patience",
-          "keep_every_n_steps")  # fmt: skip
+INTERVALS = ("log_every_n_steps", "validate_every_n_steps", "checkpoint_every_n_steps", "keep_every_n_steps")
 
 NO_MATTER: dict[str, frozenset[str]] = {
     # the fingerprint of the data is part of the key in place of their name
     "data": frozenset({"dataset", "cache_dir", "memory_limit", "updates_per_step"}),
     # how often something is written, and where weights come from: their file's hash is part of the key
-    "stage": frozenset(
-        {"log_every_n_steps", "checkpoint_every_n_steps", "keep_every_n_steps", "ckpt_path", "init_from"}
-    ),
+    "stage": frozenset({*INTERVALS, "ckpt_path", "init_from"} - {"validate_every_n_steps"}),
     "trainer": frozenset({"profiler", "detect_anomaly", "enable_progress_bar", "enable_model_summary"}),
 }
 """Settings that cannot change the result of any stage. Everything else is part of a stage's key."""
@@ -71,16 +68,14 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Checks the settings."""
-        for key in COUNTS:
+        for key in ("max_steps", "patience", *INTERVALS):
             value = getattr(self, key)
             holds = key in ("patience", "keep_every_n_steps") if value is None else 1 <= value < 2**63
             require(f"stages.{self.name}.{key}", value, holds, "a whole number of at least 1")
         for callback in self.callbacks:
             if isinstance(callback, CANNOT_WORK):
-                raise UserError(
-                    f"--stages.{self.name}.callbacks: got {type(callback).__name__}, expected callbacks that leave the "
-                    "optimisation alone (the modules step their own optimisers); remove it"
-                )
+                found, expected = type(callback).__name__, "callbacks that leave the modules' own optimisers alone"
+                raise UserError(f"--stages.{self.name}.callbacks: got {found}, expected {expected}; remove it")
 
     def hashed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that this stage's result depends on."""

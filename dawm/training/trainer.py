@@ -13,6 +13,7 @@ from rich.console import Console
 
 from dawm.errors import UserError
 from dawm.training.checkpoints import AtomicCheckpointIO
+from dawm.training.graphs import CUDAGraphs
 from dawm.training.progress import StageProgress
 from dawm.training.save_checkpoint import SaveCheckpoint
 from dawm.training.stage import Stage
@@ -33,6 +34,8 @@ def make_trainer(
     callbacks = [*stage.callbacks, StageProgress(stage.name.replace("_", " "), console, settings["quiet"], unit), save]
     if not isinstance(module, UpdateModule):
         callbacks.insert(0, CountTrainingSteps())
+    if settings["cuda_graphs"]:
+        callbacks.append(CUDAGraphs())
     if stage.patience is not None:
         callbacks.append(EarlyStopping(f"{stage.name}/validation_error", patience=stage.patience, check_finite=True))
     chosen = dict(settings["trainer"])
@@ -60,8 +63,7 @@ def make_trainer(
 class CountTrainingSteps(L.Callback):
     """Counts the training steps of a plain LightningModule in ``trainer.global_step``.
 
-    Under manual optimisation Lightning counts the steps of every optimiser: two per batch for an actor and a critic,
-    so that ``max_steps`` would end the training half-way.
+    Under manual optimisation Lightning counts those of every optimiser: two per batch for an actor and a critic.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:

@@ -1,14 +1,14 @@
-"""Gradient updates: the training loop that the world model, the inverse dynamics and the agents share.
+"""UpdateModule: the training loop that the world model, the inverse dynamics and the agents share.
 
-An *update* is one gradient step of a module's main network, and the one unit of training everywhere: ``max_steps``,
-``every_n_steps``, logs and checkpoints all count updates. A loader hands over K batches at once, so that what Lightning
-costs per training step (hooks, logging, progress bar) is paid once for K updates. Results do not depend on K.
+An *update* is one gradient step of a module's main network, and it is the one unit of training everywhere:
+``max_steps``, ``every_n_steps``, logs, progress bars and checkpoints all count updates. A loader hands over K batches
+at once; `UpdateModule.training_step` runs K updates on them, so that what Lightning costs per training step (hooks,
+logging, progress bar) is paid once for K updates. Results do not depend on K.
 """
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning as L
@@ -18,9 +18,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dawm.errors import UserError
+from dawm.errors import UserError, require
 from dawm.nn.normalizer import Normalizer
-from dawm.training.graphs import UpdateGraph, plain_group, reason_against, set_learning_rate
 
 __all__ = ["UpdateModule"]
 
@@ -28,8 +27,8 @@ __all__ = ["UpdateModule"]
 class UpdateModule(L.LightningModule):
     """A LightningModule that trains by `update`, several times per training step.
 
-    Subclasses build their networks and optimisers in the constructor, return the optimisers from
-    `configure_optimizers`, and write the update itself with `minimize`. ``name`` prefixes the logged metrics.
+    Subclasses build their networks and optimisers in the constructor, list the optimisers in `configure_optimizers`,
+    and write the update itself with `minimize`. ``name`` prefixes the logged metrics.
     """
 
     name: str
@@ -41,13 +40,17 @@ class UpdateModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False  # several optimisers, several updates per training step
-        self.update_index = 0  # number of the update under way, from 0; set by run_updates
-        self.cuda_graphs = False  # run the updates of a training step as one CUDA graph, where that can be
-        self.update_graph: UpdateGraph | None = None
+        self.update_index = 0  # number of the current update, from 0; set by run_updates alone
+        self.update_graph: Callable[..., dict[str, Tensor]] | None = None  # instead of run_updates; set by CUDAGraphs
+
+    # What a subclass writes
 
     @abstractmethod
     def update(self, batch: Any) -> dict[str, Tensor]:
-        """One gradient update on one batch, fields of shape (B, ...).
+        """One gradient update on one batch.
+
+        Args:
+            batch: One batch, fields of shape (B, ...).
 
         Returns:
             Metrics without gradient, of any shape, whose mean is logged under ``<name>/<key>``.
@@ -55,40 +58,41 @@ class UpdateModule(L.LightningModule):
 
     @abstractmethod
     def configure_optimizers(self) -> list[Optimizer]:
-        """The module's optimisers: the same objects in the same order at every call."""
+        """The optimisers made in the constructor, always the same ones in the same order."""
+
+    def learning_rates(self, index: int) -> list[float] | None:
+        """Learning rate of each parameter group at the update ``index``, from 0; None leaves them as they are."""
+        return None
 
     def fit_normalizers(self, data: Any) -> None:
-        """Takes the normalizers' statistics from real data; called once, before training."""
+        """Takes the normalizers' statistics from the real data of a `TransitionDataModule`; `setup` calls it."""
 
     def train_loader(self, data: Any, updates: int, rank: int) -> Iterable[Any]:
-        """What to train on: by default a mixture of real and synthetic transitions, of other draws on each rank."""
+        """The batches of this rank: by default the mixture of real and synthetic transitions.
+
+        Args:
+            data: The data module, a `TransitionDataModule`.
+            updates: Updates to draw for.
+            rank: This process.
+        """
         return data.mixed_loader(updates, rank, seeds=getattr(self, "seeds", 1))
 
     def validation_loader(self, data: Any, rank: int, world_size: int) -> Iterable[Any] | None:
-        """What to validate on; None for no validation."""
+        """The held-out batches of this rank; None, the default, does not validate."""
         return None
 
-    def setup(self, stage: str) -> None:
-        """Takes the normalizers' statistics from the data module, unless they were taken or loaded before."""
-        normalizers = [part for part in self.modules() if isinstance(part, Normalizer)]
-        if stage != "fit" or all(normalizer.fitted for normalizer in normalizers):
-            return
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            found = f"{type(self).__name__} trains on data that are not normalised"
-            rank_zero_warn(f"{found}; give its Trainer the data as `datamodule=`, or call `fit_normalizers` before")
-        else:
-            self.fit_normalizers(data)
-
-    def learning_rates(self, index: int) -> list[float] | None:
-        """Learning rate of each parameter group at an update, counted from 0; None leaves them as they are."""
-        return None
+    # Updates
 
     def minimize(self, loss: Tensor, optimizer: Optimizer, max_norm: float | None = None) -> None:
         """Takes one gradient step of one optimiser on a loss, with gradients averaged over the ranks.
 
         Only the gradients of the optimiser's own parameters are computed: an actor's loss that runs through a critic
-        leaves the critic's weights without a gradient. The loss has shape (), or that of several independent networks.
+        leaves the critic's weights without a gradient.
+
+        Args:
+            loss: The loss of this rank's batch, shape (), or one for each of several independent networks, shape (...).
+            optimizer: The optimiser to step.
+            max_norm: Gradient clipping: the largest norm of the gradient; None disables it.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # autograd.grad instead of backward: DDP's hooks sit on backward and expect one pass per training step
@@ -106,40 +110,21 @@ class UpdateModule(L.LightningModule):
             torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         optimizer.step()
 
-    def training_step(self, batches: Any, batch_idx: int) -> None:
-        """Runs one update per batch, on a dataclass of tensors (K, B, ...)."""
-        count = getattr(batches, fields(batches)[0].name).shape[0]
-        if self.trainer.max_steps > 0:
-            count = min(count, self.trainer.max_steps - self.trainer.global_step)
-        first = self.trainer.global_step
-        rates = [self.learning_rates(first + k) for k in range(count)]
-        run = self.run_updates if self.update_graph is None else self.update_graph.run_updates
-        metrics = {f"{self.name}/{key}": value for key, value in run(batches, first, rates).items()}
-        # Lightning counts the steps of the optimisers that it wraps: several per update for an actor and critics, none
-        # for those stepped here. Its counter, which max_steps, checkpoints and callbacks read, is set to the updates.
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        for counter in (progress.total, progress.current):
-            counter.ready += count
-            counter.completed += count
-        if not torch.stack(list(metrics.values())).isfinite().all():
-            wrong = ", ".join(key for key, value in metrics.items() if not value.isfinite())
-            raise UserError(
-                f"--{self.name}: got NaN or infinite {wrong} between updates {first} and {first + count}, expected "
-                "numbers; lower its learning_rate, or try `datasets check` on the data (the last checkpoint is kept)"
-            )
-        # "step" sets the loggers' x-axis; Lightning would otherwise count training steps, not updates
-        self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=self.trainer.world_size > 1)
+    def run_updates(self, batches: Any, first: int = 0, rates: Sequence[Any] | None = None) -> dict[str, Tensor]:
+        """Some updates, one after the other; in a script of one's own, the training loop.
 
-    def run_updates(self, batches: Any, first: int, rates: Sequence[Any]) -> dict[str, Tensor]:
-        """Some updates from number ``first`` on, one after the other, on a dataclass of tensors (K, B, ...).
-
-        There are as many as ``rates``, each the learning rates of all parameter groups at an update, or None.
+        Args:
+            batches: A dataclass of tensors, fields of shape (K, B, ...).
+            first: Number of the first update.
+            rates: Learning rates of the parameter groups at each update, or None for it; as many as updates to run.
+                None asks `learning_rates` for each batch.
 
         Returns:
             Metrics of `update`, each the mean over the updates that gave it, shape ().
         """
         values: dict[str, list[Tensor]] = defaultdict(list)  # some metrics come with every update, others with some
         groups = self.parameter_groups()
+        rates = [self.learning_rates(first + k) for k in range(len(batches))] if rates is None else rates
         for k, group_rates in enumerate(rates):
             self.update_index = first + k
             if group_rates is not None:
@@ -147,35 +132,70 @@ class UpdateModule(L.LightningModule):
                     set_learning_rate(group, rate)
             for key, value in self.update(batches[k]).items():
                 values[key].append(value)
+        self.update_index = first + len(rates)
         return {key: torch.stack(parts).mean() for key, parts in values.items()}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of all optimisers, in order."""
         return [group for optimizer in self.configure_optimizers() for group in optimizer.param_groups]
 
+    # Under Lightning
+
+    def setup(self, stage: str) -> None:
+        """Fits the normalizers to the data module's data before a training, unless they were fitted or loaded."""
+        if stage != "fit" or all(part.fitted for part in self.modules() if isinstance(part, Normalizer)):
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "episodes"):
+            self.fit_normalizers(data)
+        else:
+            rank_zero_warn(
+                f"the normalizers of {type(self).__name__} are not fitted, so it learns from raw numbers; call "
+                "`fit_normalizers`, or train with `datamodule=TransitionDataModule(...)`"
+            )
+
     def on_fit_start(self) -> None:
         """Refuses precisions that need what these updates lack: gradient scaling, or data in another type."""
-        if self.trainer.precision not in ("32-true", "bf16-mixed"):
+        expected = "32-true or bf16-mixed, as the updates neither scale gradients nor convert data"
+        require(
+            "trainer.precision", self.trainer.precision, self.trainer.precision in ("32-true", "bf16-mixed"), expected
+        )
+
+    def training_step(self, batches: Any, batch_idx: int) -> None:
+        """Runs one update per batch: ``batches`` is a dataclass of tensors, fields of shape (K, B, ...)."""
+        count, first = len(batches), self.trainer.global_step
+        if self.trainer.max_steps > 0:
+            count = min(count, self.trainer.max_steps - first)
+        run = self.update_graph or self.run_updates
+        values = run(batches, first, [self.learning_rates(first + k) for k in range(count)])
+        metrics = {f"{self.name}/{key}": value for key, value in values.items()}
+        self._count_updates(count)
+        if not torch.stack(list(metrics.values())).isfinite().all():
+            wrong = ", ".join(key for key, value in metrics.items() if not value.isfinite())
             raise UserError(
-                f"--trainer.precision: got {self.trainer.precision}, expected 32-true or bf16-mixed (others need "
-                "gradient scaling or converted data); set one of them"
+                f"--{self.name}: got NaN or infinite {wrong} between updates {first} and {first + count}, expected "
+                "finite numbers; lower its learning_rate, or look at the data with `datasets check` (the last "
+                "checkpoint was kept)"
             )
-        if self.cuda_graphs:
-            trainer = self.trainer
-            reason = reason_against(self, trainer.strategy.root_device, trainer.world_size, trainer.precision)
-            if reason is None:
-                self.update_graph = UpdateGraph(self)
-            else:
-                rank_zero_warn(f"cuda_graphs: {reason}; the updates of {self.name} run one by one")
+        # "step" sets the loggers' x-axis; Lightning would otherwise count training steps, not updates
+        self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=self.trainer.world_size > 1)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves no trace of a CUDA graph in the checkpoint, which may be resumed without one."""
-        for state in checkpoint.get("optimizer_states", []):  # a checkpoint of weights alone has none
-            for group in state["param_groups"]:
-                plain_group(group)
+    def _count_updates(self, count: int) -> None:
+        """Advances ``trainer.global_step`` by the updates done.
 
-    def on_train_end(self) -> None:
-        """Ends the CUDA graph."""
-        if self.update_graph is not None:
-            self.update_graph.close()
-            self.update_graph = None
+        Lightning counts the steps of optimisers that it wraps: several per update for an agent with an actor and
+        critics, none for the optimisers stepped here. This keeps its one counter, which max_steps, checkpoints and
+        callbacks read, equal to the number of updates.
+        """
+        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        for progress in (steps.total, steps.current):
+            progress.ready += count
+            progress.completed += count
+
+
+def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    """Sets the learning rate of a parameter group, in place where it is a tensor that a CUDA graph reads."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(torch.as_tensor(rate))
+    else:
+        group["lr"] = rate

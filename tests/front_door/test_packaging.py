@@ -1,10 +1,13 @@
 """A wheel used from another folder, and a bare checkout, both find every part."""
 
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import dawm
 
 ROOT = Path(__file__).parents[2]
 PROBE = "import dawm, dawm.callbacks, dawm.lightning_configs; print(dawm.__file__, dawm.callbacks.__file__)"
@@ -35,6 +38,7 @@ def test_wheel_holds_everything_and_works_elsewhere(tmp_path):
         "dawm/data/sources/policies/hopper.safetensors",
         "dawm/data/sources/policies/LICENSE.txt",
         "dawm/py.typed",
+        "dawm/cli/report_template.html",
     ):
         assert name in names
     assert not any(name.startswith(("tests/", "benchmarks/", "callbacks/", "examples/", "docs/")) for name in names)
@@ -62,3 +66,10 @@ def test_the_mathematics_loads_no_lightning():
     )
     imports = ", ".join(f"dawm.{module}" for module in modules.split())
     run("-c", f"import sys, {imports}; assert 'lightning' not in sys.modules", cwd=ROOT)
+
+
+def test_one_version_everywhere():
+    for name, pattern in (("CHANGELOG.md", r"^## (\S+)"), ("CITATION.cff", r"^version: (\S+)")):
+        found = re.search(pattern, (ROOT / name).read_text(), re.M)
+        assert found is not None
+        assert found[1] == dawm.__version__, name
