@@ -28,6 +28,7 @@ from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
 from dawm.agents import IQL, TD3BC
 from dawm.data.batches import BatchLoader, RowStream, take
 from dawm.data.transitions import Transitions
+from dawm.training.graphs import CUDAGraphs
 
 SHAPES = {"hopper": (11, 3), "halfcheetah": (17, 6)}
 BATCH, CHUNK = 256, 32
@@ -70,8 +71,9 @@ def loader(data: torch.Tensor, sizes: tuple[int, int], updates: int, seeds: int 
     return BatchLoader(draw, [(stream, BATCH) for stream in streams], updates, CHUNK)
 
 
-def trainer(updates: int, device: str, folder: str) -> L.Trainer:
+def trainer(updates: int, device: str, folder: str, graphs: bool = False) -> L.Trainer:
     return L.Trainer(
+        callbacks=[CUDAGraphs()] if graphs else [],
         max_steps=updates,
         max_epochs=-1,
         accelerator="cpu" if device == "cpu" else "gpu",
@@ -110,11 +112,11 @@ def contestants(name: str, data: Transitions, updates: int, device: str, seeds: 
 
         return work
 
-    fitted = kind(*sizes)
+    def in_trainer(graphs: bool) -> Callable[[], int]:
+        agent = kind(*sizes)
 
-    def in_trainer(agent: TD3BC | IQL) -> Callable[[], int]:
         def work() -> int:
-            trainer(updates, device, folder).fit(agent, loader(packed, sizes, updates))
+            trainer(updates, device, folder, graphs).fit(agent, loader(packed, sizes, updates))
             wait()
             return updates
 
@@ -132,12 +134,10 @@ def contestants(name: str, data: Transitions, updates: int, device: str, seeds: 
         "plain PyTorch loop, DAWM's matmuls": with_dawm_matmuls(plain_loop),
         "naive Lightning": naive,
         "DAWM, update in a loop": with_dawm_matmuls(ours(1)),
-        f"DAWM, Trainer, K={CHUNK}": with_dawm_matmuls(in_trainer(fitted)),
+        f"DAWM, Trainer, K={CHUNK}": with_dawm_matmuls(in_trainer(graphs=False)),
     }
     if device != "cpu":
-        graphed = kind(*sizes)
-        graphed.cuda_graphs = True
-        found[f"DAWM, Trainer, K={CHUNK}, CUDA graph"] = in_trainer(graphed)
+        found[f"DAWM, Trainer, K={CHUNK}, CUDA graph"] = in_trainer(graphs=True)
     peer = _d3rlpy(name, data, device)
     if peer is not None:
         found["d3rlpy"] = lambda: peer(updates)

@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import data_of
 from gymnasium.envs.registration import EnvSpec
 from own_environments import DATA, line_of, register, still
 
@@ -28,7 +29,7 @@ def test_returns_are_those_of_gymnasium_s_own_loop():
     """Of a simulation with contacts, in which the last bit counts; some episodes terminate and others do not."""
     pytest.importorskip("mujoco")
     agent = TD3BC(11, 3)
-    agent.fit_normalizers(Transitions(torch.randn(99, 11), *[torch.zeros(99)] * 4))
+    agent.fit_normalizers(data_of(Transitions(torch.randn(99, 11), *[torch.zeros(99)] * 4)))
     spec, seeds = replace(gym.spec("Hopper-v5"), max_episode_steps=105), range(12)
     env, returns, endings = gym.make(spec), [], set()
     for seed in seeds:

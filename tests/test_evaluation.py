@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import data_of
 
 from dawm.agents import TD3BC
 from dawm.data.sources.scores import ReferenceScores
@@ -126,7 +127,7 @@ def test_unbounded_actions_need_the_data_s_units():
 def test_agents_side_by_side_earn_what_each_earns_alone(num_envs):
     spec, asked = replace(gym.spec("Pendulum-v1"), max_episode_steps=30), []
     agent = TD3BC(3, 1, hidden=[32, 32], seeds=3)
-    agent.fit_normalizers(Transitions(torch.randn(99, 3), *[torch.zeros(99)] * 4))
+    agent.fit_normalizers(data_of(Transitions(torch.randn(99, 3), *[torch.zeros(99)] * 4)))
 
     def act(observations):
         asked.append(observations.shape)

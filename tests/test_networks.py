@@ -12,10 +12,10 @@ from dawm.nn import mlp
 from dawm.nn.mlp import BatchedMLP
 
 
-def plain_copy(batched, member):
+def plain_copy(batched, index):
     """One network of a BatchedMLP as plain layers, with the activation between them."""
     layers = []
-    for weight, bias, *norm in batched.layers(batched.weights[member].detach()):
+    for weight, bias, *norm in batched.layers(batched.weights[index].detach()):
         linear = nn.Linear(*weight.T.shape)
         linear.weight.data, linear.bias.data = weight.clone(), bias[:, 0].clone()
         layers.append(linear)
@@ -26,33 +26,59 @@ def plain_copy(batched, member):
     return nn.Sequential(*layers[:-1])
 
 
-@pytest.mark.parametrize("members", [(), (1,), (3,), (3, 2)])
+@pytest.mark.parametrize("own_inputs", [False, True])
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_batched_mlp_is_a_loop_of_plain_ones(members, layer_norm):
+@pytest.mark.parametrize("hidden", [(), (7,), (8, 6)])
+@pytest.mark.parametrize("ensemble", [(), (1,), (3,), (3, 2)])
+@pytest.mark.parametrize("one_by_one", ["cpu", "cuda"])  # else all at once by batched matmuls, as on a GPU
+def test_batched_mlp_equals_plain_networks_in_value_and_gradient(
+    ensemble, hidden, layer_norm, own_inputs, one_by_one, monkeypatch
+):
+    monkeypatch.setattr(mlp, "ONE_BY_ONE", one_by_one)
     torch.manual_seed(0)
-    batched = BatchedMLP(members, 4, (8, 6), 3, layer_norm=layer_norm)
+    batched = BatchedMLP(ensemble, 4, hidden, 3, layer_norm=layer_norm).double()
     nn.init.normal_(batched.weights)
-    shared, own = torch.randn(5, 4), torch.randn(*members[:1], 5, 4)
-    outputs, outputs_own = batched(shared), batched(own)
-    assert outputs.shape == outputs_own.shape == (*members, 5, 3)
-    for member in itertools.product(*map(range, members)):
-        plain = plain_copy(batched, member)
-        torch.testing.assert_close(outputs[member], plain(shared))
-        torch.testing.assert_close(outputs_own[member], plain(own[member[:1]]))
+    inputs = torch.randn(*ensemble[: int(own_inputs)], 5, 4, dtype=torch.float64, requires_grad=True)
+    outputs = batched(inputs)
+    assert outputs.shape == (*ensemble, 5, 3)
+    gradients = torch.autograd.grad(outputs.square().sum(), (batched.weights, inputs))
+
+    input_gradient = torch.zeros_like(inputs)
+    for index in itertools.product(*map(range, ensemble)):
+        own = index[: inputs.dim() - 2]
+        plain, plain_inputs = plain_copy(batched, index), inputs[own].detach().requires_grad_()
+        plain_outputs = plain(plain_inputs)
+        plain_outputs.square().sum().backward()
+        torch.testing.assert_close(outputs[index], plain_outputs)
+        weight_gradient = torch.cat([parameter.grad.flatten() for parameter in plain.parameters()])
+        torch.testing.assert_close(gradients[0][index], weight_gradient)
+        input_gradient[own] += plain_inputs.grad
+    torch.testing.assert_close(gradients[1], input_gradient)
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_all_networks_at_once_are_one_after_the_other(layer_norm, monkeypatch):
-    """At once as on a GPU, by batched matmuls."""
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_head_is_one_network_of_the_innermost_dimension(detach):
     torch.manual_seed(0)
-    network, inputs = BatchedMLP((3, 2), 4, (7, 6), 2, layer_norm=layer_norm).double(), torch.randn(3, 5, 4).double()
+    critics, inputs = BatchedMLP((5, 2), 4, (8,), 1), torch.randn(5, 6, 4, requires_grad=True)
+    head, all_outputs = critics.head(inputs, 1, detach=detach), critics(inputs)[:, 1]
+    torch.testing.assert_close(head, all_outputs)
+    wanted = (inputs, critics.weights)
+    gradients = torch.autograd.grad(head.square().sum(), wanted, allow_unused=True)
+    expected = torch.autograd.grad(all_outputs.square().sum(), wanted)
+    torch.testing.assert_close(gradients[0], expected[0])
+    if detach:
+        assert gradients[1] is None, "its weights are constants"
+    else:
+        torch.testing.assert_close(gradients[1], expected[1])
 
-    def outputs_and_gradient(one_by_one):
-        monkeypatch.setattr(mlp, "ONE_BY_ONE", one_by_one)
-        outputs = network(inputs)
-        return outputs.detach(), *torch.autograd.grad(outputs.square().sum(), network.weights)
 
-    torch.testing.assert_close(outputs_and_gradient("cuda"), outputs_and_gradient("cpu"))
+@pytest.mark.parametrize("ensemble", [(), (2,)])
+def test_units_are_dropped_in_training_alone(ensemble):
+    torch.manual_seed(0)
+    network, inputs = BatchedMLP(ensemble, 4, (8,), 1, dropout=0.25), torch.randn(6, 4)
+    assert not torch.equal(network(inputs), network(inputs))
+    network.eval()
+    assert torch.equal(network(inputs), network(inputs))
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
@@ -67,16 +93,6 @@ def test_networks_run_in_half_precision_under_autocast(layer_norm):
     assert network.weights.grad.isfinite().all()
 
 
-def test_a_head_is_one_network_of_each_seed():
-    torch.manual_seed(0)
-    critics, inputs = BatchedMLP((5, 2), 4, (8,), 1), torch.randn(5, 6, 4)
-    torch.testing.assert_close(critics.head(inputs, 1), critics(inputs)[:, 1])
-    assert not critics.head(inputs, 1).requires_grad
-    critics.head(inputs, 1, detach=False).sum().backward()
-    assert critics.weights.grad[:, 1].abs().sum() > 0
-    assert critics.weights.grad[:, 0].abs().sum() == 0
-
-
 def test_members_do_not_share_gradients_or_weights():
     torch.manual_seed(0)
     batched = BatchedMLP((2,), 4, (8,), 3)
@@ -88,8 +104,8 @@ def test_members_do_not_share_gradients_or_weights():
 
 def test_initialisation_is_that_of_torch_linear():
     torch.manual_seed(0)
-    initial = BatchedMLP((3,), 400, (), 300)
-    ((weights, bias),), reference = initial.layers(initial.weights), nn.Linear(400, 300)
+    network, reference = BatchedMLP((3,), 400, (), 300), nn.Linear(400, 300)
+    ((weights, bias),) = network.layers(network.weights)
     for weight in (*weights, reference.weight):  # uniform in +-1/sqrt(400)
         assert weight.abs().max().item() == pytest.approx(0.05, rel=1e-3)
         assert weight.std().item() == pytest.approx(0.05 / 3**0.5, rel=1e-2)
@@ -109,13 +125,13 @@ def test_denoiser_answers_any_horizon_and_every_parameter_learns(kind, horizon):
     (answer * torch.randn_like(answer)).sum().backward()
     dead = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert dead == []
-    # With one row there is nothing to attend to: queries and keys of the transformer rightly get no gradient.
+    # With one step there is nothing to attend to: queries and keys of the transformer rightly get no gradient.
     silent = [n for n, p in network.named_parameters() if not p.grad.abs().sum() > 0 and "in_proj" not in n]
     assert silent == []
 
 
 @pytest.mark.parametrize("kind", DENOISERS)
-def test_every_row_depends_on_every_input(kind):
+def test_every_step_depends_on_every_input(kind):
     torch.manual_seed(0)
     network = kind(5, 3, 4, width=16)
     inputs = [torch.randn(2, 5, 3), torch.tensor([-0.2, 0.3]), torch.randn(2, 4)]
@@ -125,12 +141,12 @@ def test_every_row_depends_on_every_input(kind):
         changed[i] = inputs[i].clone()
         changed[i][0] += 0.5
         difference = (network(*changed) - answer).abs().amax(dim=-1)
-        assert (difference[0] > 1e-5).all(), i  # all rows of the sample that was changed
+        assert (difference[0] > 1e-5).all(), i  # all steps of the sample that was changed
         assert difference[1].max() == 0, i  # and no other sample
 
 
 def test_wrong_sizes_are_named():
-    with pytest.raises(UserError, match="heads: got 3"):
+    with pytest.raises(UserError, match="--world_model.network.heads: got 3"):
         TemporalTransformer(4, 3, 4, width=16, heads=3)
-    with pytest.raises(UserError, match="kernel_size: got 4"):
+    with pytest.raises(UserError, match="--world_model.network.kernel_size: got 4"):
         TemporalUNet(4, 3, 4, kernel_size=4)

@@ -71,7 +71,7 @@ class CUDAGraphs(L.Callback):
         if self._rates is not None:
             self._rates.copy_(torch.tensor(rates))
         metrics = self._launch()
-        self.module.update_index = first + count - 1
+        self.module.update_index = first + count
         return {key: value.clone() for key, value in metrics.items()}  # the next launch overwrites them
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

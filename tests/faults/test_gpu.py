@@ -8,6 +8,7 @@ import torch
 from dawm.agents import IQL, TD3BC
 from dawm.cli.main import main
 from dawm.data.module import TransitionDataModule
+from dawm.training.graphs import CUDAGraphs
 from dawm.world_model import DiffusionWorldModel
 
 pytestmark = [
@@ -43,10 +44,10 @@ def test_updates_in_a_graph_are_those_one_by_one(dataset, make_trainer, make):
         torch.manual_seed(0)
         agent = make(data.observation_size, data.action_size)
         agent.fit_normalizers(data)
-        agent.cuda_graphs = cuda_graphs
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "cuda_graphs")
-            make_trainer(40, accelerator="gpu", devices=1).fit(agent, datamodule=data)
+            callbacks = [CUDAGraphs()] if cuda_graphs else []
+            make_trainer(40, accelerator="gpu", devices=1, callbacks=callbacks).fit(agent, datamodule=data)
         trained.append(agent.cpu().state_dict())
     for key, value in trained[0].items():
         torch.testing.assert_close(trained[1][key], value, rtol=1e-3, atol=1e-4, msg=key)
