@@ -371,11 +371,9 @@ def test_actions_in_other_units(tmp_path):
 def test_wrong_environments(tmp_path):
     path = write_d4rl(tmp_path / "a.hdf5", **d4rl_columns())
     assert error_of(path, "Hoper-v5").startswith(
-        "--data.env_id: got Hoper-v5, expected an environment that Gymnasium knows; did you mean"
+        "--data.env_id: got 'Hoper-v5', expected an environment that Gymnasium knows; did you mean"
     )
-    assert "got Hopper-v5 with observations and actions of sizes (11, 3), expected (2, 2)" in error_of(
-        path, "Hopper-v5"
-    )
+    assert "got 'Hopper-v5' with observations and actions of sizes (11, 3)" in error_of(path, "Hopper-v5")
 
 
 def test_joined_data_sets_that_disagree(tmp_path):

@@ -154,7 +154,7 @@ def test_a_run_that_ends_in_the_middle_leaves_nothing(smoke, tmp_path, monkeypat
         pytest.skip("only the main thread may handle signals")
     (tmp_path / "ending_agent.py").write_text(ENDING)
     monkeypatch.syspath_prepend(str(tmp_path))
-    change(smoke, model={"class_path": "ending_agent.Ending", "init_args": {"hidden": [16, 16], "how": how}})
+    change(smoke, agent={"class_path": "ending_agent.Ending", "init_args": {"hidden": [16, 16], "how": how}})
 
     def run(options):
         if code is None:
@@ -243,20 +243,25 @@ def evaluating(smoke: Path, scoring: bool, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("scoring", [False, True], ids=["callback", "last scoring"])
-@pytest.mark.parametrize(("method", "calls"), [("act", 7), ("step", 7), ("reset", 1)])
-def test_environments_are_closed_when_an_evaluation_fails(smoke, monkeypatch, counted, scoring, method, calls):
-    """In the middle of an episode, or at the second of two resets."""
+@pytest.mark.parametrize(("method", "calls"), [("act", 7), ("step", 17), ("reset", 2)])
+def test_environments_are_closed_when_an_evaluation_fails(smoke, monkeypatch, capsys, counted, scoring, method, calls):
+    """In the middle of an episode, or at the second of two resets, after the check's ten steps and one reset."""
     evaluating(smoke, scoring, monkeypatch)
     Counted.calls[method] = calls
-    with pytest.raises(ValueError, match=f"{method} fails"):
-        main(["fit", "--config", str(smoke), "--data.env_id", counted])
+    command = ["fit", "--config", str(smoke), "--data.env_id", counted]
+    if method == "act":
+        with pytest.raises(ValueError, match="act fails"):
+            main(command)
+    else:
+        assert main(command) == 2
+        assert f"'Counted-v0' whose {method} fails (ValueError: {method} fails)" in capsys.readouterr().err
     assert Counted.most == 2, "one for each episode"
     assert Counted.open == 0
 
 
 @pytest.mark.parametrize("scoring", [False, True], ids=["callback", "last scoring"])
 def test_an_evaluation_that_fails_leaves_nothing(smoke, tmp_path, monkeypatch, counted, scoring):
-    """In the data set's own environment, whose physics may run in threads."""
+    """In the data set's own environment."""
     evaluating(smoke, scoring, monkeypatch)
 
     def run(options):

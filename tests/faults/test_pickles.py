@@ -10,7 +10,6 @@ import torch
 
 from dawm.cli.main import main
 from dawm.data.episodes import load_episodes
-from dawm.data.store import cache
 
 
 class Malicious:
@@ -86,12 +85,11 @@ def npz(path: Path, owned: Path) -> None:
     np.savez(path, **fields)
 
 
-def test_the_cache_holds_plain_arrays(dataset, tmp_path, monkeypatch, owned):
-    monkeypatch.setattr(cache, "CACHED_ROWS", 1)
-    fingerprint = load_episodes(dataset).fingerprint
+def test_the_cache_holds_plain_arrays(dataset, tmp_path, owned):
+    fingerprint = load_episodes(dataset, memory_limit=0.0).fingerprint
     (path,) = (tmp_path / "cache").glob("*/data/episodes.npz")
     npz(path, owned)
-    assert load_episodes(dataset).fingerprint == fingerprint  # built anew
+    assert load_episodes(dataset, memory_limit=0.0).fingerprint == fingerprint  # built again
     assert not owned.exists()
 
 

@@ -215,7 +215,7 @@ def test_mistakes_are_reported_in_a_line(hopper, finished_run, tmp_path):
         ({"run": tmp_path}, "results.json"),
         ({"run": real_only}, "learnt from real data alone"),
         ({"output": "no version"}, "a Minari id"),
-        ({"output": hopper}, "embedded data sets"),
+        ({"output": hopper}, "one of the embedded"),
         ({"transitions": 0}, "--transitions: got 0, expected at least 1"),
         ({"num_steps": 0}, "--num_steps: got 0"),
         ({"margin": -1.0}, "--margin: got -1.0"),
