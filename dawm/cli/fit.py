@@ -98,7 +98,7 @@ def _quieten() -> None:
     """Keeps Lightning's advice off the screen where the project has decided otherwise."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for pattern in (
-        "(?s).*(instantiate_classes|only one JsonargparseDeprecationWarning).*",  # Lightning calls a deprecated part of it
+        "(?s).*(instantiate_classes|only one JsonargparseDeprecationWarning).*",  # Lightning's
         ".*isinstance.treespec, LeafSpec.*",  # Lightning calls a deprecated part of torch
         ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has put the ranks' metrics together
         ".*precision lowered by casting to float32.*",  # Gymnasium on a Box of its own wrappers
