@@ -30,6 +30,14 @@ def _isolated(tmp_path, monkeypatch):
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """Runs of `fit` within a test draw nothing, which takes a second each; the tests of pictures do."""
+    if "pictures" not in request.keywords:
+        for name in ("draw_curves", "write_report"):
+            monkeypatch.setattr(f"dawm.cli.report.{name}", lambda *args: None)
+
+
 @pytest.fixture
 def write_dataset(tmp_path):
     """Writes a D4RL-layout file in which every field says which row it is in.

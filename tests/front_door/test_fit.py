@@ -25,6 +25,7 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.pictures
 def test_fit_trains_all_stages_and_leaves_what_it_promises(smoke, tmp_path, capsys):
     assert main(["fit", "--config", str(smoke)]) == 0
     run = tmp_path / "run"

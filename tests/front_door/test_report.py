@@ -15,6 +15,8 @@ from dawm.cli.curves import read_logs
 from dawm.cli.main import main
 from dawm.cli.report import log_summary, read_results, write_files
 
+pytestmark = pytest.mark.pictures
+
 REFILLS = {
     "kept": (70, 75), "after_end": (20, 15), "out_of_range": (10, 5), "uncertain": (0, 5), "non_finite": (0, 0),
     "rejected_fraction": (0.125, 0.1), "mean_reward": (1.5, 1.625), "reward_drift": (0.25, 0.375),
