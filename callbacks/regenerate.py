@@ -83,7 +83,9 @@ class RegenerateRollouts(EveryNUpdates):
     def synthesizer(self, statistics: DataStatistics) -> Synthesizer:
         """What imagines: the connected models with these settings."""
         if self._models is None:
-            raise UserError("RegenerateRollouts has no models; call connect(world_model, inverse_dynamics) first")
+            raise UserError(
+                f"--{self.key}: got no models, expected a world model and inverse dynamics; call `connect` first"
+            )
         bounds = statistics.bounds(self.margin)
         return Synthesizer(*self._models, self.target_return, self.guidance, bounds, self.max_disagreement)
 

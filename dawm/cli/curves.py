@@ -18,7 +18,7 @@ Curve = tuple[list[int], list[float]]  # updates, and the metric's value at each
 Draw = Callable[[Any], None]  # onto an axis of matplotlib
 
 FATES = ("kept", "after_end", "out_of_range", "uncertain", "non_finite")  # of imagined steps
-COLORS = ("#bbbbbb", "#ee6677", "#ccbb44", "#aa3377")  # told apart by the colour-blind too
+COLORS = ("#bbbbbb", "#ee6677", "#ccbb44", "#aa3377")  # that the colour-blind can tell apart
 DRIFTS = (
     ("rejected_fraction", "max_rejected", "Fraction of the steps up to the imagined end that were rejected."),
     ("mean_reward", "", "Mean reward of the imagined steps that were kept."),

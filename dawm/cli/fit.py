@@ -3,7 +3,7 @@
 import logging
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from dawm.training.build import build_logger, import_class, parameters_of
 from dawm.training.checkpoints import plain
 from dawm.training.experiment import Experiment
 from dawm.training.ranks import check_launcher, only_run_in
+from dawm.training.stage import Stage
 
 __all__ = ["fit"]
 
@@ -41,7 +42,7 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     data: TransitionDataModule = settings.parts.data
     data.setup()
     stages = settings.parts.stages.needed(data)
-    environment = _checked_environment(data)
+    environment = _checked_environment(data, stages)
     with as_user_error("logger"):
         loggers = [build_logger(description) for description in settings.plain["logger"]]
     experiment = Experiment(data, settings.plain, output_dir, environment, loggers, console)
@@ -71,17 +72,20 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     show_results(console, output_dir, results)
 
 
-def _checked_environment(data: TransitionDataModule) -> object:
-    """What checkpoints say of the evaluation environment, once it was built and tried."""
+def _checked_environment(data: TransitionDataModule, stages: Iterable[Stage]) -> object:
+    """What checkpoints say of the evaluation environment, once it and those of callbacks were built and tried."""
     if data.env_spec is None:
         raise UserError(
             f"--data.env_id: got None, expected an environment to score the agent in ({data.dataset!r} names none); "
             "set --data.env_id"
         )
     observations, actions = data.episodes.observation_space, data.episodes.action_space
-    check_environment(data.env_spec, observation_space=observations, action_space=actions,
-                      longest_episode=int(data.episodes.lengths.max()),
-                      max_episode_steps=data.max_episode_steps)  # fmt: skip
+    others = [callback for stage in stages for callback in stage.callbacks if getattr(callback, "env_id", None)]
+    named = {f"stages.agent.callbacks.{type(other).__name__}.env_id": other.env_id for other in others}
+    for key, environment in {"data.env_id": data.env_spec, **named}.items():
+        check_environment(environment, observation_space=observations, action_space=actions,
+                          longest_episode=int(data.episodes.lengths.max()), env_id_key=key,
+                          max_episode_steps=data.max_episode_steps)  # fmt: skip
     return describe_environment(data.env_spec, data.env_id)
 
 

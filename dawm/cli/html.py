@@ -103,7 +103,7 @@ def _seeds(results: Mapping[str, Any]) -> str:
 
 
 def _limits(settings: Mapping[str, Any]) -> dict[str, float]:
-    """What the agent's callbacks were told to warn of, such as ``max_reward_drift``."""
+    """The limits that the agent's callbacks warn of, such as ``max_reward_drift``."""
     given = [callback.get("init_args") or {} for callback in settings["stages"]["agent"]["callbacks"] or []]
     limits = {key: value for arguments in given for key, value in arguments.items() if key.startswith("max_")}
     return {key: value for key, value in limits.items() if isinstance(value, int | float) and math.isfinite(value)}

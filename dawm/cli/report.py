@@ -104,7 +104,7 @@ def show_evaluation(console: Console, evaluation: Evaluation, reference: Referen
 
 
 def _played(returns: list) -> str:
-    """How many episodes and seeds a figure stands on."""
+    """How many episodes and seeds a figure is of."""
     if not isinstance(returns[0], list):
         return f"{len(returns)} episodes, 1 seed"
     return f"{len(returns[0])} episodes each, {len(returns)} seeds"
@@ -118,9 +118,13 @@ def read_results(run: Path) -> dict[str, Any]:
             moved = run.joinpath(*Path(stage["checkpoint"]).parts[-3:])  # <stage>/<key>/last.ckpt
             stage["checkpoint"] = str(moved) if moved.exists() else stage["checkpoint"]
     except FileNotFoundError:
-        raise UserError(f"run: {run} holds no results.json; name the output_dir of a finished `fit`") from None
+        raise UserError(
+            f"--run: got {run}, which holds no results.json, expected the output_dir of a finished `fit`; name one"
+        ) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"run: {run / 'results.json'} cannot be read ({error})") from None
+        raise UserError(
+            f"--run: got {run}, expected a readable results.json in it ({error}); run `fit` again"
+        ) from None
     return results
 
 

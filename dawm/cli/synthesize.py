@@ -1,6 +1,6 @@
 """Write imagined transitions as a Minari data set: what ``python -m dawm synthesize`` does.
 
-Memory holds one chunk of B rollouts, whatever the size of the data set. An interrupted command leaves nothing behind.
+Memory holds one chunk of B rollouts, whatever the size of the data set. An interrupted command leaves nothing.
 """
 
 import hashlib

@@ -8,7 +8,7 @@ Symbols: N rows, E episodes, others as in `dawm.data.store.table`. A data set is
 * the path of an HDF5 file in D4RL's layout (``hopper_medium-v2.hdf5``),
 * several of these joined with ``+`` (``mujoco/hopper/medium-v0+mujoco/hopper/expert-v0``).
 
-All N steps stay in order. Actions are scaled from the data's own Box to [-1, 1]. The simulators behind such Boxes clamp
+All N steps stay in order. Actions are scaled from the data's own Box to [-1, 1]. Simulators with such Boxes clamp
 the actions they are given, so a recorded action outside is clipped to what was executed, with a warning if it is more
 than rounding. One further out than half the Box's width was recorded in other units and is an error.
 """

@@ -169,7 +169,7 @@ class Experiment:
         if getattr(module, "schedule_follows_max_steps", False):
             self.console.print(
                 f"{stage.name}: training from the start, not after {steps} updates of {shorter}, because the learning "
-                "rate follows max_steps; to go on from those weights set "
+                "rate follows max_steps; to start from those weights set "
                 f"--stages.{stage.name}.init_from {shorter}", soft_wrap=True
             )  # fmt: skip
             return None

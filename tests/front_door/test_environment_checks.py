@@ -121,3 +121,11 @@ def test_a_run_in_an_environment_of_any_registration(fit, tmp_path, monkeypatch,
     del gym.registry["Own-v0"]
     assert main(["evaluate", "--run", str(tmp_path / "run"), "--episodes", "2"]) == 0
     assert f"return {results['agent']['return']['mean']:.1f}" in capsys.readouterr().out
+
+
+def test_the_environment_of_a_callback_is_checked_too(fit, tmp_path):
+    register()
+    callback = "[{class_path: EvaluateInEnvironment, init_args: {every_n_steps: 10, env_id: Hopper-v5}}]"
+    status, errors = fit(f"--stages.agent.callbacks={callback}")
+    assert status == 2
+    assert "EvaluateInEnvironment.env_id: got 'Hopper-v5' with observations of 11 numbers" in errors
