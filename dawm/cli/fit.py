@@ -80,8 +80,11 @@ def _checked_environment(data: TransitionDataModule, stages: Iterable[Stage]) ->
             "set --data.env_id"
         )
     observations, actions = data.episodes.observation_space, data.episodes.action_space
-    others = [callback for stage in stages for callback in stage.callbacks if getattr(callback, "env_id", None)]
-    named = {f"stages.agent.callbacks.{type(other).__name__}.env_id": other.env_id for other in others}
+    named = {
+        f"stages.agent.callbacks.{type(callback).__name__}.env_id": env_id
+        for callback in (callback for stage in stages for callback in stage.callbacks)
+        if (env_id := getattr(callback, "env_id", None)) is not None
+    }
     for key, environment in {"data.env_id": data.env_spec, **named}.items():
         check_environment(environment, observation_space=observations, action_space=actions,
                           longest_episode=int(data.episodes.lengths.max()), env_id_key=key,
