@@ -162,7 +162,7 @@ class Experiment:
         """The last checkpoint of the same stage with fewer updates, if there is one that more updates can follow."""
         wanted, notes = self.key(stage, 0), last.parent.parent.glob(f"*/{ANY_LENGTH}")
         same = [note.with_name(last.name) for note in notes if note.read_text().strip() == wanted]
-        done = [(int(read_checkpoint(other)["global_step"]), other) for other in same if other.exists()]
+        done = [(_steps_of(other), other) for other in same]
         steps, shorter = max((found for found in done if 0 < found[0] < stage.max_steps), default=(0, last))
         if not steps:
             return None
@@ -208,6 +208,14 @@ class Experiment:
             expected = f"weights of the networks in the settings ({' '.join(str(error).split())[:150]})"
             raise UserError(f"--{setting}: got {path}, expected {expected}; name another") from None
         return checkpoint
+
+
+def _steps_of(path: Path) -> int:
+    """Updates after which a checkpoint was saved; 0 where there is none that can be read."""
+    try:
+        return int(read_checkpoint(path)["global_step"])
+    except UserError:
+        return 0
 
 
 def _hash_of(path: Path) -> str:

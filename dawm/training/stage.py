@@ -25,7 +25,10 @@ NO_MATTER: dict[str, frozenset[str]] = {
     # how often something is written, and where weights come from: their file's hash is part of the key
     "stage": frozenset({*INTERVALS, "ckpt_path", "init_from"} - {"validate_every_n_steps"}),
     "trainer": frozenset({"profiler", "detect_anomaly", "enable_progress_bar", "enable_model_summary"}),
-}
+    # the groups, what is part of the key by module, data and seed, and what comes after training
+    "run": frozenset({"data", "stages", "trainer", "world_model", "inverse_dynamics", "agent", "seed_everything",
+                      "horizon", "discount", "seeds", "output_dir", "final_episodes", "wait", "quiet", "logger"}),
+}  # fmt: skip
 """Settings that cannot change the result of any stage. Everything else is part of a stage's key."""
 
 CANNOT_WORK = (SWA, GradientAccumulationScheduler, LearningRateFinder, BatchSizeFinder)
@@ -79,7 +82,8 @@ class Stage:
 
     def hashed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that this stage's result depends on."""
-        groups = {"data": settings["data"], "stage": settings["stages"][self.name], "trainer": settings["trainer"]}
+        groups = {"data": settings["data"], "stage": settings["stages"][self.name], "trainer": settings["trainer"],
+                  "run": settings}  # fmt: skip
         leave = {**NO_MATTER, "data": NO_MATTER["data"] | self.no_matter}
         chosen = {g: {k: v for k, v in values.items() if k not in leave[g]} for g, values in groups.items()}
         return {"name": self.name, "module": settings[self.name], **chosen}

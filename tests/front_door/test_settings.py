@@ -93,7 +93,13 @@ def test_settings_of_the_trainer_in_a_config_are_named_with_the_right_place(tmp_
 def test_a_setting_that_nobody_has_thought_of_is_part_of_the_key(stage):
     settings = parse_fit([]).plain
     before = deepcopy(stage().hashed(settings))
-    for group in (settings["data"], settings["trainer"], settings["stages"][stage.name], settings[stage.name]):
+    for group in (
+        settings,
+        settings["data"],
+        settings["trainer"],
+        settings["stages"][stage.name],
+        settings[stage.name],
+    ):
         group["unheard_of"] = 1
         assert stage().hashed(settings) != before
         del group["unheard_of"]
