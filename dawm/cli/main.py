@@ -47,6 +47,10 @@ def main(args: Sequence[str] | None = None) -> int:
         errors.print(f"interrupted: {stop}", style="bold", markup=False, highlight=False)
         return 130
     except RuntimeError as error:
+        if "find_unused_parameters" in str(error):  # a module that takes several backward passes of its own
+            line = "got ddp, expected ddp_find_unused_parameters_true for a module of several backward passes; set it"
+            errors.print(f"error: --trainer.strategy: {line}", style="bold red", highlight=False)
+            return 2
         if not is_lost_connection(error):
             raise
         errors.print("stopped, because another process of this run ended; its own error, if it had one, is above")

@@ -174,3 +174,12 @@ def test_help_and_version():
         with pytest.raises(SystemExit) as exit_:
             main([option])
         assert exit_.value.code == 0
+
+
+def test_a_module_that_ddp_stumbles_over_is_reported_with_the_strategy_it_needs(smoke, monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("enable detection by passing find_unused_parameters=True")
+
+    monkeypatch.setattr("dawm.training.experiment.Experiment.run", fail)
+    assert main(["fit", "--config", str(smoke)]) == 2
+    assert "--trainer.strategy: got ddp, expected ddp_find_unused_parameters_true" in capsys.readouterr().err
