@@ -17,7 +17,7 @@ from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError, require
 from dawm.evaluation.episodes import Environment, Evaluation, Policy, evaluate
 from dawm.files import expanded, write_whole
-from dawm.training.build import load_module
+from dawm.training.build import restore_module
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
 
 __all__ = ["EVALUATION_SEED", "evaluate_run", "score"]
@@ -45,13 +45,13 @@ def evaluate_run(
     folder, options = expanded(run), (episodes, seed, env_id, max_episode_steps)
     last = expanded(checkpoint) if checkpoint else Path(read_results(folder)["stages"]["agent"]["checkpoint"])
     if not every:
-        show_evaluation(console, *_score_checkpoint(last, *options))
+        _, result, reference = _score_checkpoint(last, *options)
+        show_evaluation(console, result, reference)
         return
     table = Table("updates", "return", "score", "checkpoint", title="checkpoints of the agent", title_style="bold")
     curve = []
-    for path in sorted(last.parent.rglob("*.ckpt"), key=lambda path: (read_checkpoint(path)["global_step"], path)):
-        result, reference = _score_checkpoint(path, *options)
-        steps = int(read_checkpoint(path)["global_step"])
+    scored_checkpoints = [(path, *_score_checkpoint(path, *options)) for path in sorted(last.parent.rglob("*.ckpt"))]
+    for path, steps, result, reference in sorted(scored_checkpoints, key=lambda row: row[1]):
         curve.append({"checkpoint": str(path), "step": steps, "return": result.mean_return, "low": result.low,
                       "high": result.high, "score": result.score})  # fmt: skip
         earned = f"{result.mean_return:.1f} ({result.low:.1f} to {result.high:.1f})"
@@ -77,12 +77,15 @@ def score(
 
 def _score_checkpoint(
     path: Path, episodes: int, seed: int, env_id: str | None, max_episode_steps: int | None
-) -> tuple[Evaluation, ReferenceScores | None]:
-    agent, origin = load_module(path), read_checkpoint(path)[ORIGIN]
+) -> tuple[int, Evaluation, ReferenceScores | None]:
+    """The updates a checkpoint was written after, what its agent earns, and the scores this is compared with."""
+    checkpoint = read_checkpoint(path)
+    agent, origin = restore_module(path, checkpoint), checkpoint[ORIGIN]
     if not hasattr(agent, "act"):
         raise UserError(f"--checkpoint: got {path} of a {type(agent).__name__}, expected an agent's; name another")
     environment = environment_from(origin["environment"], env_id)
     reference = None if origin["reference"] is None else ReferenceScores(**origin["reference"])
     limit = max_episode_steps or origin["max_episode_steps"]
     low, high = (np.array(bound, np.float32) for bound in origin["action_space"])
-    return score(agent, environment, gym.spaces.Box(low, high), reference, episodes, seed, limit), reference
+    evaluation = score(agent, environment, gym.spaces.Box(low, high), reference, episodes, seed, limit)
+    return int(checkpoint["global_step"]), evaluation, reference

@@ -33,7 +33,7 @@ from dawm.files import expanded
 from dawm.synthesis.guards import DataStatistics, list_fates
 from dawm.synthesis.rollouts import CHUNK, Rollouts, Synthesizer
 from dawm.synthesis.targets import TargetReturn
-from dawm.training.build import load_module
+from dawm.training.build import restore_module
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
 
 __all__ = ["synthesize_dataset"]
@@ -146,13 +146,14 @@ def _load_models(
                 "data.synthetic_fraction above 0"
             )
         path = Path(stages[name]["checkpoint"])
-        origin = read_checkpoint(path).get(ORIGIN, {})
+        checkpoint = read_checkpoint(path)
+        origin = checkpoint.get(ORIGIN, {})
         if origin.get("fingerprint") != fingerprint:
             raise UserError(
                 f"--run: got {path}, which was trained on {origin.get('dataset', 'unknown data')} as it was, expected "
                 "the data set as it is now; restore it, or run `fit` again"
             )
-        models[name] = load_module(path).to(device)
+        models[name] = restore_module(path, checkpoint).to(device)
         hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return models, hashes
 

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger
 from dawm.errors import UserError
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
 
-__all__ = ["SIZES", "build_logger", "build_module", "import_class", "load_module", "parameters_of"]
+__all__ = ["SIZES", "build_logger", "build_module", "import_class", "load_module", "parameters_of", "restore_module"]
 
 SIZES = ("observation_size", "action_size")
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -40,7 +40,11 @@ def build_logger(description: Mapping[str, Any]) -> Logger:
 
 def load_module(path: Path) -> L.LightningModule:
     """A trained module from its checkpoint alone."""
-    checkpoint = read_checkpoint(path)
+    return restore_module(path, read_checkpoint(path))
+
+
+def restore_module(path: Path, checkpoint: Mapping[str, Any]) -> L.LightningModule:
+    """A trained module from the content of its checkpoint (``path`` names it in a message)."""
     origin = checkpoint.get(ORIGIN)
     if origin is None:
         raise UserError(f"--checkpoint: got {path}, which names no class, expected one that `fit` wrote; name it")

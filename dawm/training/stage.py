@@ -24,7 +24,7 @@ NO_MATTER: dict[str, frozenset[str]] = {
     "data": frozenset({"dataset", "cache_dir", "memory_limit", "updates_per_step"}),
     # how often something is written, and where weights come from: their file's hash is part of the key
     "stage": frozenset({*INTERVALS, "ckpt_path", "init_from"} - {"validate_every_n_steps"}),
-    "trainer": frozenset({"profiler", "detect_anomaly", "enable_progress_bar", "enable_model_summary"}),
+    "trainer": frozenset({"profiler", "detect_anomaly"}),
     # the groups, what is part of the key by module, data and seed, and what comes after training
     "run": frozenset({"data", "stages", "trainer", "world_model", "inverse_dynamics", "agent", "seed_everything",
                       "horizon", "discount", "seeds", "output_dir", "final_episodes", "wait", "quiet", "logger"}),
