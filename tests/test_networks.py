@@ -8,7 +8,7 @@ from torch import nn
 
 from dawm.diffusion.denoisers import ResidualMLP, TemporalTransformer, TemporalUNet
 from dawm.errors import UserError
-from dawm.nn import mlp
+from dawm.nn import compiled, mlp
 from dawm.nn.mlp import BatchedMLP
 
 
@@ -91,6 +91,49 @@ def test_networks_run_in_half_precision_under_autocast(layer_norm):
     torch.testing.assert_close(outputs.float(), network(inputs), atol=0.05, rtol=0.05)
     outputs.float().sum().backward()
     assert network.weights.grad.isfinite().all()
+
+
+compiled_only = pytest.mark.skipif(compiled.library() is None, reason="not built, or no AVX-512")
+
+
+@compiled_only
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "sizes"), [(256, (14, 256, 256, 1)), (37, (50, 33, 70, 9)), (1, (3, 4)), (5, (2, 16, 3))]
+)
+def test_compiled_networks_agree_with_autograd_in_double_precision(batch, sizes, layer_norm, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    network = BatchedMLP((3, 2), sizes[0], sizes[1:-1], sizes[-1], layer_norm=layer_norm)
+    nn.init.normal_(network.weights, std=0.3)
+    x, toward = torch.randn(3, batch, sizes[0], requires_grad=True), torch.randn(3, 2, batch, sizes[-1])
+    assert compiled.applies(x, network.weights)
+    found = [network(x), *torch.autograd.grad((network(x) * toward).sum(), (network.weights, x))]
+    with torch.no_grad():
+        assert torch.equal(network(x), found[0]), "with no gradient to come"
+    exact, x = network.double(), x.detach().double().requires_grad_()
+    expected = [exact(x), *torch.autograd.grad((exact(x) * toward.double()).sum(), (exact.weights, x))]
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-6 * other.abs().max().item())
+
+
+@compiled_only
+def test_compiled_networks_pass_nan_on_and_have_second_derivatives():
+    torch.manual_seed(0)
+    network, x = BatchedMLP((), 4, (8, 8), 1, layer_norm=True), torch.randn(5, 4, requires_grad=True)
+    (slope,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
+    penalty = torch.autograd.grad(slope.square().sum(), network.weights)[0]
+    (slope,) = torch.autograd.grad(network.double()(x.double()).sum(), x, create_graph=True)
+    torch.testing.assert_close(
+        penalty.double(), torch.autograd.grad(slope.square().sum(), network.weights)[0], rtol=1e-4, atol=1e-6
+    )
+    for layer_norm in (False, True):
+        network = BatchedMLP((), 4, (8, 8), 1, layer_norm=layer_norm)
+        outputs = network(torch.tensor([[0.0, 0, 0, torch.nan], [1, 2, 3, 4]]))
+        assert outputs.isnan().flatten().tolist() == [True, False]
+        outputs.sum().backward()
+        assert network.weights.grad.isnan().any()
 
 
 def test_members_do_not_share_gradients_or_weights():

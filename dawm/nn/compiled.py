@@ -1,0 +1,149 @@
+"""The networks' arithmetic compiled ahead of time (`mlp.c`), for float32 on processors with AVX-512.
+
+An MLP's layers, their gradients, bias, ReLU and layer norm as a few calls, instead of some twenty operations that each
+read and write whole matrices. Where it was not built, or does not apply, PyTorch computes the same; the choice depends
+on the installation and the processor alone, so that a run that is resumed rounds as before.
+
+Symbols: M networks, C inputs, B batch, P weights of a network.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CompiledMLP", "Layout", "applies"]
+
+PANEL = 48  # columns of a matrix that mlp.c packs at once
+NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+
+
+class Layout:
+    """What each of some networks of equal shape looks like.
+
+    Args:
+        sizes: Sizes of the input, the hidden layers and the output.
+        layer_norm: Whether each hidden layer is normalised.
+    """
+
+    def __init__(self, sizes: Sequence[int], layer_norm: bool) -> None:
+        self.out_size, self.widest = sizes[-1], max(sizes)
+        self.saved = sum(2 * size + 1 if layer_norm else size for size in sizes[1:-1])  # for the backward pass, per row
+        self._numbers = (ctypes.c_int64 * len(sizes))(*sizes)
+        self.arguments = len(sizes) - 1, self._numbers, layer_norm
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles as its two arguments."""
+        return Layout, (tuple(self._numbers), self.arguments[2])
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled half; None where it was not built or the processor lacks AVX-512."""
+    processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    paths = (Path(__file__).with_name(f"_mlp{suffix}") for suffix in EXTENSION_SUFFIXES)
+    path = next((path for path in paths if path.exists()), None)
+    if path is None or not all(processor.get(name) for name in NEEDED):
+        return None
+    found = ctypes.CDLL(str(path))
+    n, p = ctypes.c_int64, ctypes.c_void_p
+    found.mlp_forward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p]
+    found.mlp_backward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p, n, p, p, p]
+    return found
+
+
+def applies(x: Tensor, weights: Tensor) -> bool:
+    """Whether the compiled half can compute these: plain float32 on a CPU."""
+    plain = x.dtype == weights.dtype == torch.float32 and x.device.type == weights.device.type == "cpu"
+    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return plain and x.numel() > 0 and not traced and not torch.is_autocast_enabled("cpu") and library() is not None
+
+
+class CompiledMLP(torch.autograd.Function):
+    """M networks on C inputs, each for M / C networks in a row: ``CompiledMLP.apply(x, weights, layout, plain)``.
+
+    Of x, shape (C, B, in), and weights, shape (M, P), as `BatchedMLP` lays them out, to (M, B, out). ``plain`` computes
+    the same in PyTorch, for gradients of gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, layout: Layout, plain: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Outputs of all networks."""
+        x, weights = x.contiguous(), weights if weights.stride(1) == 1 else weights.contiguous()
+        count, batch = len(weights), x.shape[1]
+        # without a gradient to come networks that follow each other use the same memory, which then stays in the cache
+        shared = not any(ctx.needs_input_grad) and torch.get_num_threads() == 1
+        saved = x.new_empty(1 if shared else count, batch * layout.saved)
+        outputs = x.new_empty(count, batch, layout.out_size)
+        ctx.save_for_backward(x, weights, saved)
+        ctx.layout, ctx.plain = layout, plain
+        before = count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(), weights.stride(0)
+        keep = 0 if shared else saved.stride(0)
+        call = library().mlp_forward  # type: ignore[union-attr]
+
+        def compute(first: int, stop: int) -> None:
+            panel = _panel(layout, batch)
+            call(first, stop, *before, saved.data_ptr(), keep, outputs.data_ptr(), panel.data_ptr())
+
+        _in_parts(compute, count)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the weights."""
+        x, weights, saved = ctx.saved_tensors
+        (gradient,) = gradients
+        if torch.is_grad_enabled():  # as in a gradient penalty
+            wanted = [tensor for tensor, needed in zip((x, weights), ctx.needs_input_grad) if needed]
+            found = iter(torch.autograd.grad(ctx.plain(x, weights), wanted, gradient, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None
+        layout, count, batch = ctx.layout, len(weights), x.shape[1]
+        gradient = gradient.contiguous()
+        of_x = x.new_empty(count, *x.shape[1:]) if ctx.needs_input_grad[0] else None
+        of_weights = weights.new_empty(weights.shape) if ctx.needs_input_grad[1] else None
+        call = library().mlp_backward  # type: ignore[union-attr]
+        arguments = (
+            count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(), weights.stride(0),
+            saved.data_ptr(), saved.stride(0), gradient.data_ptr(), _address(of_weights), weights.shape[1],
+            _address(of_x),
+        )  # fmt: skip
+
+        def compute(first: int, stop: int) -> None:
+            panel, scratch = _panel(layout, batch), x.new_empty(2 * batch * layout.widest)
+            call(first, stop, *arguments, panel.data_ptr(), scratch.data_ptr())
+
+        _in_parts(compute, count)
+        if of_x is not None and count > len(x):
+            of_x = of_x.unflatten(0, (len(x), -1)).sum(dim=1)
+        return of_x, of_weights, None, None
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _panel(layout: Layout, batch: int) -> Tensor:
+    return torch.empty(PANEL * max(batch, layout.widest))  # aligned to 64 bytes, as all of PyTorch's memory
+
+
+def _in_parts(compute: Callable[[int, int], None], count: int) -> None:
+    """Computes all networks, some on each of PyTorch's threads; the library lets go of Python meanwhile."""
+    parts = min(torch.get_num_threads(), count)
+    if parts == 1:
+        compute(0, count)
+    else:
+        bounds = [count * part // parts for part in range(parts + 1)]
+        list(_threads(parts).map(compute, bounds[:-1], bounds[1:]))
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count)

@@ -1,0 +1,280 @@
+/* A multi-layer perceptron, forward and backward, for processors with AVX-512; `kernel.py` calls it.
+ *
+ * Matrices are of single precision and row-major. B batch, and of one layer K inputs and N outputs:
+ *
+ *     forward    Y = X W^T + b         (B, K) (N, K) -> (B, N)
+ *     backward   dX = dY W             (B, N) (N, K) -> (B, K)
+ *                dW = dY^T X           (B, N) (B, K) -> (N, K)
+ *
+ * All three are one product C = A P, computed tile by tile: ROWS rows of A against a panel of up to 3 vectors of columns
+ * of P, packed side by side, with the whole sum held in registers. Bias, ReLU and its gradient's mask are applied to a
+ * tile before it is stored, so that no activation is read again for them.
+ */
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define VECTOR 16 /* floats of a vector */
+#define VECTORS 3 /* of a panel */
+#define FEW 8     /* outputs that are summed one by one */
+#define ROWS 8    /* of a tile: 8 x 3 sums, which leaves registers for a row of the panel */
+
+typedef int64_t I;
+
+typedef struct { /* what happens to a tile before it is stored */
+    const float *bias; /* (N,), added; or NULL */
+    const float *mask; /* (M, N), as C: entries not above 0 set C's to 0; or NULL */
+    int relu;
+} Finish;
+
+/* rows x vectors of C; A's entry (i, k) lies at a[i * stride + k], or with `columns` at a[i + k * stride] */
+INLINE void tile(const int rows, const int vectors, const int columns, I depth, const float *a, I stride,
+                 const float *panel, float *c, I width, __mmask16 last, Finish finish, const float *bias,
+                 const float *mask) {
+    __m512 sum[ROWS][VECTORS];
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int j = 0; j < vectors; j++)
+            sum[i][j] = bias ? _mm512_maskz_loadu_ps(j == vectors - 1 ? last : 0xffff, bias + j * VECTOR)
+                             : _mm512_setzero_ps();
+    for (I k = 0; k < depth; k++) {
+        __m512 row[VECTORS];
+        UNROLL for (int j = 0; j < vectors; j++) row[j] = _mm512_load_ps(panel + (k * vectors + j) * VECTOR);
+        UNROLL for (int i = 0; i < rows; i++) {
+            const __m512 x = _mm512_set1_ps(columns ? a[i + k * stride] : a[i * stride + k]);
+            UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = _mm512_fmadd_ps(x, row[j], sum[i][j]);
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int j = 0; j < vectors; j++) {
+            const __mmask16 in = j == vectors - 1 ? last : 0xffff;
+            __m512 y = sum[i][j];
+            if (finish.relu) y = _mm512_max_ps(_mm512_setzero_ps(), y);
+            if (mask) {
+                const __m512 h = _mm512_maskz_loadu_ps(in, mask + i * width + j * VECTOR);
+                y = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(h, _mm512_setzero_ps(), _CMP_NLE_UQ), y);
+            }
+            _mm512_mask_storeu_ps(c + i * width + j * VECTOR, in, y);
+        }
+}
+
+INLINE void tiles(const int vectors, const int columns, I height, I depth, const float *a, I stride,
+                  const float *panel, float *c, I width, __mmask16 last, Finish finish, I column) {
+    const float *bias = finish.bias ? finish.bias + column : 0;
+    for (I i = 0; i < height;) {
+        const float *from = a + i * (columns ? 1 : stride), *mask = finish.mask ? finish.mask + i * width + column : 0;
+        float *to = c + i * width + column;
+#define TILE(n) tile(n, vectors, columns, depth, from, stride, panel, to, width, last, finish, bias, mask), i += n
+        if (height - i >= ROWS) TILE(ROWS);
+        else if (height - i >= 4) TILE(4);
+        else TILE(1);
+    }
+}
+
+/* 16 x 16 block of P^T, rows `stride` apart, to 16 rows of a panel `step` apart; n of its rows and depth of its columns
+ * exist, the others are 0 */
+INLINE void transpose(const float *from, I stride, I n, I depth, float *to, I step) {
+    __m512 r[16], t[16];
+    const __mmask16 in = depth >= 16 ? 0xffff : (1u << depth) - 1;
+    UNROLL for (int i = 0; i < 16; i++)
+        r[i] = i < n ? _mm512_maskz_loadu_ps(in, from + i * stride) : _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    UNROLL for (int i = 0; i < 4; i++)
+        UNROLL for (int q = 0; q < 2; q++) {
+            t[i + 8 * q] = _mm512_shuffle_f32x4(r[i + 8 * q], r[i + 4 + 8 * q], 0x88);
+            t[i + 4 + 8 * q] = _mm512_shuffle_f32x4(r[i + 8 * q], r[i + 4 + 8 * q], 0xdd);
+        }
+    UNROLL for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+        r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 16 && i < depth; i++) _mm512_store_ps(to + i * step, r[i]);
+}
+
+/* the same for a P^T (width, depth) of few rows: sums along the rows of A, where tiles would be mostly empty */
+static void dot_products(I height, I width, I depth, const float *a, const float *p, float *c, const float *bias) {
+    for (I i = 0; i < height; i++)
+        for (I j = 0; j < width; j++) {
+            __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+            I k = 0;
+            for (; k + 4 * VECTOR <= depth; k += 4 * VECTOR)
+                UNROLL for (int q = 0; q < 4; q++)
+                    sums[q] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i * depth + k + q * VECTOR),
+                                              _mm512_loadu_ps(p + j * depth + k + q * VECTOR), sums[q]);
+            float sum = _mm512_reduce_add_ps(
+                _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+            for (; k < depth; k++) sum += a[i * depth + k] * p[j * depth + k];
+            c[i * width + j] = sum + bias[j];
+        }
+}
+
+/* C (height, width) = A P; P is (depth, width), or with `transposed` given as (width, depth). `a_columns` says that A is
+ * given as (depth, height). `panel` holds depth x 48 numbers. */
+static void product(I height, I width, I depth, const float *a, int a_columns, const float *p, int transposed, float *c,
+                    Finish finish, float *panel) {
+    for (I column = 0; column < width; column += VECTORS * VECTOR) {
+        const I left = width - column < VECTORS * VECTOR ? width - column : VECTORS * VECTOR;
+        const int vectors = (left + VECTOR - 1) / VECTOR;
+        const __mmask16 last = 0xffff >> (vectors * VECTOR - left);
+        const I step = vectors * VECTOR;
+        if (transposed) {
+            for (int j = 0; j < vectors; j++)
+                for (I k = 0; k < depth; k += 16)
+                    transpose(p + (column + j * VECTOR) * depth + k, depth, left - j * VECTOR, depth - k,
+                              panel + k * step + j * VECTOR, step);
+        } else {
+            for (I k = 0; k < depth; k++)
+                for (int j = 0; j < vectors; j++)
+                    _mm512_store_ps(panel + k * step + j * VECTOR,
+                                    _mm512_maskz_loadu_ps(j == vectors - 1 ? last : 0xffff,
+                                                          p + k * width + column + j * VECTOR));
+        }
+#define TILES(v)                                                                                       \
+    if (a_columns) tiles(v, 1, height, depth, a, height, panel, c, width, last, finish, column);       \
+    else tiles(v, 0, height, depth, a, depth, panel, c, width, last, finish, column)
+        if (vectors == 3) { TILES(3); }
+        else if (vectors == 2) { TILES(2); }
+        else { TILES(1); }
+    }
+}
+
+/* sums over the rows of y (height, width), to (width,) */
+static void column_sums(I height, I width, const float *y, float *to) {
+    memset(to, 0, width * sizeof(float));
+    for (I i = 0; i < height; i++)
+        for (I j = 0; j < width; j++) to[j] += y[i * width + j];
+}
+
+#define EPSILON 1e-5f /* torch.nn.functional.layer_norm's */
+
+/* z (batch, n) becomes (z - mean) / std by row; h = ReLU(scale z + shift); inverse (batch,) = 1 / std */
+static void norm_forward(I batch, I n, float *z, float *inverse, const float *scale, const float *shift, float *h) {
+    for (I i = 0; i < batch; i++, z += n, h += n) {
+        float mean = 0, square = 0;
+        for (I j = 0; j < n; j++) mean += z[j];
+        mean /= n;
+        for (I j = 0; j < n; j++) square += (z[j] - mean) * (z[j] - mean);
+        const float r = inverse[i] = 1 / __builtin_sqrtf(square / n + EPSILON);
+        for (I j = 0; j < n; j++) {
+            z[j] = (z[j] - mean) * r;
+            const float y = scale[j] * z[j] + shift[j];
+            h[j] = y < 0 ? 0 : y;
+        }
+    }
+}
+
+/* dY (batch, n), already masked by the ReLU, becomes the gradient before the norm; those of scale and shift if asked */
+static void norm_backward(I batch, I n, const float *z, const float *inverse, const float *scale, float *y,
+                          float *scale_gradient, float *shift_gradient) {
+    if (scale_gradient) memset(scale_gradient, 0, n * sizeof(float)), memset(shift_gradient, 0, n * sizeof(float));
+    for (I i = 0; i < batch; i++, z += n, y += n) {
+        if (scale_gradient)
+            for (I j = 0; j < n; j++) scale_gradient[j] += y[j] * z[j], shift_gradient[j] += y[j];
+        float mean = 0, along = 0;
+        for (I j = 0; j < n; j++) {
+            const float g = y[j] * scale[j];
+            mean += g, along += g * z[j];
+        }
+        mean /= n, along /= n;
+        for (I j = 0; j < n; j++) y[j] = inverse[i] * (y[j] * scale[j] - mean - along * z[j]);
+    }
+}
+
+typedef struct { /* networks of equal shape; `sizes` are those of input, hidden layers and output */
+    I layers, norm, batch;
+    const I *sizes;
+} Shape;
+
+/* One network. `weights` lie as in BatchedMLP. `saved` takes of each hidden layer its activations (batch, n) and with
+ * `norm` the normalised inputs (batch, n) and 1 / std (batch,). */
+static void forward(Shape shape, const float *x, const float *weights, float *saved, float *out, float *panel) {
+    const I layers = shape.layers, norm = shape.norm, batch = shape.batch, *sizes = shape.sizes;
+    for (I l = 0; l < layers; l++) {
+        const I k = sizes[l], n = sizes[l + 1];
+        const float *bias = weights + n * k;
+        const int hidden = l < layers - 1;
+        float *h = hidden ? saved : out;
+        if (hidden && norm) {
+            float *z = saved + batch * n, *inverse = z + batch * n;
+            product(batch, n, k, x, 0, weights, 1, z, (Finish){bias, 0, 0}, panel);
+            norm_forward(batch, n, z, inverse, bias + n, bias + 2 * n, h);
+            saved = inverse + batch;
+        } else if (!hidden && n <= FEW) {
+            dot_products(batch, n, k, x, weights, h, bias);
+        } else {
+            product(batch, n, k, x, 0, weights, 1, h, (Finish){bias, 0, hidden}, panel);
+            saved += batch * n;
+        }
+        weights = bias + n + (hidden && norm ? 2 * n : 0);
+        x = h;
+    }
+}
+
+/* Gradients of the weights (as BatchedMLP's) and of x, each if not NULL, from that of the outputs `y`. `scratch` holds
+ * two matrices (batch, widest layer). */
+static void backward(Shape shape, const float *x, const float *weights, const float *saved, const float *y,
+                     float *weight_gradient, float *x_gradient, float *panel, float *scratch) {
+    const I layers = shape.layers, norm = shape.norm, batch = shape.batch, *sizes = shape.sizes;
+    I widest = 0;
+    for (I l = 0; l < layers; l++) { /* to the ends of weights and saved */
+        const I k = sizes[l], n = sizes[l + 1], hidden = l < layers - 1;
+        const I count = n * k + n + (hidden && norm ? 2 * n : 0);
+        weights += count;
+        if (weight_gradient) weight_gradient += count;
+        if (hidden) saved += batch * (norm ? 2 * n + 1 : n);
+        if (k > widest) widest = k;
+    }
+    for (I l = layers - 1; l >= 0; l--) {
+        const I k = sizes[l], n = sizes[l + 1], hidden = l < layers - 1;
+        const I count = n * k + n + (hidden && norm ? 2 * n : 0);
+        weights -= count;
+        if (weight_gradient) weight_gradient -= count;
+        float *after = weight_gradient ? weight_gradient + n * k : 0; /* gradients of bias, scale and shift */
+        if (hidden && norm) { /* saved points behind this layer's */
+            const float *inverse = saved - batch, *z = inverse - batch * n;
+            norm_backward(batch, n, z, inverse, weights + n * k + n, (float *)y, after ? after + n : 0,
+                          after ? after + 2 * n : 0);
+        }
+        if (hidden) saved -= batch * (norm ? 2 * n + 1 : n);
+        const float *input = l ? saved - batch * (norm ? 2 * k + 1 : k) : x;
+        if (weight_gradient) {
+            product(n, k, batch, y, 1, input, 0, weight_gradient, (Finish){0, 0, 0}, panel);
+            column_sums(batch, n, y, after);
+        }
+        float *to = l ? scratch + (l & 1) * batch * widest : x_gradient;
+        if (to) product(batch, k, n, y, 0, weights, 0, to, (Finish){0, l ? input : 0, 0}, panel);
+        y = to;
+    }
+}
+
+/* The networks from `first` to before `stop`, each input x serving `share` of them in a row. Networks lie the strides
+ * apart; `saved_stride` 0 keeps nothing. `panel` is scratch, 48 numbers for each of the widest layer or of the batch. */
+void mlp_forward(I first, I stop, I share, I layers, const I *sizes, I norm, I batch, const float *x,
+                 const float *weights, I weights_stride, float *saved, I saved_stride, float *out, float *panel) {
+    const Shape shape = {layers, norm, batch, sizes};
+    for (I m = first; m < stop; m++)
+        forward(shape, x + m / share * batch * sizes[0], weights + m * weights_stride, saved + m * saved_stride,
+                out + m * batch * sizes[layers], panel);
+}
+
+void mlp_backward(I first, I stop, I share, I layers, const I *sizes, I norm, I batch, const float *x,
+                  const float *weights, I weights_stride, const float *saved, I saved_stride, const float *y,
+                  float *weight_gradient, I gradient_stride, float *x_gradient, float *panel, float *scratch) {
+    const Shape shape = {layers, norm, batch, sizes};
+    for (I m = first; m < stop; m++)
+        backward(shape, x + m / share * batch * sizes[0], weights + m * weights_stride, saved + m * saved_stride,
+                 y + m * batch * sizes[layers], weight_gradient ? weight_gradient + m * gradient_stride : 0,
+                 x_gradient ? x_gradient + m * batch * sizes[0] : 0, panel, scratch);
+}
