@@ -159,37 +159,69 @@ static void column_sums(I height, I width, const float *y, float *to) {
 
 #define EPSILON 1e-5f /* torch.nn.functional.layer_norm's */
 
-/* z (batch, n) becomes (z - mean) / std by row; h = ReLU(scale z + shift); inverse (batch,) = 1 / std */
-static void norm_forward(I batch, I n, float *z, float *inverse, const float *scale, const float *shift, float *h) {
-    for (I i = 0; i < batch; i++, z += n, h += n) {
-        float mean = 0, square = 0;
-        for (I j = 0; j < n; j++) mean += z[j];
-        mean /= n;
-        for (I j = 0; j < n; j++) square += (z[j] - mean) * (z[j] - mean);
-        const float r = inverse[i] = 1 / __builtin_sqrtf(square / n + EPSILON);
-        for (I j = 0; j < n; j++) {
-            z[j] = (z[j] - mean) * r;
-            const float y = scale[j] * z[j] + shift[j];
-            h[j] = y < 0 ? 0 : y;
-        }
+#define TOGETHER 4 /* rows normalised at once, so that the sums of one do not wait for those of another */
+#define EACH(r) UNROLL for (int r = 0; r < rows; r++)
+#define COLUMNS(j, n)                                                                  \
+    for (I j = 0; j < n; j += VECTOR)                                                  \
+        for (__mmask16 in = n - j < VECTOR ? (1u << (n - j)) - 1 : 0xffff, go = 1; go; go = 0)
+#define LOAD(p) _mm512_maskz_loadu_ps(in, p)
+#define STORE(p, y) _mm512_mask_storeu_ps(p, in, y)
+
+/* some rows z become (z - mean) / std; h = ReLU(scale z + shift); inverse = 1 / std */
+INLINE void normalize(const int rows, I n, float *z, float *inverse, const float *scale, const float *shift, float *h) {
+    __m512 sum[TOGETHER], mean[TOGETHER], square[TOGETHER], r[TOGETHER];
+    EACH(i) sum[i] = square[i] = _mm512_setzero_ps();
+    COLUMNS(j, n) EACH(i) sum[i] = _mm512_add_ps(sum[i], LOAD(z + i * n + j));
+    EACH(i) mean[i] = _mm512_set1_ps(_mm512_reduce_add_ps(sum[i]) / n);
+    COLUMNS(j, n) EACH(i) {
+        const __m512 d = _mm512_maskz_sub_ps(in, LOAD(z + i * n + j), mean[i]);
+        square[i] = _mm512_fmadd_ps(d, d, square[i]);
+    }
+    EACH(i) r[i] = _mm512_set1_ps(inverse[i] = 1 / __builtin_sqrtf(_mm512_reduce_add_ps(square[i]) / n + EPSILON));
+    COLUMNS(j, n) EACH(i) {
+        const __m512 y = _mm512_mul_ps(_mm512_sub_ps(LOAD(z + i * n + j), mean[i]), r[i]);
+        STORE(z + i * n + j, y);
+        STORE(h + i * n + j, _mm512_max_ps(_mm512_setzero_ps(), _mm512_fmadd_ps(LOAD(scale + j), y, LOAD(shift + j))));
     }
 }
 
-/* dY (batch, n), already masked by the ReLU, becomes the gradient before the norm; those of scale and shift if asked */
+/* some rows of dY, already masked by the ReLU, become the gradient before the norm */
+INLINE void normalize_backward(const int rows, I n, const float *z, const float *inverse, const float *scale, float *y) {
+    __m512 mean[TOGETHER], along[TOGETHER];
+    EACH(i) mean[i] = along[i] = _mm512_setzero_ps();
+    COLUMNS(j, n) EACH(i) {
+        const __m512 g = _mm512_mul_ps(LOAD(y + i * n + j), LOAD(scale + j));
+        mean[i] = _mm512_add_ps(mean[i], g);
+        along[i] = _mm512_fmadd_ps(g, LOAD(z + i * n + j), along[i]);
+    }
+    EACH(i) mean[i] = _mm512_set1_ps(_mm512_reduce_add_ps(mean[i]) / n);
+    EACH(i) along[i] = _mm512_set1_ps(_mm512_reduce_add_ps(along[i]) / n);
+    COLUMNS(j, n) EACH(i) {
+        const __m512 g = _mm512_fmsub_ps(LOAD(y + i * n + j), LOAD(scale + j), mean[i]);
+        const __m512 left = _mm512_fnmadd_ps(along[i], LOAD(z + i * n + j), g);
+        STORE(y + i * n + j, _mm512_mul_ps(left, _mm512_set1_ps(inverse[i])));
+    }
+}
+
+static void norm_forward(I batch, I n, float *z, float *inverse, const float *scale, const float *shift, float *h) {
+    I i = 0;
+    for (; i + TOGETHER <= batch; i += TOGETHER)
+        normalize(TOGETHER, n, z + i * n, inverse + i, scale, shift, h + i * n);
+    for (; i < batch; i++) normalize(1, n, z + i * n, inverse + i, scale, shift, h + i * n);
+}
+
 static void norm_backward(I batch, I n, const float *z, const float *inverse, const float *scale, float *y,
                           float *scale_gradient, float *shift_gradient) {
-    if (scale_gradient) memset(scale_gradient, 0, n * sizeof(float)), memset(shift_gradient, 0, n * sizeof(float));
-    for (I i = 0; i < batch; i++, z += n, y += n) {
-        if (scale_gradient)
-            for (I j = 0; j < n; j++) scale_gradient[j] += y[j] * z[j], shift_gradient[j] += y[j];
-        float mean = 0, along = 0;
-        for (I j = 0; j < n; j++) {
-            const float g = y[j] * scale[j];
-            mean += g, along += g * z[j];
-        }
-        mean /= n, along /= n;
-        for (I j = 0; j < n; j++) y[j] = inverse[i] * (y[j] * scale[j] - mean - along * z[j]);
+    I i = 0;
+    if (scale_gradient) {
+        memset(scale_gradient, 0, n * sizeof(float)), memset(shift_gradient, 0, n * sizeof(float));
+        for (I k = 0; k < batch; k++)
+            for (I j = 0; j < n; j++)
+                scale_gradient[j] += y[k * n + j] * z[k * n + j], shift_gradient[j] += y[k * n + j];
     }
+    for (; i + TOGETHER <= batch; i += TOGETHER)
+        normalize_backward(TOGETHER, n, z + i * n, inverse + i, scale, y + i * n);
+    for (; i < batch; i++) normalize_backward(1, n, z + i * n, inverse + i, scale, y + i * n);
 }
 
 typedef struct { /* networks of equal shape; `sizes` are those of input, hidden layers and output */
