@@ -136,6 +136,27 @@ def test_compiled_networks_pass_nan_on_and_have_second_derivatives():
         assert network.weights.grad.isnan().any()
 
 
+@compiled_only
+@pytest.mark.skipif(not compiled.has_bf16(), reason="no AVX512_BF16")
+@pytest.mark.parametrize(("batch", "ins", "outs"), [(256, 14, 256), (37, 51, 19), (9, 1, 33)])
+def test_bf16_rounds_the_factors_of_matmuls_and_nothing_else(batch, ins, outs):
+    def rounded(values):
+        return values.detach().bfloat16().double()
+
+    torch.manual_seed(0)
+    network, x = BatchedMLP((), ins, (), outs), torch.randn(batch, ins, requires_grad=True)
+    toward = torch.randn(batch, outs)
+    with compiled.rounding(True):
+        outputs = network(x)
+    gradients = torch.autograd.grad(outputs, (network.weights, x), toward)
+    ((weight, bias),) = network.layers(network.weights.detach())
+    expected = rounded(x) @ rounded(weight).T + bias[:, 0].double()
+    of_weight, of_bias = rounded(toward).T @ rounded(x), toward.double().sum(0)
+    of_weights = torch.cat([of_weight.flatten(), of_bias])
+    for one, other in zip((outputs, *gradients), (expected, of_weights, rounded(toward) @ rounded(weight))):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
 def test_members_do_not_share_gradients_or_weights():
     torch.manual_seed(0)
     batched = BatchedMLP((2,), 4, (8,), 3)

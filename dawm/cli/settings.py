@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import yaml
@@ -92,6 +92,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "discount": (float, 0.99, "of rewards, of every class that has one"),
     "seeds": (int, 1, "agents trained side by side, each with its own weights, draws and score"),
     "cuda_graphs": (bool, False, "run the updates of a training step as one CUDA graph"),
+    "matmul_precision": (Literal["fp32", "bf16"], "fp32", "of the MLPs' matmuls in updates on a CPU; bf16 is faster"),
     "final_episodes": (int, 20, "episodes of the last evaluation"),
     "wait": (bool, False, "wait while another fit trains in output_dir"),
     "quiet": (bool, False, "draw no progress"),

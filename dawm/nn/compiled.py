@@ -8,8 +8,9 @@ Symbols: M networks, C inputs, B batch, P weights of a network.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CompiledMLP", "Layout", "applies"]
+__all__ = ["CompiledMLP", "Layout", "applies", "has_bf16", "rounding"]
+
+_rounds = False  # whether matmuls round their factors to bfloat16
 
 PANEL = 48  # columns of a matrix that mlp.c packs at once
 NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
@@ -53,9 +56,28 @@ def library() -> ctypes.CDLL | None:
         return None
     found = ctypes.CDLL(str(path))
     n, p = ctypes.c_int64, ctypes.c_void_p
-    found.mlp_forward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p]
-    found.mlp_backward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p, n, p, p, p]
+    found.mlp_forward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p, p]
+    found.mlp_backward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p, n, p, p, p, p]
     return found
+
+
+def has_bf16() -> bool:
+    """Whether the compiled half is in use and the processor multiplies bfloat16."""
+    return library() is not None and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+@contextmanager
+def rounding(bf16: bool) -> Iterator[None]:
+    """Within it forward passes, and the backward passes of these, round the factors of their matmuls to bfloat16.
+
+    Sums, activations, gradients and weights stay in single precision.
+    """
+    global _rounds
+    before, _rounds = _rounds, bf16
+    try:
+        yield
+    finally:
+        _rounds = before
 
 
 def applies(x: Tensor, weights: Tensor) -> bool:
@@ -84,14 +106,15 @@ class CompiledMLP(torch.autograd.Function):
         saved = x.new_empty(1 if shared else count, batch * layout.saved)
         outputs = x.new_empty(count, batch, layout.out_size)
         ctx.save_for_backward(x, weights, saved)
-        ctx.layout, ctx.plain = layout, plain
+        ctx.layout, ctx.plain, ctx.rounds = layout, plain, _rounds
         before = count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(), weights.stride(0)
         keep = 0 if shared else saved.stride(0)
         call = library().mlp_forward  # type: ignore[union-attr]
 
         def compute(first: int, stop: int) -> None:
-            panel = _panel(layout, batch)
-            call(first, stop, *before, saved.data_ptr(), keep, outputs.data_ptr(), panel.data_ptr())
+            panel, halves = _scratch(layout, batch, ctx.rounds)
+            pointers = saved.data_ptr(), keep, outputs.data_ptr(), panel.data_ptr(), _address(halves)
+            call(first, stop, *before, *pointers)
 
         _in_parts(compute, count)
         return outputs
@@ -117,8 +140,9 @@ class CompiledMLP(torch.autograd.Function):
         )  # fmt: skip
 
         def compute(first: int, stop: int) -> None:
-            panel, scratch = _panel(layout, batch), x.new_empty(2 * batch * layout.widest)
-            call(first, stop, *arguments, panel.data_ptr(), scratch.data_ptr())
+            panel, halves = _scratch(layout, batch, ctx.rounds)
+            between = x.new_empty(2 * batch * layout.widest)
+            call(first, stop, *arguments, panel.data_ptr(), _address(halves), between.data_ptr())
 
         _in_parts(compute, count)
         if of_x is not None and count > len(x):
@@ -130,8 +154,10 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _panel(layout: Layout, batch: int) -> Tensor:
-    return torch.empty(PANEL * max(batch, layout.widest))  # aligned to 64 bytes, as all of PyTorch's memory
+def _scratch(layout: Layout, batch: int, rounds: bool) -> tuple[Tensor, Tensor | None]:
+    size = max(batch, layout.widest)
+    # aligned to 64 bytes, as all of PyTorch's memory
+    return torch.empty(PANEL * size), torch.empty((size + 1) // 2 * size) if rounds else None
 
 
 def _in_parts(compute: Callable[[int, int], None], count: int) -> None:

@@ -71,7 +71,10 @@ class Experiment:
         """The stage's module, untrained."""
         # a seed for each stage, so that a reused stage leaves the next one as it would have been
         L.seed_everything(derive_seed(self.seed, stage.name) % 2**32, verbose=False)
-        return build_module(self.settings[stage.name], self.data.observation_size, self.data.action_size)
+        module = build_module(self.settings[stage.name], self.data.observation_size, self.data.action_size)
+        if isinstance(module, UpdateModule):
+            module.matmul_precision = self.settings["matmul_precision"]
+        return module
 
     def run(self, stage: Stage, trained: Mapping[str, L.LightningModule]) -> L.LightningModule:
         """Trains one stage, or takes it from where it is complete: its module in evaluation mode, on the CPU."""
