@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["BatchLoader", "FixedBatches", "Ranges", "RowStream", "derive_seed", "take"]
+__all__ = ["BatchLoader", "FixedBatches", "Ranges", "RowStream", "WeightedRows", "derive_seed", "take"]
 
 SKIP_CHUNK = 1 << 22
 
@@ -40,6 +40,19 @@ class RowStream:
         """Passes over row numbers already used."""
         for start in range(0, count, SKIP_CHUNK):
             torch.randint(2, (min(SKIP_CHUNK, count - start),), generator=self._generator)
+
+
+class WeightedRows:
+    """Rows drawn as often as their weights say, shape (N,), float64, at least 0 and not all 0."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self._cumulative = weights.cumsum(0)
+        self._last = int(torch.searchsorted(self._cumulative, self._cumulative[-1]))  # that can be drawn
+
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Row numbers of a shape; each takes one number in double precision from the generator."""
+        places = torch.rand(*shape, dtype=torch.float64, generator=generator) * self._cumulative[-1]
+        return torch.searchsorted(self._cumulative, places, right=True).clamp(max=self._last)
 
 
 class Ranges:
