@@ -12,7 +12,7 @@ from torch import Tensor
 from dawm.data.episodes import Episodes
 from dawm.errors import require
 
-__all__ = ["AdvantageWeights", "RowWeights", "TopShare", "linear_baseline"]
+__all__ = ["AdvantageWeights", "RowWeights", "TopShare", "checked", "linear_baseline"]
 
 
 class RowWeights(ABC):
@@ -67,11 +67,19 @@ class TopShare(RowWeights):
         return _over_rows(chosen, episodes.lengths)
 
 
+def checked(weights: Tensor, rows: int) -> Tensor:
+    """The weights, shape (N,); a UserError where so many rows cannot be drawn by them."""
+    holds = weights.shape == (rows,) and bool((weights >= 0).all()) and 0 < float(weights.sum()) < torch.inf
+    expected = f"a finite weight of at least 0 for each of {rows} rows, not all of them 0"
+    require("data.real_weights", tuple(weights.shape), holds, expected, "correct what the class returns")
+    return weights.double()
+
+
 def linear_baseline(observations: Tensor, returns: Tensor) -> Tensor:
     """Ridge regression with intercept of returns, shape (E,), on observations, (E, O): its predictions, shape (E,).
 
-    The penalty on coefficients of standardised observations is O. It is nothing beside many episodes; few it keeps from
-    being fitted exactly, which would leave advantages of rounding errors alone.
+    Observations are standardised, and the penalty is O: nothing beside many episodes, while few are not fitted exactly,
+    as plain least squares would, which leaves advantages of rounding errors alone.
     """
     std, mean = torch.std_mean(observations, dim=0, correction=0)
     # a dimension that varies by rounding alone tells nothing
