@@ -37,15 +37,14 @@ class WeightedRows:
         self._weights, self._counts = weights.unique_consecutive(return_counts=True)
         self._starts = self._counts.cumsum(0) - self._counts
         self._stops = (self._weights * self._counts).cumsum(0)  # of the runs, in cumulative weight
-        self._last = int(torch.searchsorted(self._stops, self._stops[-1]))  # the last run that can be drawn
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Row numbers of a shape; each takes one number in double precision from the generator."""
         places = torch.rand(*shape, dtype=torch.float64, generator=generator) * self._stops[-1]
-        run = torch.searchsorted(self._stops, places, right=True).clamp(max=self._last)
+        run = torch.searchsorted(self._stops, places, right=True)  # a run of weight 0 stops where it starts
         count, weight = self._counts[run], self._weights[run]
         row = ((places - self._stops[run]) / weight + count).long()
-        return self._starts[run] + row.clamp(min=0).minimum(count - 1)
+        return self._starts[run] + row.clamp(min=0).minimum(count - 1)  # rounding may lead out of the run
 
 
 class RowStream:

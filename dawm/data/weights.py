@@ -42,8 +42,7 @@ class AdvantageWeights(RowWeights):
         returns = episodes.episode_returns.double()
         firsts = episodes.transitions.observations[episodes.starts].double()
         advantages = returns - linear_baseline(firsts, returns)
-        # returns that differ by rounding alone are the same
-        extent = max(float(advantages.max() - advantages.min()), 1e-6 * float(returns.abs().max())) or 1.0
+        extent = float(advantages.max() - advantages.min()) or 1.0  # 0 where all are the same
         return _over_rows(((advantages - advantages.max()) / (extent * self.temperature)).exp(), episodes.lengths)
 
 
@@ -82,8 +81,7 @@ def linear_baseline(observations: Tensor, returns: Tensor) -> Tensor:
     as plain least squares would, which leaves advantages of rounding errors alone.
     """
     std, mean = torch.std_mean(observations, dim=0, correction=0)
-    # a dimension that varies by rounding alone tells nothing
-    inputs = (observations - mean) / torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
+    inputs = (observations - mean) / torch.where(std > 0, std, torch.inf)
     size, centre = inputs.shape[1], returns.mean()
     covariance = inputs.T @ inputs + size * torch.eye(size, dtype=inputs.dtype)
     return centre + inputs @ torch.linalg.solve(covariance, inputs.T @ (returns - centre))
