@@ -129,6 +129,13 @@ def test_rows_by_weight_and_losses_on_real_rows_concern_the_agent_alone_and_epis
     assert main(["synthesize", "--run", str(run), *output]) == 0
 
 
+def test_a_loss_over_real_rows_without_any_is_refused_before_anything_is_trained(smoke, tmp_path, capsys):
+    options = ["--agent.clone_real_only", "true", "--data.synthetic_fraction", "1"]
+    assert main(["fit", "--config", str(smoke), *options]) == 2
+    assert "--data.synthetic_fraction: got 1.0, expected one that leaves real rows" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "world_model").exists()
+
+
 @pytest.mark.parametrize("fraction", ["0.5", "1.0"])
 def test_iql_learns_from_mixed_and_imagined_data(smoke, tmp_path, fraction):
     options = ["--agent", "IQL", "--agent.hidden", "[16,16]", "--data.synthetic_fraction", fraction]
