@@ -157,6 +157,36 @@ def test_bf16_rounds_the_factors_of_matmuls_and_nothing_else(batch, ins, outs):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
 
 
+@compiled_only
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("batch", "sizes", "width", "depth"), [(130, (8, 13, 15), 256, 2), (70, (3, 5, 2), 33, 3)])
+def test_the_compiled_residual_mlp_agrees_with_autograd_in_double_precision(
+    batch, sizes, width, depth, threads, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    network, toward = ResidualMLP(*sizes, width=width, depth=depth), torch.randn(batch, *sizes[:2])
+    for parameter in network.parameters():  # norms of their own scale and shift
+        nn.init.normal_(parameter, 0.1, parameter.shape[-1] ** -0.5)
+    inputs = [torch.randn(batch, *sizes[:2]), torch.randn(batch), torch.randn(batch, sizes[2])]
+
+    def answer_and_gradients(values, toward):
+        answer = network(*values)
+        return [answer, *torch.autograd.grad(answer, list(network.parameters()), toward)]
+
+    found = answer_and_gradients(inputs, toward)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "library", lambda: None)
+        plain = answer_and_gradients(inputs, toward)
+    network, inputs = network.double(), [values.double() for values in inputs]
+    for one, other, exact in zip(found, plain, answer_and_gradients(inputs, toward.double())):
+        worst = max((other - exact).abs().max().item(), 1e-6 * exact.abs().max().item())
+        assert (one - exact).abs().max().item() < 3 * worst
+    inputs[0].requires_grad_()
+    (slope,) = torch.autograd.grad(network(*inputs).sum(), inputs[0])  # PyTorch's own way
+    assert slope.abs().sum() > 0
+
+
 def test_members_do_not_share_gradients_or_weights():
     torch.manual_seed(0)
     batched = BatchedMLP((2,), 4, (8,), 3)

@@ -13,16 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["CompiledMLP", "Layout", "applies", "has_bf16", "rounding"]
+__all__ = ["CompiledMLP", "CompiledResidual", "Layout", "applies", "has_bf16", "rounding"]
 
 _rounds = False  # whether matmuls round their factors to bfloat16
 
+FEWEST = 32  # rows of a residual MLP for a thread of its own
 PANEL = 48  # columns of a matrix that mlp.c packs at once
 NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 
@@ -58,6 +61,9 @@ def library() -> ctypes.CDLL | None:
     n, p = ctypes.c_int64, ctypes.c_void_p
     found.mlp_forward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p, p]
     found.mlp_backward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p, n, p, p, p, p]
+    found.residual_saved.argtypes, found.residual_saved.restype = 5 * [n], n
+    found.residual_forward.argtypes = [*5 * [n], *7 * [p]]
+    found.residual_backward.argtypes = [*5 * [n], *8 * [p]]
     return found
 
 
@@ -112,11 +118,12 @@ class CompiledMLP(torch.autograd.Function):
         call = library().mlp_forward  # type: ignore[union-attr]
 
         def compute(first: int, stop: int) -> None:
-            panel, halves = _scratch(layout, batch, ctx.rounds)
+            panel, halves = _scratch(max(batch, layout.widest), ctx.rounds)
             pointers = saved.data_ptr(), keep, outputs.data_ptr(), panel.data_ptr(), _address(halves)
             call(first, stop, *before, *pointers)
 
-        _in_parts(compute, count)
+        bounds = _bounds(count)
+        _run(compute, bounds[:-1], bounds[1:])
         return outputs
 
     @staticmethod
@@ -140,34 +147,92 @@ class CompiledMLP(torch.autograd.Function):
         )  # fmt: skip
 
         def compute(first: int, stop: int) -> None:
-            panel, halves = _scratch(layout, batch, ctx.rounds)
+            panel, halves = _scratch(max(batch, layout.widest), ctx.rounds)
             between = x.new_empty(2 * batch * layout.widest)
             call(first, stop, *arguments, panel.data_ptr(), _address(halves), between.data_ptr())
 
-        _in_parts(compute, count)
+        bounds = _bounds(count)
+        _run(compute, bounds[:-1], bounds[1:])
         if of_x is not None and count > len(x):
             of_x = of_x.unflatten(0, (len(x), -1)).sum(dim=1)
         return of_x, of_weights, None, None
+
+
+class CompiledResidual(torch.autograd.Function):
+    """A residual MLP: ``CompiledResidual.apply(x, features, width, *parameters)``; gradients are those of parameters.
+
+    Of x, shape (B, in), and features, shape (B, F), to (B, in); parameters in the order that `residual.c` names.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, features: Tensor, width: int, *parameters: Tensor) -> Tensor:
+        """The network's answer."""
+        x, features = x.contiguous(), features.contiguous()
+        sizes = x.shape[1], features.shape[1], width, (len(parameters) - 8) // 6
+        outputs, bounds = torch.empty_like(x), _bounds(max(1, len(x) // FEWEST))
+        rows = [range(*(len(x) * bound // bounds[-1] for bound in pair)) for pair in pairwise(bounds)]
+        call, size = library().residual_forward, library().residual_saved  # type: ignore[union-attr]
+        saved = [x.new_empty(size(len(part), *sizes)) for part in rows]
+        pointers, rounds = _pointers(parameters), _rounds
+
+        def compute(part: range, keep: Tensor) -> None:
+            panel, halves = _scratch(max(len(part), 2 * width, width + sizes[0], sizes[1]), rounds)
+            of_part = (tensor[part.start].data_ptr() for tensor in (x, features))
+            call(len(part), *sizes, *of_part, pointers, keep.data_ptr(), outputs[part.start].data_ptr(),
+                 panel.data_ptr(), _address(halves))  # fmt: skip
+
+        _run(compute, rows, saved)
+        ctx.save_for_backward(features, *saved, *parameters)
+        ctx.sizes, ctx.rows, ctx.rounds = sizes, rows, rounds
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the parameters."""
+        (features, *rest), sizes, rounds, gradient = ctx.saved_tensors, ctx.sizes, ctx.rounds, gradient.contiguous()
+        saved, parameters = rest[: len(ctx.rows)], rest[len(ctx.rows) :]
+        call, pointers, width = library().residual_backward, _pointers(parameters), sizes[2]  # type: ignore[union-attr]
+        found = [[torch.empty_like(parameter) for parameter in parameters] for _ in ctx.rows]
+
+        def compute(part: range, keep: Tensor, gradients: Sequence[Tensor]) -> None:
+            panel, halves = _scratch(max(len(part), 2 * width, width + sizes[0], sizes[1]), rounds)
+            between = features.new_empty(len(part) * (6 * width + sizes[0]))
+            call(len(part), *sizes, features[part.start].data_ptr(), pointers, keep.data_ptr(),
+                 gradient[part.start].data_ptr(), _pointers(gradients), panel.data_ptr(), _address(halves),
+                 between.data_ptr())  # fmt: skip
+
+        _run(compute, ctx.rows, saved, found)
+        for other in found[1:]:
+            torch._foreach_add_(found[0], other)
+        return None, None, None, *found[0]
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _scratch(layout: Layout, batch: int, rounds: bool) -> tuple[Tensor, Tensor | None]:
-    size = max(batch, layout.widest)
+def _scratch(size: int, rounds: bool) -> tuple[Tensor, Tensor | None]:
     # aligned to 64 bytes, as all of PyTorch's memory
     return torch.empty(PANEL * size), torch.empty((size + 1) // 2 * size) if rounds else None
 
 
-def _in_parts(compute: Callable[[int, int], None], count: int) -> None:
-    """Computes all networks, some on each of PyTorch's threads; the library lets go of Python meanwhile."""
+def _bounds(count: int) -> list[int]:
+    """Bounds of consecutive parts of so many things, one for each of PyTorch's threads."""
     parts = min(torch.get_num_threads(), count)
-    if parts == 1:
-        compute(0, count)
+    return [count * part // parts for part in range(parts + 1)]
+
+
+def _run(compute: Callable[..., None], *arguments: Sequence[Any]) -> None:
+    """Computes all parts, several at once in threads of their own; the library lets go of Python meanwhile."""
+    if len(arguments[0]) == 1:
+        compute(*(argument[0] for argument in arguments))
     else:
-        bounds = [count * part // parts for part in range(parts + 1)]
-        list(_threads(parts).map(compute, bounds[:-1], bounds[1:]))
+        list(_threads(len(arguments[0])).map(compute, *arguments))
 
 
 @cache
