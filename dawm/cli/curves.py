@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["draw_curves", "imagined_figures", "learning_figures", "read_curve", "read_logs"]
+__all__ = ["draw_curves", "imagined_figures", "learning_figures", "read_curve", "read_logs", "svg"]
 
 Curve = tuple[list[int], list[float]]  # updates, and the metric's value at each
 Draw = Callable[[Any], None]  # onto an axis of matplotlib
@@ -79,11 +79,11 @@ def learning_figures(results: Mapping[str, Any]) -> dict[str, str]:
     """The learning curves of all stages, as SVG by description: those of ``curves.png``, then the training losses."""
     logs = stage_logs(results)
     panels = _main_panels(results, logs)[::-1]  # the agent first
-    figures = {CAPTIONS[stage]: _svg(draw) for stage, draw in zip(reversed(results["stages"]), panels)}
+    figures = {CAPTIONS[stage]: svg(draw) for stage, draw in zip(reversed(results["stages"]), panels)}
     for curves in reversed(logs.values()):
         for metric in curves:
             if "loss" in metric:
-                figures[f"Training: {metric}."] = _svg(
+                figures[f"Training: {metric}."] = svg(
                     partial(_lines, title=metric, lines={"": _thinned(curves[metric])})
                 )
     return figures
@@ -113,7 +113,7 @@ def imagined_figures(curves: Mapping[str, Curve], limits: Mapping[str, float]) -
         beyond = [limits[limit], -limits[limit]] if limit in limits else []
         beyond = beyond[:1] if name == "rejected_fraction" else beyond
         figures[caption] = partial(_lines, title=name.replace("_", " "), lines=lines, limits=beyond)
-    return {caption: _svg(draw) for caption, draw in figures.items()}
+    return {caption: svg(draw) for caption, draw in figures.items()}
 
 
 def _main_panels(results: Mapping[str, Any], logs: Mapping[str, Mapping[str, Curve]]) -> list[Draw]:
@@ -202,7 +202,8 @@ def _picture(path: Path, panels: Sequence[Draw]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _svg(draw: Draw) -> str:
+def svg(draw: Draw) -> str:
+    """A drawing as the text of an SVG image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4))  # fixed margins: a layout engine would double the time

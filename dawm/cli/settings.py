@@ -88,6 +88,7 @@ class Settings(NamedTuple):
 
 OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "output_dir": (str, "runs/dawm", "folder of the run"),
+    "stages_dir": (str | None, None, "folder of the stages, which runs may share; None is output_dir"),
     "seed_everything": (int, 0, "seed of data split, networks, draws and noise"),
     "horizon": (int, 8, "steps imagined at once, of every class that has one"),
     "discount": (float, 0.99, "of rewards, of every class that has one"),

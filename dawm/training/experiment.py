@@ -1,6 +1,6 @@
 """Experiment: the three stages in order, in one process or one DDP group, and their results.
 
-A stage is trained in ``<output_dir>/<stage>/<key>/``, where the key is a hash of all that its result depends on: data,
+A stage is trained in ``<folder>/<stage>/<key>/``, where the key is a hash of all that its result depends on: data,
 settings, seed, and the stages before it. So a complete stage is reused, an interrupted one is resumed, and a changed
 setting trains beside the old result instead of over it.
 """
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from dawm.errors import UserError
 from dawm.files import expanded, write_whole
 from dawm.training.build import build_module
 from dawm.training.checkpoints import LAYOUT, ORIGIN, previous_of, read_checkpoint
-from dawm.training.ranks import end_with_first_rank
+from dawm.training.ranks import end_with_first_rank, only_run_in
 from dawm.training.save_checkpoint import SaveCheckpoint, remove_requeue_checkpoints
 from dawm.training.stage import Stage
 from dawm.training.trainer import make_trainer
@@ -54,17 +55,18 @@ class Experiment:
 
     data: TransitionDataModule  # already set up
     settings: Mapping[str, Any]  # all of the experiment, as plain values
-    output_dir: Path
+    folder: Path  # of the stages
     environment: Any  # what checkpoints say of the evaluation environment, plain values
     loggers: Sequence[Logger]  # besides CSV and TensorBoard
     console: Console
+    shared: bool = False  # whether other runs may train the same stages in the folder
     results: dict[str, StageResult] = field(default_factory=dict, init=False)
     rank: int = field(default=0, init=False)
     _keys: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Takes the seed from the settings."""
-        self.output_dir = self.output_dir.resolve()
+        self.folder = self.folder.resolve()
         self.seed: int = self.settings["seed_everything"]
 
     def build(self, stage: Stage) -> L.LightningModule:
@@ -89,7 +91,12 @@ class Experiment:
         if stage.init_from is not None:
             self._load(module, expanded(stage.init_from), f"stages.{stage.name}.init_from")
         self._keys[stage.name] = self.key(stage)
-        folder = self.output_dir / stage.name / self._keys[stage.name][:8]
+        folder = self.folder / stage.name / self._keys[stage.name][:8]
+        with only_run_in(folder, wait=True, create=True) if self.shared else nullcontext():
+            self._train_or_reuse(stage, module, folder)
+        return module.cpu().eval()
+
+    def _train_or_reuse(self, stage: Stage, module: L.LightningModule, folder: Path) -> None:
         complete = folder / "complete.json"
         if complete.exists():
             self._load(module, folder / "last.ckpt", f"stages.{stage.name}")
@@ -98,7 +105,6 @@ class Experiment:
             self.console.print(f"{stage.name}: reused from {folder}", soft_wrap=True)
         else:
             self.results[stage.name] = self._train(stage, module, folder)
-        return module.cpu().eval()
 
     def key(self, stage: Stage, max_steps: int | None = None) -> str:
         """Hash of all that the stage's result depends on; ``max_steps`` 0 in place of its own leaves the length out."""

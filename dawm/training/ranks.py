@@ -60,8 +60,8 @@ def check_launcher(trainer: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def only_run_in(folder: Path, wait: bool) -> Iterator[None]:
-    """Holds a run's folder for this process and the ranks it starts, so that no other `fit` writes there.
+def only_run_in(folder: Path, wait: bool, create: bool = False) -> Iterator[None]:
+    """Holds a folder, created if asked, for this process and the ranks it starts, so that no other `fit` writes there.
 
     The lock is the kernel's, on the file ``.lock``, so that it ends with the process, however that ends. The file says
     which host and process hold it; where the file system knows no locks, a holder on this host that has ended is stale.
@@ -71,6 +71,8 @@ def only_run_in(folder: Path, wait: bool) -> Iterator[None]:
         yield
         return
     path = folder / ".lock"
+    if create:
+        folder.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         while not _locked(file):
             if not wait:

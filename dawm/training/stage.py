@@ -27,7 +27,8 @@ NO_MATTER: dict[str, frozenset[str]] = {
     "trainer": frozenset({"profiler", "detect_anomaly"}),
     # the groups, what is part of the key by module, data and seed, and what comes after training
     "run": frozenset({"data", "stages", "trainer", "world_model", "inverse_dynamics", "agent", "seed_everything",
-                      "horizon", "discount", "seeds", "output_dir", "final_episodes", "wait", "quiet", "logger"}),
+                      "horizon", "discount", "seeds", "output_dir", "stages_dir", "final_episodes", "wait", "quiet",
+                      "logger"}),
 }  # fmt: skip
 """Settings that cannot change the result of any stage. Everything else is part of a stage's key."""
 
