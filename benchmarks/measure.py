@@ -20,7 +20,7 @@ from rich.table import Table
 from dawm.nn.matmul import prefer_onednn
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "lightning", "numpy", "gymnasium", "torchrl", "d3rlpy")
+PACKAGES = ("torch", "lightning", "numpy", "gymnasium", "torchrl", "d3rlpy", "jax")
 
 
 @dataclass(frozen=True)
