@@ -29,7 +29,7 @@ DRIFTS = (
 """What a refill logs: metric, the callback's limit of it, description."""
 REQUIRED = {"kept", *(name for name, _, _ in DRIFTS)}
 HELD_OUT = {
-    "world_model": ("validation_observation_error/step_1", "regression_observation_error/step_1"),
+    "world_model": ("validation_observation_error/step_1", "forward_observation_error/step_1"),
     "inverse_dynamics": ("validation_error",),
 }
 CAPTIONS = {
