@@ -126,7 +126,8 @@ def _read_settings(path: Path) -> tuple[TransitionDataModule, RegenerateRollouts
                 parser = ArgumentParser(exit_on_error=False)
                 parser.add_subclass_arguments(RegenerateRollouts, "callback")
                 callback, chosen_by = parser.instantiate(parser.parse_object({"callback": entry})).callback, "run"
-        return TransitionDataModule(**settings["data"]), callback, chosen_by
+        # weights, which only the agent's batches are drawn by, are still a description here
+        return TransitionDataModule(**settings["data"] | {"real_weights": None}), callback, chosen_by
     except UserError:
         raise
     except Exception as error:  # whatever YAML, imports and constructors raise

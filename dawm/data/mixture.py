@@ -4,23 +4,26 @@ Symbols: N real rows, M synthetic rows, D columns of a packed row, K batches dra
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dawm.data.batches import BatchLoader, RowStream, derive_seed, take
+from dawm.data.batches import BatchLoader, RowStream, WeightedRows, derive_seed, take
 from dawm.data.transitions import Transitions
 
 __all__ = ["Mixture"]
 
-_KINDS = ("real", "synthetic")
-
 
 class Mixture:
-    """Packed rows (N, D) to draw from, on the training device; if they are a mapped file, gathered on the CPU."""
+    """Packed rows (N, D) to draw from, on the training device; if they are a mapped file, gathered on the CPU.
 
-    def __init__(self, real: Tensor, sizes: tuple[int, int], mapped: bool) -> None:
+    The real rows are drawn by ``weights``, shape (N,), float64; None draws uniformly.
+    """
+
+    def __init__(self, real: Tensor, sizes: tuple[int, int], mapped: bool, weights: Tensor | None = None) -> None:
         self.real, self._sizes, self._mapped = real, sizes, mapped
+        self._weighted = None if weights is None else WeightedRows(weights)
         self.device = torch.device("cpu")
         self._synthetic = real.new_empty(0, real.shape[1])
         self._count = 0
@@ -47,7 +50,12 @@ class Mixture:
 
     def gather(self, rows: Tensor) -> Transitions:
         """Real rows by number, on the training device, fields of shape (*rows.shape, ...)."""
-        return Transitions.unpack(take(self.real, rows).to(self.device), *self._sizes)
+        return self._unpack(take(self.real, rows).to(self.device), rows.shape[-1])
+
+    def _unpack(self, rows: Tensor, real: int) -> Transitions:
+        """Batches of packed rows, shape (..., B, D), the first so many of each batch real."""
+        first = (torch.arange(rows.shape[-2], device=self.device) < real).float()
+        return replace(Transitions.unpack(rows, *self._sizes), real=first.expand(rows.shape[:-1]))
 
     def loader(
         self, batch_size: int, fraction: float, updates: int, updates_per_step: int | None, seeds: Sequence[tuple]
@@ -55,9 +63,13 @@ class Mixture:
         """Batches of ``round(batch_size * fraction)`` synthetic rows, the rest real; all real until the first refill.
 
         ``updates_per_step`` None draws single batches, fields of shape (B, ...). ``seeds`` say what sets the draws of
-        each agent apart; several agents get fields of shape (K, S, B, ...).
+        each agent apart; several agents get fields of shape (K, S, B, ...). The real rows come first.
         """
-        streams = [[RowStream(derive_seed(*parts[:2], kind, *parts[2:])) for kind in _KINDS] for parts in seeds]
+        kinds = {"real": self._weighted, "synthetic": None}
+        streams = [
+            [RowStream(derive_seed(*parts[:2], kind, *parts[2:]), weighted) for kind, weighted in kinds.items()]
+            for parts in seeds
+        ]
         synthetic_size = round(batch_size * fraction)
         drawn = batch_size, max(synthetic_size, 1)
 
@@ -74,7 +86,7 @@ class Mixture:
                 rows = torch.cat([rows, take(self._synthetic, synthetic)], dim=-2)
             rows = rows.squeeze(1) if len(seeds) == 1 else rows
             rows = rows.squeeze(0) if updates_per_step is None else rows
-            return Transitions.unpack(rows, *self._sizes)
+            return self._unpack(rows, batch_size - mixed)
 
         counted = [(stream, size) for pair in streams for stream, size in zip(pair, drawn)]
         return BatchLoader(draw, counted, updates, updates_per_step or 1)

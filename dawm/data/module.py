@@ -23,6 +23,7 @@ from dawm.data.segments import SegmentTable
 from dawm.data.sources.scores import ReferenceScores
 from dawm.data.store.cache import MEMORY_LIMIT
 from dawm.data.transitions import Transitions
+from dawm.data.weights import RowWeights, checked
 from dawm.errors import require
 
 __all__ = ["TransitionDataModule"]
@@ -49,6 +50,8 @@ class TransitionDataModule(L.LightningDataModule):
         batch_size: Transitions per update and per rank (agent and inverse dynamics).
         segment_batch_size: Segments per update and per rank (world model).
         synthetic_fraction: Fraction of synthetic rows in an agent's batch, in [0, 1]. 0 trains on real data alone.
+        real_weights: How often each real row is drawn, for the agent alone; None draws uniformly.
+        episode_fraction: Fraction of the data set's episodes to use, for everything, in (0, 1]; ``seed`` draws them.
         updates_per_step: Batches drawn at once K. Saves Lightning's cost per step; results do not depend on it.
         validation_fraction: Fraction of the episodes held out from world model and inverse dynamics, in (0, 1).
         seed: Seed of the split and of all draws; ranks draw different rows from it.
@@ -68,6 +71,8 @@ class TransitionDataModule(L.LightningDataModule):
         batch_size: int = 256,
         segment_batch_size: int = 256,
         synthetic_fraction: float = 0.5,
+        real_weights: RowWeights | None = None,
+        episode_fraction: float = 1.0,
         updates_per_step: int = 20,
         validation_fraction: float = 0.1,
         seed: int = 0,
@@ -79,9 +84,10 @@ class TransitionDataModule(L.LightningDataModule):
         self.dataset, self.env_id = dataset, env_id
         self.horizon, self.discount, self.return_window = horizon, discount, return_window
         self.batch_size, self.segment_batch_size = batch_size, segment_batch_size
-        self.synthetic_fraction, self.updates_per_step = synthetic_fraction, updates_per_step
-        self.validation_fraction, self.seed = validation_fraction, seed
-        self.cache_dir, self.memory_limit, self.max_episode_steps = cache_dir, memory_limit, max_episode_steps
+        self.synthetic_fraction, self.real_weights, self.seed = synthetic_fraction, real_weights, seed
+        self.episode_fraction, self.validation_fraction = episode_fraction, validation_fraction
+        self.updates_per_step, self.max_episode_steps = updates_per_step, max_episode_steps
+        self.cache_dir, self.memory_limit = cache_dir, memory_limit
         _check(self)
         self._episodes: Episodes | None = None
         # agents are scored in their environment, and Lightning warns where there is no validation
@@ -91,18 +97,12 @@ class TransitionDataModule(L.LightningDataModule):
         """Loads the data set once, and splits off the held-out episodes."""
         if self._episodes is not None:
             return
-        episodes = load_episodes(self.dataset, self.env_id, self.cache_dir, self.memory_limit)
-        longest = int(episodes.lengths.max())
-        expected = f"at most {longest}, the steps of the longest episode of {self.dataset}"
-        require("data.horizon", self.horizon, self.horizon <= longest, expected, "set --horizon")
-        self._episodes = episodes
-        self._mixture = Mixture(episodes.rows, episodes.sizes, mapped=episodes.cache is not None)
+        self._episodes = episodes = _load(self)
+        weights = None if self.real_weights is None else checked(self.real_weights(episodes), len(episodes))
+        self._mixture = Mixture(episodes.rows, episodes.sizes, episodes.cache is not None, weights)
         self.returns_to_go = episodes.returns_to_go(self.discount, self.return_window)
-        order = torch.randperm(len(episodes.ends), generator=torch.Generator().manual_seed(self.seed))
-        held_out = min(max(1, round(self.validation_fraction * len(order))), len(order) - 1)
-        self.validation_episodes, self.training_episodes = order[:held_out].sort()[0], order[held_out:].sort()[0]
-        if held_out == 0:  # a single episode: nothing to hold out, validate on what is there
-            self.validation_episodes = self.training_episodes
+        split = _split(len(episodes.ends), self.validation_fraction, self.seed)
+        self.validation_episodes, self.training_episodes = split
 
     @property
     def episodes(self) -> Episodes:
@@ -234,10 +234,35 @@ class TransitionDataModule(L.LightningDataModule):
         return self._mixture.synthetic
 
 
+def _load(data: TransitionDataModule) -> Episodes:
+    """The episodes to use, checked to be long enough."""
+    episodes = load_episodes(data.dataset, data.env_id, data.cache_dir, data.memory_limit)
+    if data.episode_fraction < 1:
+        size = data.episode_fraction * episodes.rows.nbytes / 2**30
+        expected = f"at least {size:.2g}, the GiB of the fraction of {data.dataset} that is copied into memory"
+        remedy = "raise it, or lower --data.episode_fraction"
+        require("data.memory_limit", data.memory_limit, size <= data.memory_limit, expected, remedy)
+        episodes = episodes.subset(data.episode_fraction, data.seed)
+    longest = int(episodes.lengths.max())
+    expected = f"at most {longest}, the steps of the longest episode of {data.dataset}"
+    require("data.horizon", data.horizon, data.horizon <= longest, expected, "set --horizon")
+    return episodes
+
+
+def _split(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the episodes to validate on, and of those to train on, each ascending."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held_out = min(max(1, round(fraction * count)), count - 1)
+    training = order[held_out:].sort()[0]
+    # of a single episode nothing can be held out: validate on what is there
+    return (order[:held_out].sort()[0] if held_out else training), training
+
+
 def _check(data: TransitionDataModule) -> None:
     """Raises a UserError for a setting that is out of its range."""
     for key, holds, expected in (
         ("synthetic_fraction", 0 <= data.synthetic_fraction <= 1, "a number from 0 to 1"),
+        ("episode_fraction", 0 < data.episode_fraction <= 1, "a number above 0 and at most 1"),
         ("validation_fraction", 0 < data.validation_fraction < 1, "a number between 0 and 1"),
         ("memory_limit", data.memory_limit >= 0, "a number of GiB, at least 0"),
         ("discount", 0 <= data.discount <= 1, "a number from 0 to 1"),
