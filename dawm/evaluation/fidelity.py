@@ -50,7 +50,7 @@ class TransitionErrors(Metric):
         self.difference_std, self.reward_std = difference_std.double(), reward_std.double()
 
     def update(self, predicted: Transitions, true: Transitions, valid: Tensor) -> None:
-        """Adds steps, fields of shape (B, H, ...); ``valid``, shape (B, H), bool, is False for those that do not count."""
+        """Adds steps, fields of shape (B, H, ...); those count whose ``valid``, shape (B, H), bool, is True."""
         errors = {
             "observation": (predicted.next_observations - true.next_observations).double().square(),
             "reward": (predicted.rewards - true.rewards).double().square(),
@@ -63,20 +63,22 @@ class TransitionErrors(Metric):
             getattr(self, name).add_(values.where(mask, 0.0).sum(dim=0))
 
     def compute(self) -> dict[str, Tensor]:
-        """By name: ``observation``, ``reward`` and ``termination``, each of shape (H,), and what they are made of.
+        """``observation``, ``reward`` and ``termination``, each of shape (H,), ``mean_...`` over all steps.
 
         Observation and reward errors are in units of the variance; ``raw_observation`` and ``raw_reward`` are not.
         ``by_dimension``, shape (O,), is the observation error over all steps, ``count`` the steps that counted; a mean
         of none is NaN.
         """
-        observation = self.observation / self.count.unsqueeze(-1)
+        count, total = self.count, self.count.sum()
         scaled = self.observation / self.difference_std.square()
-        reward = self.reward / self.count
+        reward = self.reward / self.reward_std.square()
         return {
-            "observation": scaled.mean(dim=-1) / self.count, "raw_observation": observation.mean(dim=-1),
-            "by_dimension": scaled.sum(dim=0) / self.count.sum(),
-            "reward": reward / self.reward_std.square(), "raw_reward": reward,
-            "termination": self.termination / self.count, "count": self.count,
+            "observation": scaled.mean(dim=-1) / count, "raw_observation": self.observation.mean(dim=-1) / count,
+            "by_dimension": scaled.sum(dim=0) / total, "mean_observation": scaled.mean(dim=-1).sum() / total,
+            "mean_raw_observation": self.observation.mean(dim=-1).sum() / total,
+            "reward": reward / count, "raw_reward": self.reward / count, "mean_reward": reward.sum() / total,
+            "termination": self.termination / count, "mean_termination": self.termination.sum() / total,
+            "count": count,
         }  # fmt: skip
 
 
@@ -106,7 +108,7 @@ class Novelty(_Rows):
     """Distances to the nearest reference row, Euclidean, in standard deviations of the reference's columns."""
 
     def compute(self) -> dict[str, Tensor]:
-        """Their ``mean``, ``median`` and ``quantile_95``, and the fraction of ``copies``, which are no distance away."""
+        """Their ``mean``, ``median`` and ``quantile_95``, and the fraction of ``copies``, at no distance."""
         parts = dim_zero_cat(self.rows).split(QUERIES)
         # by differences and not by products, whose rounding would keep equal rows apart
         exact = "donot_use_mm_for_euclid_dist"
