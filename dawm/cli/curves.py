@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["draw_curves", "imagined_figures", "learning_figures", "read_curve", "read_logs"]
+__all__ = ["draw_curves", "imagined_figures", "learning_figures", "picture", "read_curve", "read_logs", "svg"]
 
 Curve = tuple[list[int], list[float]]  # updates, and the metric's value at each
 Draw = Callable[[Any], None]  # onto an axis of matplotlib
@@ -65,25 +65,25 @@ def stage_logs(results: Mapping[str, Any]) -> dict[str, dict[str, Curve]]:
 
 def draw_curves(output_dir: Path, results: Mapping[str, Any]) -> None:
     """Draws what the held-out data and the environment say of each stage into ``curves.png``."""
-    _picture(output_dir / "curves.png", _main_panels(results, stage_logs(results)))
+    picture(output_dir / "curves.png", _main_panels(results, stage_logs(results)))
 
 
 def draw_evaluations(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
     """Draws what the checkpoints of a run earn: ``step``, ``return``, and the bounds ``low`` and ``high`` of each."""
     steps, *values = ([entry[key] for entry in evaluations] for key in ("step", "return", "low", "high"))
     curves = {name: (steps, each) for name, each in zip(("return", "return_low", "return_high"), values)}
-    _picture(path, [partial(_score, metric="return", curves=curves)])
+    picture(path, [partial(_score, metric="return", curves=curves)])
 
 
 def learning_figures(results: Mapping[str, Any]) -> dict[str, str]:
     """The learning curves of all stages, as SVG by description: those of ``curves.png``, then the training losses."""
     logs = stage_logs(results)
     panels = _main_panels(results, logs)[::-1]  # the agent first
-    figures = {CAPTIONS[stage]: _svg(draw) for stage, draw in zip(reversed(results["stages"]), panels)}
+    figures = {CAPTIONS[stage]: svg(draw) for stage, draw in zip(reversed(results["stages"]), panels)}
     for curves in reversed(logs.values()):
         for metric in curves:
             if "loss" in metric:
-                figures[f"Training: {metric}."] = _svg(
+                figures[f"Training: {metric}."] = svg(
                     partial(_lines, title=metric, lines={"": _thinned(curves[metric])})
                 )
     return figures
@@ -113,7 +113,7 @@ def imagined_figures(curves: Mapping[str, Curve], limits: Mapping[str, float]) -
         beyond = [limits[limit], -limits[limit]] if limit in limits else []
         beyond = beyond[:1] if name == "rejected_fraction" else beyond
         figures[caption] = partial(_lines, title=name.replace("_", " "), lines=lines, limits=beyond)
-    return {caption: _svg(draw) for caption, draw in figures.items()}
+    return {caption: svg(draw) for caption, draw in figures.items()}
 
 
 def _main_panels(results: Mapping[str, Any], logs: Mapping[str, Mapping[str, Curve]]) -> list[Draw]:
@@ -193,7 +193,8 @@ def _thinned(curve: Curve) -> Curve:
     return [curve[0][s] for s in starts], [float(np.mean(curve[1][s : s + block])) for s in starts]
 
 
-def _picture(path: Path, panels: Sequence[Draw]) -> None:
+def picture(path: Path, panels: Sequence[Draw]) -> None:
+    """Draws some panels side by side into a PNG file."""
     from matplotlib.figure import Figure  # slow to import, and needed only here and below
 
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
@@ -202,7 +203,8 @@ def _picture(path: Path, panels: Sequence[Draw]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _svg(draw: Draw) -> str:
+def svg(draw: Draw) -> str:
+    """One drawing as SVG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4))  # fixed margins: a layout engine would double the time

@@ -21,7 +21,7 @@ from dawm import __version__
 from dawm.cli.curves import DRIFTS, Curve, imagined_figures, learning_figures, read_logs
 from dawm.files import write_whole
 
-__all__ = ["write_report"]
+__all__ = ["figures", "section", "table", "write_report"]
 
 LIBRARIES = ("torch", "lightning", "gymnasium", "minari", "mujoco", "numpy")
 
@@ -31,22 +31,27 @@ them all.</p>"""
 
 
 def write_report(
-    folder: Path, results: Mapping[str, Any], settings: Mapping[str, Any], command: str, rows: Iterable[Sequence[str]]
-) -> None:
-    """Writes ``report.html`` into the run's folder; the rows are the final table's, label and value of each."""
+    folder: Path, results: Mapping[str, Any], settings: Mapping[str, Any], command: str, rows: Iterable[Sequence[str]],
+    fidelity: str = "",
+) -> None:  # fmt: skip
+    """Writes ``report.html`` into the run's folder; the rows are the final table's, label and value of each.
+
+    ``fidelity`` is the section that `diagnose` adds.
+    """
     title = html.escape(f"{results['agent']['class'].split('.')[-1]} on {results['data']['dataset']}")
     logs, limits = read_logs(Path(results["stages"]["agent"]["checkpoint"]).parent), _limits(settings)
     imagined = imagined_figures(logs, limits)
-    about_imagined = (_figures(imagined), _refills(logs, limits)) if imagined else (f"<p>{NOTHING_IMAGINED}</p>",)
+    about_imagined = (figures(imagined), _refills(logs, limits)) if imagined else (f"<p>{NOTHING_IMAGINED}</p>",)
     config = html.escape(yaml.safe_dump(dict(settings), sort_keys=False))
     body = [
         _cards(results),
-        _section("Results", _table(rows), _seeds(results)),
-        _section("Learning curves", _figures(learning_figures(results))),
-        _section("Imagined data", *about_imagined),
-        _section("Repeat it", f'<pre class="wrap">{html.escape(command)}</pre>', REUSED,
+        section("Results", table(rows), _seeds(results)),
+        section("Learning curves", figures(learning_figures(results))),
+        section("Imagined data", *about_imagined),
+        *([fidelity] if fidelity else []),
+        section("Repeat it", f'<pre class="wrap">{html.escape(command)}</pre>', REUSED,
                  f"<details><summary>All settings (config.yaml)</summary><pre>{config}</pre></details>"),
-        _section("Versions and hardware", _table(_versions()), f"<p>{html.escape(_hardware())}</p>"),
+        section("Versions and hardware", table(_versions()), f"<p>{html.escape(_hardware())}</p>"),
     ]  # fmt: skip
     subtitle = f"Seed {results['seed']}, written {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     heading = title.replace("/", "/<wbr>")
@@ -55,11 +60,12 @@ def write_report(
     write_whole(folder / "report.html", page)
 
 
-def _section(title: str, *parts: str) -> str:
+def section(title: str, *parts: str) -> str:
+    """One part of the page, of HTML."""
     return f"<section>\n<h2>{title}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
-def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
+def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     """A table whose first column names the rows; it scrolls in a box of its own where it is too wide."""
     lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)] if head else []
     for label, *cells in rows:
@@ -68,10 +74,10 @@ def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     return '<div class="scroll"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
 
 
-def _figures(figures: Mapping[str, str]) -> str:
+def figures(drawings: Mapping[str, str]) -> str:
     """SVG images with their descriptions; as images, since the ids inside two inlined drawings would meet."""
     parts = []
-    for caption, svg in figures.items():
+    for caption, svg in drawings.items():
         text, data = html.escape(caption), base64.b64encode(svg.encode()).decode()
         parts.append(
             f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>'
@@ -99,7 +105,7 @@ def _seeds(results: Mapping[str, Any]) -> str:
         return ""
     figures = ((sum(each) / len(each), min(each), max(each)) for each in returns)
     rows = [(str(seed), *(f"{value:.1f}" for value in values)) for seed, values in enumerate(figures)]
-    return _table(rows, ("seed", "mean return", "lowest", "highest"))
+    return table(rows, ("seed", "mean return", "lowest", "highest"))
 
 
 def _limits(settings: Mapping[str, Any]) -> dict[str, float]:
@@ -118,7 +124,7 @@ def _refills(logs: Mapping[str, Curve], limits: Mapping[str, float]) -> str:
             name = metric.removeprefix("synthetic/")
             rows.append((name.replace("_", " "), *map(_figure, (values[0], values[-1], limit_of.get(name)))))
     note = '<p class="soft">The first and the last refill; beyond its limit a figure gives a warning.</p>'
-    return _table(rows, ("metric", "first", "last", "limit")) + note
+    return table(rows, ("metric", "first", "last", "limit")) + note
 
 
 def _figure(value: float | None) -> str:

@@ -22,7 +22,15 @@ from dawm.evaluation.episodes import Evaluation
 from dawm.files import write_whole
 from dawm.training.experiment import StageResult
 
-__all__ = ["collect_results", "log_summary", "read_results", "show_evaluation", "show_results", "write_files"]
+__all__ = [
+    "add_to_report",
+    "collect_results",
+    "log_summary",
+    "read_results",
+    "show_evaluation",
+    "show_results",
+    "write_files",
+]
 
 
 def collect_results(
@@ -130,10 +138,18 @@ def read_results(run: Path) -> dict[str, Any]:
 
 def write_files(output_dir: Path, results: Mapping[str, Any], settings: Mapping[str, Any], command: str) -> None:
     """Writes ``results.json``, ``config.yaml`` (which ``fit --config`` takes), ``curves.png`` and ``report.html``."""
+    results = {**results, "command": command}
     write_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     write_whole(output_dir / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
     draw_curves(output_dir, results)
     write_report(output_dir, results, settings, command, _rows(results))
+
+
+def add_to_report(run: Path, results: Mapping[str, Any], fidelity: str) -> None:
+    """Writes a finished run's ``report.html`` once more, with the section that `diagnose` adds."""
+    config = run / "config.yaml"
+    command = results.get("command", f"python -m dawm fit --config {config}")
+    write_report(run, results, yaml.safe_load(config.read_text()), command, _rows(results), fidelity)
 
 
 def log_summary(loggers: Iterable[Logger], results: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ from dawm.synthesis.targets import TargetReturn
 from dawm.training.build import restore_module
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
 
-__all__ = ["synthesize_dataset"]
+__all__ = ["load_synthesizer", "synthesize_dataset"]
 
 FEWEST = 256  # starts of a chunk: the last ones, which make up for dropped steps, are not worth making smaller
 
@@ -67,38 +67,16 @@ def synthesize_dataset(
         device: Where to imagine: cpu, cuda, ...; auto takes a GPU if there is one.
         overwrite: Replace a data set of that id.
     """
-    for key, number, least in (("transitions", transitions, 1), ("num_steps", num_steps, 1), ("margin", margin, 0)):
-        require(key, number, number is None or number >= least, f"at least {least}")
+    require("transitions", transitions, transitions >= 1, "at least 1")
     check_output(output, overwrite)
-    run, place = expanded(run), _device(device)
-    stages = read_results(run)["stages"]
-    data, callback, unchosen = _read_settings(run / "config.yaml")
-    episodes = data.episodes
-    others = [part.strip() for part in episodes.name.split("+")]
-    require("output", output, output not in others, "another name than that of the data set the run learnt from")
     options = {"target_return": target_return, "guidance": guidance, "margin": margin,
                "max_disagreement": max_disagreement}  # fmt: skip
-    chosen = {key: value for key, value in options.items() if value is not None}
-    for key, value in chosen.items():
-        setattr(callback, key, value)
-    models, hashes = _load_models(run, stages, episodes.fingerprint, place)
-    callback.connect(**models)
-    synthesizer = callback.synthesizer(DataStatistics.of(episodes))
-    sampler, horizon = synthesizer.world_model.sampler, synthesizer.world_model.horizon
-    sampler.num_steps = num_steps or sampler.num_steps
-
-    counts: Counter[str] = Counter()
-    synthesis = {
-        **{"dawm": __version__, "run": str(run), "dataset": episodes.name, "fingerprint": episodes.fingerprint},
-        **hashes,
-        **{"horizon": horizon, "transitions": transitions, "seed": seed, "device": place.type},
-        **{key: getattr(callback, key) for key in options},
-        "target_return": _described(callback.target_return),
-        "sampler": _described(sampler),
-        "chosen_by": {key: "option" if key in chosen else unchosen for key in options}
-        | {"num_steps": "run" if num_steps is None else "option"},
-        "counts": counts,  # complete once all episodes are written
-    }
+    data, synthesizer, described = load_synthesizer(expanded(run), options, num_steps, device)
+    episodes, horizon = data.episodes, synthesizer.world_model.horizon
+    others = [part.strip() for part in episodes.name.split("+")]
+    require("output", output, output not in others, "another name than that of the data set the run learnt from")
+    counts: Counter[str] = Counter()  # complete once all episodes are written
+    synthesis = described | {"transitions": transitions, "seed": seed, "counts": counts}
     metadata: dict[str, Any] = {"synthesis": synthesis}
     if (reference := episodes.reference) is not None:
         metadata |= {"ref_min_score": reference.minimum, "ref_max_score": reference.maximum,
@@ -114,6 +92,40 @@ def synthesize_dataset(
         )  # fmt: skip
     console.print(Text(f"{output}: {count:,} episodes, {steps:,} transitions in {dataset_folder(output)}"))
     console.print(f"imagined steps: {list_fates(counts)}", highlight=False)
+
+
+def load_synthesizer(
+    run: Path, options: Mapping[str, Any], num_steps: int | None, device: str
+) -> tuple[TransitionDataModule, Synthesizer, dict[str, Any]]:
+    """A finished run's data, what imagines as its agent saw it but for the options given, and all of it described.
+
+    ``options`` are arguments of `RegenerateRollouts`, None where the run's setting stays; ``num_steps`` is the
+    sampler's.
+    """
+    for key, number, least in (("num_steps", num_steps, 1), ("margin", options.get("margin"), 0)):
+        require(key, number, number is None or number >= least, f"at least {least}")
+    place = _device(device)
+    stages = read_results(run)["stages"]
+    data, callback, unchosen = _read_settings(run / "config.yaml")
+    chosen = {key: value for key, value in options.items() if value is not None}
+    for key, value in chosen.items():
+        setattr(callback, key, value)
+    models, hashes = _load_models(run, stages, data.episodes.fingerprint, place)
+    callback.connect(**models)
+    synthesizer = callback.synthesizer(DataStatistics.of(data.episodes))
+    sampler = synthesizer.world_model.sampler
+    sampler.num_steps = num_steps or sampler.num_steps
+    described = {
+        **{"dawm": __version__, "run": str(run), "dataset": data.episodes.name},
+        **{"fingerprint": data.episodes.fingerprint, **hashes},
+        **{"horizon": synthesizer.world_model.horizon, "device": place.type},
+        **{key: getattr(callback, key) for key in options},
+        "target_return": _described(callback.target_return),
+        "sampler": _described(sampler),
+        "chosen_by": {key: "option" if key in chosen else unchosen for key in options}
+        | {"num_steps": "run" if num_steps is None else "option"},
+    }
+    return data, synthesizer, described
 
 
 def _read_settings(path: Path) -> tuple[TransitionDataModule, RegenerateRollouts, str]:

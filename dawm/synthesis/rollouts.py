@@ -46,11 +46,19 @@ class Rollouts(NamedTuple):
         """The same rollouts on the CPU."""
         return self._replace(**{name: getattr(self, name).cpu() for name in self._fields if name != "counts"})
 
+    def steps(self) -> Transitions:
+        """All steps, kept or not, fields of shape (B, H, ...)."""
+        before, after = self.observations[:, :-1], self.observations[:, 1:]
+        return Transitions(before, self.actions, self.rewards, after, self.terminations)
+
+    @property
+    def kept(self) -> Tensor:
+        """Whether each step can be trusted, shape (B, H), bool."""
+        return torch.arange(self.rewards.shape[1], device=self.lengths.device) < self.lengths.unsqueeze(1)
+
     def transitions(self) -> Transitions:
         """The steps kept, rollout by rollout, fields of shape (M, ...)."""
-        before, after = self.observations[:, :-1], self.observations[:, 1:]
-        kept = torch.arange(before.shape[1], device=self.lengths.device) < self.lengths.unsqueeze(1)
-        return Transitions(before, self.actions, self.rewards, after, self.terminations)[kept]
+        return self.steps()[self.kept]
 
     def require_some(self, margin: str) -> None:
         """Raises a UserError where no step is left; it names the setting that widens the range to accept."""
@@ -86,12 +94,16 @@ class Synthesizer:
 
         They are the seed, the process (or another number that sets these rollouts apart) and the update they are for.
         """
-        seed, device = derive_seed(seed, rank, step, "rollouts"), self.world_model.device
-        real, returns = data.episodes.transitions, data.returns_to_go
-        starts = torch.randint(len(real), (count,), generator=torch.Generator().manual_seed(seed))
-        targets = self.target_return(returns[starts], returns[data.episodes.sample_rows()])
-        start = real.observations[starts].to(device), real.actions[starts].to(device), targets.to(device)
-        return self.imagine(*start, torch.Generator(device).manual_seed(seed))
+        seed = derive_seed(seed, rank, step, "rollouts")
+        generator = torch.Generator(self.world_model.device).manual_seed(seed)
+        return self.imagine(*self.starts(data, count, seed), generator)
+
+    def starts(self, data: TransitionDataModule, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """B random real ``s_t`` and ``a_t``, and the return-to-go to aim at from there, shape (B,)."""
+        real, returns, device = data.episodes.transitions, data.returns_to_go, self.world_model.device
+        rows = torch.randint(len(real), (count,), generator=torch.Generator().manual_seed(seed))
+        targets = self.target_return(returns[rows], returns[data.episodes.sample_rows()])
+        return real.observations[rows].to(device), real.actions[rows].to(device), targets.to(device)
 
     @torch.no_grad()
     def imagine(
