@@ -74,6 +74,15 @@ class ForwardEnsemble(nn.Module):
         rewards = codec.reward_normalizer.inverse(mean[:, -2:-1]).squeeze(-1)
         return ForwardPrediction(next_observations, rewards, (mean[:, -1] + 1) / 2, disagreement)
 
+    @staticmethod
+    def inconsistency(codec: Codec, predicted: ForwardPrediction, next_observations: Tensor) -> Tensor:
+        """Distance of ``s_{t+1}``, shape (B, O), from its prediction, shape (B,).
+
+        It is the root mean square over the dimensions, in standard deviations of a recorded step's difference.
+        """
+        difference = (next_observations - predicted.next_observations) / codec.difference_normalizer.std
+        return difference.square().mean(dim=-1).sqrt()
+
     def roll_out(self, codec: Codec, segments: Segments) -> Imagined:
         """Futures made step by step, each from the last predicted observation and the recorded action."""
         path, steps = [segments.observations[:, 0]], []
