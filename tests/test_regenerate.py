@@ -108,7 +108,7 @@ def refills(callback, monkeypatch):
 
 def imagine(callback, data, rank=0, step=0):
     """What the callback imagines."""
-    synthesizer = callback.synthesizer(DataStatistics.of(data.episodes))
+    synthesizer = callback.synthesizer(data, DataStatistics.of(data.episodes))
     return synthesizer.rollouts(data, callback.rollouts, callback.seed, rank, step).transitions()
 
 
@@ -323,6 +323,8 @@ def test_what_the_guards_measure_is_logged(data, make_trainer, recorder):
             "non_finite": 0,
             "out_of_range": 20,
             "uncertain": 0,
+            "inconsistent": 0,
+            "unfamiliar": 0,
             "rejected_fraction": 20 / 35,
             "mean_reward": mean,
             "reward_drift": (mean - 12.75) / 7.5,

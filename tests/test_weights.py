@@ -11,7 +11,7 @@ from test_data import assert_equal, flat, module, synthetic
 from dawm.data.batches import RowStream, WeightedRows, derive_seed
 from dawm.data.episodes import Episodes
 from dawm.data.transitions import Transitions
-from dawm.data.weights import AdvantageWeights, RowWeights, TopShare, linear_baseline
+from dawm.data.weights import AdvantageWeights, RowWeights, TopShare, linear_regression
 from dawm.errors import UserError
 
 
@@ -44,8 +44,9 @@ def test_the_baseline_is_least_squares_of_many_episodes_and_the_mean_where_obser
     generator = torch.Generator().manual_seed(0)
     observations = torch.randn(20_000, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 100, 0]) + 7
     returns = 5 + 2 * observations[:, 0] - 0.1 * observations[:, 1]
-    torch.testing.assert_close(linear_baseline(observations, returns), returns, rtol=0, atol=0.02)
-    same = linear_baseline(torch.full((4, 2), 0.1, dtype=torch.float64), torch.arange(4).double())
+    torch.testing.assert_close(linear_regression(observations, returns, observations), returns, rtol=0, atol=0.02)
+    constant = torch.full((4, 2), 0.1, dtype=torch.float64)
+    same = linear_regression(constant, torch.arange(4).double(), constant)
     assert same.tolist() == [1.5] * 4
 
 
@@ -53,7 +54,7 @@ def test_few_episodes_of_many_dimensions_keep_their_advantages():
     """Least squares would fit them exactly, and rank them by rounding errors."""
     observations = torch.randn(10, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     returns = torch.arange(10).double()
-    advantages = returns - linear_baseline(observations, returns)
+    advantages = returns - linear_regression(observations, returns, observations)
     assert torch.corrcoef(torch.stack([advantages, returns]))[0, 1] > 0.9
 
 
@@ -171,7 +172,7 @@ def test_the_pairs_of_the_inverse_dynamics_are_all_real(dataset):
 
 
 def test_a_fraction_of_the_episodes_is_whole_episodes_for_everything(dataset):
-    whole, half = module(dataset), module(dataset, episode_fraction=0.5)
+    whole, half = (module(dataset, episode_fraction=f, bootstrap_truncated=False) for f in (1.0, 0.5))
     episodes = half.episodes
     kept = episodes.transitions.observations[episodes.starts, 1].long()
     assert len(kept) == 3

@@ -12,12 +12,20 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["draw_curves", "imagined_figures", "learning_figures", "read_curve", "read_logs", "svg"]
+__all__ = ["draw_curves", "imagined_figures", "learning_figures", "picture", "read_curve", "read_logs", "svg"]
 
 Curve = tuple[list[int], list[float]]  # updates, and the metric's value at each
 Draw = Callable[[Any], None]  # onto an axis of matplotlib
 
-FATES = ("kept", "after_end", "out_of_range", "uncertain", "non_finite")  # of imagined steps
+FATES = (
+    "kept",
+    "after_end",
+    "out_of_range",
+    "uncertain",
+    "inconsistent",
+    "unfamiliar",
+    "non_finite",
+)  # of imagined steps
 COLORS = ("#bbbbbb", "#ee6677", "#ccbb44", "#aa3377")  # that the colour-blind can tell apart
 DRIFTS = (
     ("rejected_fraction", "max_rejected", "Fraction of the steps up to the imagined end that were rejected."),
@@ -29,7 +37,7 @@ DRIFTS = (
 """What a refill logs: metric, the callback's limit of it, description."""
 REQUIRED = {"kept", *(name for name, _, _ in DRIFTS)}
 HELD_OUT = {
-    "world_model": ("validation_observation_error/step_1", "regression_observation_error/step_1"),
+    "world_model": ("validation_observation_error/step_1", "forward_observation_error/step_1"),
     "inverse_dynamics": ("validation_error",),
 }
 CAPTIONS = {
@@ -65,14 +73,14 @@ def stage_logs(results: Mapping[str, Any]) -> dict[str, dict[str, Curve]]:
 
 def draw_curves(output_dir: Path, results: Mapping[str, Any]) -> None:
     """Draws what the held-out data and the environment say of each stage into ``curves.png``."""
-    _picture(output_dir / "curves.png", _main_panels(results, stage_logs(results)))
+    picture(output_dir / "curves.png", _main_panels(results, stage_logs(results)))
 
 
 def draw_evaluations(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
     """Draws what the checkpoints of a run earn: ``step``, ``return``, and the bounds ``low`` and ``high`` of each."""
     steps, *values = ([entry[key] for entry in evaluations] for key in ("step", "return", "low", "high"))
     curves = {name: (steps, each) for name, each in zip(("return", "return_low", "return_high"), values)}
-    _picture(path, [partial(_score, metric="return", curves=curves)])
+    picture(path, [partial(_score, metric="return", curves=curves)])
 
 
 def learning_figures(results: Mapping[str, Any]) -> dict[str, str]:
@@ -193,7 +201,8 @@ def _thinned(curve: Curve) -> Curve:
     return [curve[0][s] for s in starts], [float(np.mean(curve[1][s : s + block])) for s in starts]
 
 
-def _picture(path: Path, panels: Sequence[Draw]) -> None:
+def picture(path: Path, panels: Sequence[Draw]) -> None:
+    """Draws some panels side by side into a PNG file."""
     from matplotlib.figure import Figure  # slow to import, and needed only here and below
 
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")

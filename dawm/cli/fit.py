@@ -50,9 +50,11 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     folder = output_dir if shared is None else _writable(expanded(shared), "stages_dir")
     experiment = Experiment(data, settings.plain, folder, environment, loggers, console, shared is not None)
     _say_what_is_left_out(settings.plain, console)
+    built: dict[str, L.LightningModule] = {}
     for stage in stages:  # a mistake in the agent shows now, not when the world model is trained
         with as_user_error(stage.name):
-            module = experiment.build(stage)
+            stage.connect(built)
+            built[stage.name] = module = experiment.build(stage)
             if (ask := getattr(module, "train_loader", None)) is not None:  # as does one in what it asks of the data
                 ask(data, 1, 0)
         for callback in stage.callbacks:

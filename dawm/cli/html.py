@@ -31,9 +31,13 @@ them all.</p>"""
 
 
 def write_report(
-    folder: Path, results: Mapping[str, Any], settings: Mapping[str, Any], command: str, rows: Iterable[Sequence[str]]
-) -> None:
-    """Writes ``report.html`` into the run's folder; the rows are the final table's, label and value of each."""
+    folder: Path, results: Mapping[str, Any], settings: Mapping[str, Any], command: str, rows: Iterable[Sequence[str]],
+    fidelity: str = "",
+) -> None:  # fmt: skip
+    """Writes ``report.html`` into the run's folder; the rows are the final table's, label and value of each.
+
+    ``fidelity`` is the section that `diagnose` adds.
+    """
     title = html.escape(f"{results['agent']['class'].split('.')[-1]} on {results['data']['dataset']}")
     logs, limits = read_logs(Path(results["stages"]["agent"]["checkpoint"]).parent), _limits(settings)
     imagined = imagined_figures(logs, limits)
@@ -44,6 +48,7 @@ def write_report(
         section("Results", table(rows), _seeds(results)),
         section("Learning curves", figures(learning_figures(results))),
         section("Imagined data", *about_imagined),
+        *([fidelity] if fidelity else []),
         section("Repeat it", f'<pre class="wrap">{html.escape(command)}</pre>', REUSED,
                  f"<details><summary>All settings (config.yaml)</summary><pre>{config}</pre></details>"),
         section("Versions and hardware", table(_versions()), f"<p>{html.escape(_hardware())}</p>"),

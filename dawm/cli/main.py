@@ -15,6 +15,7 @@ from rich.console import Console
 from dawm import __version__
 from dawm.cli import check, datasets
 from dawm.cli.compare import compare, make_compare_parser
+from dawm.cli.diagnose import diagnose_run
 from dawm.cli.evaluate import evaluate_run
 from dawm.cli.fit import fit
 from dawm.cli.messages import Parser, as_user_error, one_line
@@ -85,7 +86,11 @@ class Command(NamedTuple):
         return 1 if self.function(console, **self.parser().instantiate(config).as_dict()) else 0
 
 
-COMMANDS = {"evaluate": Command(evaluate_run), "synthesize": Command(synthesize_dataset)}
+COMMANDS = {
+    "evaluate": Command(evaluate_run),
+    "diagnose": Command(diagnose_run),
+    "synthesize": Command(synthesize_dataset),
+}
 DATASETS = {
     "list": Command(datasets.list_datasets),
     "show": Command(datasets.show_dataset, "dataset"),

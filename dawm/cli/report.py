@@ -22,7 +22,15 @@ from dawm.evaluation.episodes import Evaluation
 from dawm.files import write_whole
 from dawm.training.experiment import StageResult
 
-__all__ = ["collect_results", "log_summary", "read_results", "show_evaluation", "show_results", "write_files"]
+__all__ = [
+    "add_to_report",
+    "collect_results",
+    "log_summary",
+    "read_results",
+    "show_evaluation",
+    "show_results",
+    "write_files",
+]
 
 
 def collect_results(
@@ -86,7 +94,7 @@ def _with_interval(value: Mapping[str, float]) -> str:
 
 HELD_OUT = (
     ("world model: first-step observation error", "world_model/validation_observation_error/step_1", "world_model"),
-    ("  one-step regression's, same training", "world_model/regression_observation_error/step_1", "world_model"),
+    ("  forward models', same training", "world_model/forward_observation_error/step_1", "world_model"),
     ("world model: first-step reward error", "world_model/validation_reward_error/step_1", "world_model"),
     ("world model: first-step termination error", "world_model/validation_termination_error/step_1", "world_model"),
     ("inverse dynamics: squared action error", "inverse_dynamics/best_validation_error", "inverse_dynamics"),
@@ -130,10 +138,18 @@ def read_results(run: Path) -> dict[str, Any]:
 
 def write_files(output_dir: Path, results: Mapping[str, Any], settings: Mapping[str, Any], command: str) -> None:
     """Writes ``results.json``, ``config.yaml`` (which ``fit --config`` takes), ``curves.png`` and ``report.html``."""
+    results = {**results, "command": command}
     write_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     write_whole(output_dir / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
     draw_curves(output_dir, results)
     write_report(output_dir, results, settings, command, _rows(results))
+
+
+def add_to_report(run: Path, results: Mapping[str, Any], fidelity: str) -> None:
+    """Writes a finished run's ``report.html`` once more, with the section that `diagnose` adds."""
+    config = run / "config.yaml"
+    command = results.get("command", f"python -m dawm fit --config {config}")
+    write_report(run, results, yaml.safe_load(config.read_text()), command, _rows(results), fidelity)
 
 
 def log_summary(loggers: Iterable[Logger], results: Mapping[str, Any]) -> None:

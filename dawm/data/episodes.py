@@ -91,11 +91,11 @@ class Episodes(Table):
         observed[self.ends - 1] = self.end_observed
         return observed
 
-    def returns_to_go(self, discount: float, window: int | None = None) -> Tensor:
+    def returns_to_go(self, discount: float, window: int | None = None, end_values: Tensor | None = None) -> Tensor:
         """Return-to-go of every row, shape (N,), as `dawm.data.returns.returns_to_go`; mapped where the rows are."""
         if self.cache is not None:
-            return mapped_returns_to_go(self.cache, self.ends, discount, window)
-        return returns_to_go(self.transitions.rewards, self.ends, discount, window)
+            return mapped_returns_to_go(self.cache, self.ends, discount, window, end_values)
+        return returns_to_go(self.transitions.rewards, self.ends, discount, window, end_values)
 
     def sample_rows(self, episode_ids: Tensor | None = None) -> Tensor:
         """Row numbers of some episodes (None: all) to take statistics from, ascending, shape (n,): always the same.

@@ -26,7 +26,7 @@ class Mixture:
         self._weighted = None if weights is None else WeightedRows(weights)
         self.device = torch.device("cpu")
         self._synthetic = real.new_empty(0, real.shape[1])
-        self._count = 0
+        self._counts: Sequence[int] = ()  # synthetic rows of each block; the blocks follow one another
 
     def to(self, device: torch.device | str) -> None:
         """Moves what is drawn from to a device."""
@@ -35,18 +35,25 @@ class Mixture:
         if not self._mapped:
             self.real = self.real.to(device)
 
-    def refill(self, transitions: Transitions) -> None:
-        """Replaces the synthetic rows in place."""
-        rows = transitions.pack().to(self.device)
+    def refill(self, *blocks: Transitions) -> None:
+        """Replaces the synthetic rows in place: one block for all agents, or one for each."""
+        rows = torch.cat([block.pack() for block in blocks]).to(self.device)
         if len(self._synthetic) < len(rows):
             self._synthetic = torch.empty_like(rows)
         self._synthetic[: len(rows)].copy_(rows)
-        self._count = len(rows)
+        self._counts = [len(block) for block in blocks]
+
+    def _blocks(self, agents: int) -> list[tuple[int, int]]:
+        """First row and number of the synthetic rows that each agent draws from."""
+        if len(self._counts) not in (0, 1, agents):
+            raise ValueError(f"one block of synthetic rows or {agents} are needed, got {len(self._counts)}")
+        blocks = [(sum(self._counts[:index]), count) for index, count in enumerate(self._counts)] or [(0, 0)]
+        return blocks if len(blocks) == agents else blocks * agents
 
     @property
     def synthetic(self) -> Transitions:
         """The synthetic rows now in use (views), fields of shape (M, ...)."""
-        return Transitions.unpack(self._synthetic[: self._count], *self._sizes)
+        return Transitions.unpack(self._synthetic[: sum(self._counts)], *self._sizes)
 
     def gather(self, rows: Tensor) -> Transitions:
         """Real rows by number, on the training device, fields of shape (*rows.shape, ...)."""
@@ -76,11 +83,13 @@ class Mixture:
         def draw(count: int) -> Transitions:
             # Each stream gives as many numbers per update whatever the mixture, so that resuming can skip them and
             # the real rows of a run do not depend on its synthetic ones.
-            real, synthetic = (
-                torch.stack([pair[kind].draw(high, count, drawn[kind]) for pair in streams], dim=1)
-                for kind, high in enumerate((len(self.real), max(self._count, 1)))
+            blocks = self._blocks(len(seeds))
+            real = torch.stack([pair[0].draw(len(self.real), count, drawn[0]) for pair in streams], dim=1)
+            synthetic = torch.stack(
+                [first + pair[1].draw(max(rows, 1), count, drawn[1]) for pair, (first, rows) in zip(streams, blocks)],
+                dim=1,
             )
-            mixed = synthetic_size if self._count else 0
+            mixed = synthetic_size if all(rows for _, rows in blocks) else 0
             rows = take(self.real, real[..., : batch_size - mixed]).to(self.device)
             if mixed:
                 rows = torch.cat([rows, take(self._synthetic, synthetic)], dim=-2)

@@ -17,6 +17,7 @@ from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
 from dawm.data.batches import BatchLoader, FixedBatches, Ranges, RowStream, derive_seed
+from dawm.data.bootstrap import bootstrapped_returns_to_go, can_bootstrap
 from dawm.data.episodes import Episodes, load_episodes
 from dawm.data.mixture import Mixture
 from dawm.data.segments import SegmentTable
@@ -47,6 +48,8 @@ class TransitionDataModule(L.LightningDataModule):
         horizon: Steps of a segment H, in environment steps.
         discount: Discount of the return-to-go.
         return_window: Rewards summed in the return-to-go; None sums to the episode's end.
+        bootstrap_truncated: Add to the return-to-go what is expected after a truncated end; None does so where it can:
+            with truncated episodes, a discount between 0 and 1, and no window.
         batch_size: Transitions per update and per rank (agent and inverse dynamics).
         segment_batch_size: Segments per update and per rank (world model).
         synthetic_fraction: Fraction of synthetic rows in an agent's batch, in [0, 1]. 0 trains on real data alone.
@@ -68,6 +71,7 @@ class TransitionDataModule(L.LightningDataModule):
         horizon: int = 8,
         discount: float = 0.99,
         return_window: int | None = None,
+        bootstrap_truncated: bool | None = None,
         batch_size: int = 256,
         segment_batch_size: int = 256,
         synthetic_fraction: float = 0.5,
@@ -84,6 +88,7 @@ class TransitionDataModule(L.LightningDataModule):
         self.dataset, self.env_id = dataset, env_id
         self.horizon, self.discount, self.return_window = horizon, discount, return_window
         self.batch_size, self.segment_batch_size = batch_size, segment_batch_size
+        self.bootstrap_truncated = bootstrap_truncated
         self.synthetic_fraction, self.real_weights, self.seed = synthetic_fraction, real_weights, seed
         self.episode_fraction, self.validation_fraction = episode_fraction, validation_fraction
         self.updates_per_step, self.max_episode_steps = updates_per_step, max_episode_steps
@@ -100,7 +105,8 @@ class TransitionDataModule(L.LightningDataModule):
         self._episodes = episodes = _load(self)
         weights = None if self.real_weights is None else checked(self.real_weights(episodes), len(episodes))
         self._mixture = Mixture(episodes.rows, episodes.sizes, episodes.cache is not None, weights)
-        self.returns_to_go = episodes.returns_to_go(self.discount, self.return_window)
+        goal = self.discount, self.return_window, self.bootstrap_truncated
+        self.returns_to_go = bootstrapped_returns_to_go(episodes, *goal)
         split = _split(len(episodes.ends), self.validation_fraction, self.seed)
         self.validation_episodes, self.training_episodes = split
 
@@ -163,11 +169,11 @@ class TransitionDataModule(L.LightningDataModule):
 
     def segment_loader(self, updates: int, rank: int = 0) -> BatchLoader:
         """Random segments of the training episodes: `Segments` with fields of shape (K, B, ...)."""
-        return self._loader(self._segments(self.training_episodes), "segments", self.segment_batch_size, updates, rank)
+        return _drawn(self, self._segments(self.training_episodes), "segments", self.segment_batch_size, updates, rank)
 
     def validation_segment_loader(self, rank: int = 0, world_size: int = 1) -> FixedBatches:
         """A fixed sample of held-out segments, a part for each rank."""
-        return self._validation_loader(self._segments(self.validation_episodes), rank, world_size)
+        return _sampled(self, self._segments(self.validation_episodes), rank, world_size)
 
     def _segments(self, episode_ids: Tensor) -> tuple[int, Gather]:
         table = SegmentTable(self.episodes, episode_ids, self._mixture.real, self.returns_to_go, self.horizon)
@@ -179,11 +185,11 @@ class TransitionDataModule(L.LightningDataModule):
 
     def transition_loader(self, updates: int, rank: int = 0) -> BatchLoader:
         """Random real transitions of the training episodes: `Transitions` with fields of shape (K, B, ...)."""
-        return self._loader(self._pairs(self.training_episodes), "transitions", self.batch_size, updates, rank)
+        return _drawn(self, self._pairs(self.training_episodes), "transitions", self.batch_size, updates, rank)
 
     def validation_transition_loader(self, rank: int = 0, world_size: int = 1) -> FixedBatches:
         """A fixed sample of held-out transitions, a part for each rank."""
-        return self._validation_loader(self._pairs(self.validation_episodes), rank, world_size)
+        return _sampled(self, self._pairs(self.validation_episodes), rank, world_size)
 
     def _pairs(self, episode_ids: Tensor) -> tuple[int, Gather]:
         """Rows whose next observation was recorded: without it nothing can be learnt of the action."""
@@ -192,21 +198,6 @@ class TransitionDataModule(L.LightningDataModule):
         expected = "recorded next observations in the episodes chosen for training and for validation"
         require("data.dataset", self.dataset, len(rows) > 0, expected, "record them, or add episodes")
         return len(rows), lambda numbers: self._mixture.gather(rows.find(numbers)[0])
-
-    def _loader(self, source: tuple[int, Gather], kind: str, size: int, updates: int, rank: int) -> BatchLoader:
-        count, gather = source
-        stream = RowStream(derive_seed(self.seed, rank, kind))
-
-        def draw(batches: int) -> Any:
-            return gather(stream.draw(count, batches, size))
-
-        return BatchLoader(draw, [(stream, size)], updates, self.updates_per_step)
-
-    def _validation_loader(self, source: tuple[int, Gather], rank: int, world_size: int) -> FixedBatches:
-        """A sample that is drawn once and divided among the ranks."""
-        count, gather = source
-        numbers = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[:VALIDATION_ROWS]
-        return FixedBatches([gather(part) for part in numbers[rank::world_size].split(VALIDATION_BATCH)])
 
     # Real and synthetic transitions for the agent
 
@@ -222,16 +213,39 @@ class TransitionDataModule(L.LightningDataModule):
         chunk = None if squeeze else self.updates_per_step
         return self._mixture.loader(self.batch_size, self.synthetic_fraction, updates, chunk, parts)
 
-    def refill(self, transitions: Transitions) -> None:
-        """Replaces the synthetic rows in place, fields of shape (M, ...); the next batch draws from them."""
+    def refill(self, *blocks: Transitions) -> None:
+        """Replaces the synthetic rows in place, fields of shape (M, ...); the next batch draws from them.
+
+        Given one block for each of the agents trained side by side, each draws from its own.
+        """
         self.setup()
-        self._mixture.refill(transitions)
+        self._mixture.refill(*blocks)
 
     @property
     def synthetic(self) -> Transitions:
         """The synthetic rows now in use (views), fields of shape (M, ...)."""
         self.setup()
         return self._mixture.synthetic
+
+
+def _drawn(
+    data: TransitionDataModule, source: tuple[int, Gather], kind: str, size: int, updates: int, rank: int
+) -> BatchLoader:
+    """Batches of a size, for so many updates."""
+    count, gather = source
+    stream = RowStream(derive_seed(data.seed, rank, kind))
+
+    def draw(batches: int) -> Any:
+        return gather(stream.draw(count, batches, size))
+
+    return BatchLoader(draw, [(stream, size)], updates, data.updates_per_step)
+
+
+def _sampled(data: TransitionDataModule, source: tuple[int, Gather], rank: int, world_size: int) -> FixedBatches:
+    """A sample that is drawn once and divided among the ranks."""
+    count, gather = source
+    numbers = torch.randperm(count, generator=torch.Generator().manual_seed(data.seed))[:VALIDATION_ROWS]
+    return FixedBatches([gather(part) for part in numbers[rank::world_size].split(VALIDATION_BATCH)])
 
 
 def _load(data: TransitionDataModule) -> Episodes:
@@ -268,6 +282,8 @@ def _check(data: TransitionDataModule) -> None:
         ("discount", 0 <= data.discount <= 1, "a number from 0 to 1"),
     ):
         require(f"data.{key}", getattr(data, key), holds, expected)
+    holds = data.bootstrap_truncated is not True or can_bootstrap(data.discount, data.return_window)
+    require("data.bootstrap_truncated", True, holds, "a discount between 0 and 1, and no return_window", "leave it out")
     counts = "horizon", "batch_size", "segment_batch_size", "updates_per_step", "return_window", "max_episode_steps"
     for key in counts:
         value = getattr(data, key)

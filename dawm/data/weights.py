@@ -12,7 +12,7 @@ from torch import Tensor
 from dawm.data.episodes import Episodes
 from dawm.errors import require
 
-__all__ = ["AdvantageWeights", "RowWeights", "TopShare", "checked", "linear_baseline"]
+__all__ = ["AdvantageWeights", "RowWeights", "TopShare", "checked", "linear_regression"]
 
 
 class RowWeights(ABC):
@@ -41,7 +41,7 @@ class AdvantageWeights(RowWeights):
         """The weights, shape (N,)."""
         returns = episodes.episode_returns.double()
         firsts = episodes.transitions.observations[episodes.starts].double()
-        advantages = returns - linear_baseline(firsts, returns)
+        advantages = returns - linear_regression(firsts, returns, firsts)
         extent = float(advantages.max() - advantages.min()) or 1.0  # 0 where all are the same
         return _over_rows(((advantages - advantages.max()) / (extent * self.temperature)).exp(), episodes.lengths)
 
@@ -66,25 +66,26 @@ class TopShare(RowWeights):
         return _over_rows(chosen, episodes.lengths)
 
 
-def checked(weights: Tensor, rows: int) -> Tensor:
+def checked(weights: Tensor, rows: int, key: str = "data.real_weights") -> Tensor:
     """The weights, shape (N,); a UserError where so many rows cannot be drawn by them."""
     holds = weights.shape == (rows,) and bool((weights >= 0).all()) and 0 < float(weights.sum()) < torch.inf
     expected = f"a finite weight of at least 0 for each of {rows} rows, not all of them 0"
-    require("data.real_weights", tuple(weights.shape), holds, expected, "correct what the class returns")
+    require(key, tuple(weights.shape), holds, expected, "correct what the class returns")
     return weights.double()
 
 
-def linear_baseline(observations: Tensor, returns: Tensor) -> Tensor:
-    """Ridge regression with intercept of returns, shape (E,), on observations, (E, O): its predictions, shape (E,).
+def linear_regression(observations: Tensor, returns: Tensor, asked: Tensor) -> Tensor:
+    """Ridge regression with intercept of returns, shape (E,), on observations, (E, O): what it predicts for others.
 
     Observations are standardised, and the penalty is O: nothing beside many episodes, while few are not fitted exactly,
     as plain least squares would, which leaves advantages of rounding errors alone.
     """
     std, mean = torch.std_mean(observations, dim=0, correction=0)
-    inputs = (observations - mean) / torch.where(std > 0, std, torch.inf)
+    scale = torch.where(std > 0, std, torch.inf)
+    inputs = (observations - mean) / scale
     size, centre = inputs.shape[1], returns.mean()
     covariance = inputs.T @ inputs + size * torch.eye(size, dtype=inputs.dtype)
-    return centre + inputs @ torch.linalg.solve(covariance, inputs.T @ (returns - centre))
+    return centre + (asked - mean) / scale @ torch.linalg.solve(covariance, inputs.T @ (returns - centre))
 
 
 def _over_rows(weights: Tensor, lengths: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class InverseDynamicsStage(Stage):
 
     name = "inverse_dynamics"
     no_matter = frozenset({"env_id", "max_episode_steps", "horizon", "discount", "return_window", "segment_batch_size",
-                           "synthetic_fraction", "real_weights"})  # fmt: skip
+                           "synthetic_fraction", "real_weights", "bootstrap_truncated"})  # fmt: skip
 
 
 @dataclass

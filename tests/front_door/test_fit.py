@@ -50,7 +50,7 @@ def test_fit_trains_all_stages_and_leaves_what_it_promises(smoke, tmp_path, caps
     assert read_curve(agent_folder, "synthetic/kept")[0] == [0, 10, 20, 30]
     assert read_curve(agent_folder, "agent/critic_loss")[0][-1] == 40
     wm_folder = Path(results["stages"]["world_model"]["checkpoint"]).parent
-    assert read_curve(wm_folder, "world_model/regression_observation_error/step_3")[0] == [10, 20]
+    assert read_curve(wm_folder, "world_model/forward_observation_error/step_3")[0] == [10, 20]
 
     # each stage's checkpoint loads alone, ours and Lightning's way
     agent = load_module(Path(results["stages"]["agent"]["checkpoint"]))

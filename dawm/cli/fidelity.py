@@ -1,0 +1,190 @@
+"""``fidelity.json`` for readers: tables on the screen and in the report, and pictures."""
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from dawm.cli.curves import picture, svg
+from dawm.cli.html import figures, section, table
+
+__all__ = ["draw_fidelity", "fidelity_section", "show_fidelity"]
+
+CHOICES = {
+    "real": "real", "real_unclipped": "real, state known", "before_filters": "imagined, unfiltered",
+    "after_filters": "imagined, filtered",
+}  # fmt: skip
+COLORS = {"real": "#777777", "real_unclipped": "#bbbbbb", "before_filters": "#ee6677", "after_filters": "#4477aa"}
+UNIT = (
+    "Steps 1 and later: squared error of s' over the variance of a real step's s' - s. Reward: over that of real "
+    "rewards. Raw: squared error of s' as it is, over all steps. Ends: wrong terminations."
+)
+
+
+def show_fidelity(console: Console, fidelity: Mapping[str, Any]) -> None:
+    """Prints the figures that one looks for first."""
+    head = _head(fidelity)
+    for heading, rows in _error_rows(fidelity):
+        first = Column(style="cyan", min_width=20)  # as wide in each table
+        steps = Table(first, title=escape(heading), title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        for name in head:
+            steps.add_column(name, justify="right", min_width=6)
+        for row in rows:
+            steps.add_row(*row)
+        console.print(steps)
+    console.print(UNIT, style="dim", highlight=False)
+    others = Table(Column(style="cyan"), title="rows", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("real", "unfiltered", "filtered"):
+        others.add_column(name, justify="right")
+    for row in _row_figures(fidelity):
+        others.add_row(*row)
+    console.print(others)
+    for note in _notes(fidelity):
+        console.print(note, highlight=False, markup=False)
+
+
+def fidelity_section(fidelity: Mapping[str, Any]) -> str:
+    """The report's section, of HTML."""
+    parts = [figures({caption: svg(draw) for caption, draw in _drawings(fidelity).items()})]
+    parts.append(f'<p class="soft">{UNIT}</p>')
+    parts += [table(rows, [heading, *_head(fidelity)]) for heading, rows in _error_rows(fidelity)]
+    parts.append(table(_row_figures(fidelity), ["Rows", "real", "unfiltered", "filtered"]))
+    parts += [f'<p class="soft">{html.escape(note)}</p>' for note in _notes(fidelity)]
+    return section("Fidelity of imagined data", *parts)
+
+
+def draw_fidelity(path: Path, fidelity: Mapping[str, Any]) -> None:
+    """Draws the errors by step and the distances by column into a PNG file."""
+    picture(path, list(_drawings(fidelity).values()))
+
+
+def _judges(fidelity: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What imagined steps are held against, in words, and the errors by choice of steps."""
+    simulator = fidelity["simulator"]
+    if "one_step" in simulator:
+        name = simulator["environment"]
+        yield f"one step of {name}, state set at each", simulator["one_step"]
+        yield f"open loop in {name}, state set at the start", simulator["open_loop"]
+    if fidelity["forward_model"] is not None:
+        yield "forward model, trained on the training episodes", fidelity["forward_model"]
+    yield "recorded future, imagined from held-out starts", {"before_filters": fidelity["held_out"]["real"]}
+
+
+def _head(fidelity: Mapping[str, Any]) -> list[str]:
+    return [*(str(k) for k in _shown_steps(fidelity["horizon"])), "raw", "reward", "ends"]
+
+
+def _error_rows(fidelity: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
+    """For each judge its name, and its label and figures of each choice of steps."""
+    for heading, choices in _judges(fidelity):
+        rows = []
+        for choice, label in CHOICES.items():
+            if (found := choices.get(choice)) is not None:
+                errors = [found["observation"][k - 1] for k in _shown_steps(fidelity["horizon"])]
+                figures = [*errors, found["mean_raw_observation"], found["mean_reward"]]
+                rows.append([label, *map(_figure, figures), _percent(found["mean_termination"])])
+        yield heading, rows
+
+
+def _row_figures(fidelity: Mapping[str, Any]) -> list[list[str]]:
+    """Label, then the figures of real, unfiltered and filtered rows."""
+    choices = ("real", "before_filters", "after_filters")
+
+    def row(label: str, group: Mapping[str, Any], key: str) -> list[str]:
+        return [label, *(_figure(group[choice][key]) for choice in choices)]
+
+    edge, targets = fidelity["edge"], fidelity["td_targets"]
+    rows = [
+        row("nearest training row, median distance", fidelity["novelty"], "median"),
+        row("marginals, mean Wasserstein-1", fidelity["distributions"], "mean_marginal"),
+        row("correlations, mean difference", fidelity["distributions"], "correlation"),
+        row("return obtained per return asked, slope", fidelity["return_response"], "slope"),
+        row("  correlation", fidelity["return_response"], "correlation"),
+        ["inferred actions, squared error", _figure(fidelity["inverse_dynamics"]["squared_error"]), "", ""],
+        ["rows at an edge", _percent(edge["real_fraction"]), "", _percent(edge["fraction"])],
+    ]
+    if targets is not None:
+        of = {name: _figure(found["mean"]) for name, found in targets.items()}
+        rows.append(["TD target, mean", of["real"], "", of["after_filters"]])
+        rows.append(["  at an edge", "", "", of.get("edge", "")])
+        rows.append(["  elsewhere", "", "", of.get("other", "")])
+    return rows
+
+
+def _notes(fidelity: Mapping[str, Any]) -> list[str]:
+    """What the figures cannot show."""
+    fates = ", ".join(f"{fate.replace('_', ' ')} {_percent(part)}" for fate, part in fidelity["fates"].items())
+    notes = [f"imagined steps by fate: {fates}"]
+    simulator = fidelity["simulator"]
+    if "left_out" in simulator:
+        notes.append(f"no simulator: {simulator['left_out']}")
+    else:
+        notes.append(
+            f"{simulator['environment']}: an observation leaves out {simulator['positions_left_out']} position(s) of "
+            "the root, which change neither steps nor rewards"
+        )
+        if (limit := simulator["velocity_limit"]) is not None:
+            clipped = {CHOICES[name]: _percent(part) for name, part in simulator["clipped"].items() if part is not None}
+            listed = ", ".join(f"{name} {part}" for name, part in clipped.items())
+            notes.append(f"velocities beyond {limit:g} are not in an observation; steps that start with one: {listed}")
+    if fidelity["td_targets"] is None:
+        notes.append("no TD targets: the agent has no target critics of the name `target_critics`")
+    return notes
+
+
+def _drawings(fidelity: Mapping[str, Any]) -> dict[str, Any]:
+    """Drawings by description."""
+    drawings: dict[str, Any] = {
+        f"Against {heading}, over the steps of the horizon. Lower is better.": partial(
+            _draw_errors, title=heading.partition(",")[0], choices=choices
+        )
+        for heading, choices in _judges(fidelity)
+    }
+    caption = "Wasserstein-1 distance of each column from the training rows, in standard deviations. Lower is better."
+    drawings[caption] = partial(_draw_columns, fidelity=fidelity)
+    return drawings
+
+
+def _draw_errors(axis: Any, title: str, choices: Mapping[str, Any]) -> None:
+    for choice, label in CHOICES.items():
+        if choice in choices:
+            values = choices[choice]["observation"]
+            axis.plot(range(1, len(values) + 1), _drawn(values), marker=".", label=label, color=COLORS[choice])
+    axis.set_yscale("log")
+    axis.set(title=title, xlabel="step of the horizon")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(fontsize="small")
+
+
+def _draw_columns(axis: Any, fidelity: Mapping[str, Any]) -> None:
+    names = fidelity["columns"]
+    for choice in ("real", "before_filters", "after_filters"):
+        values = fidelity["distributions"][choice]["marginal"]
+        axis.plot(range(len(names)), _drawn(values), ".", label=CHOICES[choice], color=COLORS[choice])
+    shown = range(0, len(names), max(1, len(names) // 20))
+    axis.set_xticks(list(shown), [names[place] for place in shown], rotation=90, fontsize="x-small")
+    axis.set(title="marginals", ylim=(0, None))
+    axis.legend(fontsize="small")
+
+
+def _drawn(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if value is None or value <= 0 else value for value in values]
+
+
+def _shown_steps(horizon: int) -> list[int]:
+    """1, 2, 4, 8, ... and the last."""
+    return sorted({1 << k for k in range(horizon.bit_length()) if 1 << k <= horizon} | {horizon})
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.2g} %"
