@@ -42,6 +42,8 @@ def test_ends_are_worth_what_complete_returns_say_of_such_observations():
     returns = torch.cat([3 * values[:404] + 1, torch.full((6,), -50.0)])
     data = episodes(values, [400, 10], [True, False])
     assert end_values(data, returns, 0.5).tolist() == pytest.approx([0, 3 * 2 + 1], abs=0.05)
+    truncated = episodes(torch.zeros(10), [10], [False])
+    assert end_values(truncated, torch.tensor(4 * [7.0] + 6 * [-50.0]), 0.5).tolist() == pytest.approx([7])
     far_out = episodes(torch.cat([values[:-1], torch.tensor([1000.0])]), [400, 10], [True, False])
     assert end_values(far_out, returns, 0.5)[1] == float(returns.max())  # no further than was seen
 
