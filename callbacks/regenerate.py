@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from dawm.callbacks.every_n_updates import EveryNUpdates
-from dawm.data.batches import WeightedRows
 from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Transitions
-from dawm.data.weights import RowWeights, checked
+from dawm.data.weights import RowWeights
 from dawm.errors import UserError, require
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.synthesis.guards import DataStatistics, Watch, forward_quantiles
@@ -126,12 +125,8 @@ class RegenerateRollouts(EveryNUpdates):
             raise UserError(
                 f"--{self.key}: got no models, expected a world model and inverse dynamics; call `connect` first"
             )
-        episodes, rows = data.episodes, data.episodes.sample_rows(data.training_episodes)
-        target = self.target_return.fit(episodes.transitions[rows], data.returns_to_go[rows], data.seed)
-        weighted = None
-        if self.starts is not None:
-            weighted = WeightedRows(checked(self.starts(episodes), len(episodes), f"{self.key}.starts"))
-        starts = Starts(target, weighted, noise=self.first_action_noise)
+        starts = Starts.of(data, self.target_return, self.starts, f"{self.key}.starts")
+        starts = replace(starts, noise=self.first_action_noise)
         inconsistency, disagreement = forward_quantiles(
             self._models[0], data, self.max_inconsistency, self.max_forward_disagreement
         )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dawm.data.batches import WeightedRows
 from dawm.data.module import TransitionDataModule
-from dawm.synthesis.targets import Target, own_return
+from dawm.data.weights import RowWeights, checked
+from dawm.synthesis.targets import Target, TargetReturn, own_return
 
 __all__ = ["FirstAction", "Policy", "Starts", "policy_of"]
 
@@ -37,6 +38,18 @@ class Starts:
     weighted: WeightedRows | None = None
     policy: Policy | None = None
     noise: float = 0.0
+
+    @classmethod
+    def of(
+        cls, data: TransitionDataModule, target_return: TargetReturn, weights: RowWeights | None = None,
+        key: str = "starts",
+    ) -> "Starts":  # fmt: skip
+        """Starts in the real rows that aim at a return fitted to the training episodes; ``key`` is for messages."""
+        rows = data.episodes.sample_rows(data.training_episodes)
+        target = target_return.fit(data.episodes.transitions[rows], data.returns_to_go[rows], data.seed)
+        if weights is None:
+            return cls(target)
+        return cls(target, WeightedRows(checked(weights(data.episodes), len(data.episodes), key)))
 
     def __call__(self, data: TransitionDataModule, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """``s_t``, shape (B, O), ``a_t``, shape (B, A), and the return-to-go, shape (B,), on the CPU."""
