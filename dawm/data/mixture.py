@@ -18,10 +18,19 @@ __all__ = ["Mixture"]
 class Mixture:
     """Packed rows (N, D) to draw from, on the training device; if they are a mapped file, gathered on the CPU.
 
-    The real rows are drawn by ``weights``, shape (N,), float64; None draws uniformly.
+    The real rows are drawn by ``weights``, shape (N,), float64; None draws uniformly. In the batches, rows that
+    terminate have ``termination_reward`` in place of their own reward; None leaves it.
     """
 
-    def __init__(self, real: Tensor, sizes: tuple[int, int], mapped: bool, weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        real: Tensor,
+        sizes: tuple[int, int],
+        mapped: bool,
+        weights: Tensor | None = None,
+        termination_reward: float | None = None,
+    ) -> None:
+        self._termination_reward = termination_reward
         self.real, self._sizes, self._mapped = real, sizes, mapped
         self._weighted = None if weights is None else WeightedRows(weights)
         self.device = torch.device("cpu")
@@ -95,7 +104,10 @@ class Mixture:
                 rows = torch.cat([rows, take(self._synthetic, synthetic)], dim=-2)
             rows = rows.squeeze(1) if len(seeds) == 1 else rows
             rows = rows.squeeze(0) if updates_per_step is None else rows
-            return self._unpack(rows, batch_size - mixed)
+            batch = self._unpack(rows, batch_size - mixed)
+            if (reward := self._termination_reward) is None:
+                return batch
+            return replace(batch, rewards=batch.rewards.masked_fill(batch.terminations > 0.5, reward))
 
         counted = [(stream, size) for pair in streams for stream, size in zip(pair, drawn)]
         return BatchLoader(draw, counted, updates, updates_per_step or 1)
