@@ -60,6 +60,9 @@ class RegenerateRollouts(EveryNUpdates):
         guidance: Weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
         labels: Whose next observation, reward and termination a step gets: the world model's (``imagined``), or the
             ``forward`` models', given the imagined observation and the action.
+        value_expansion: Make one row of each rollout, from its start to its last step kept, with the discounted sum of
+            the rewards between (DWM, arXiv 2402.03570), instead of one of each step.
+        discount: Of the rewards in that sum; the agent's.
         margin: Imagined observations and rewards may lie outside the data's range by this fraction of the range; more
             is dropped.
         max_disagreement: Drop steps whose inferred actions disagree by more (standard deviation over the ensemble,
@@ -88,6 +91,8 @@ class RegenerateRollouts(EveryNUpdates):
         target_return: TargetReturn | None = None,
         guidance: float = 1.0,
         labels: Labels = "imagined",
+        value_expansion: bool = False,
+        discount: float = 0.99,
         margin: float = 0.1,
         max_disagreement: float | None = None,
         max_inconsistency: float | None = None,
@@ -110,6 +115,7 @@ class RegenerateRollouts(EveryNUpdates):
         self.imagination = imagination
         self.starts, self.first_action, self.first_action_noise = starts, first_action, first_action_noise
         self.target_return = LiftedReturn() if target_return is None else target_return
+        self.value_expansion, self.discount = value_expansion, discount
         self.guidance, self.margin, self.max_disagreement = guidance, margin, max_disagreement
         self.max_inconsistency, self.max_forward_disagreement = max_inconsistency, max_forward_disagreement
         self.limits = {"max_rejected": max_rejected, **drifts}
@@ -170,14 +176,15 @@ class RegenerateRollouts(EveryNUpdates):
     def refill(self, trainer: L.Trainer, step: int) -> None:
         """Imagines for an update, hands the transitions to the data module, and logs what they are like."""
         data: TransitionDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        blocks, counts = [], Counter[str]()
+        blocks, steps, counts = [], [], Counter[str]()
         for number, synthesizer in enumerate(self._synthesizers(trainer, step)):
             made = synthesizer.rollouts(data, self.rollouts, self.seed, trainer.global_rank, step, number)
             made.require_some(f"{self.key}.margin")
-            blocks.append(made.transitions())
+            steps.append(made.transitions())
+            blocks.append(made.expansions(self.discount) if self.value_expansion else steps[-1])
             counts.update(made.counts)
         data.refill(*blocks)
-        measured = {**counts, **self._watch.measure(Transitions.cat(blocks), counts)}
+        measured = {**counts, **self._watch.measure(Transitions.cat(steps), counts)}
         metrics = {f"synthetic/{key}": float(value) for key, value in measured.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
@@ -201,6 +208,8 @@ class RegenerateRollouts(EveryNUpdates):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets an earlier training."""
         super().setup(trainer, pl_module, stage)
+        shift = getattr(pl_module, "reward_shift", 0.0)
+        require("agent.reward_shift", shift, not (self.value_expansion and shift), "0, as rows sum several rewards")
         if stage == "fit":
             self._asked = None
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dawm.data.batches import BatchLoader, RowStream, WeightedRows, derive_seed, take
 from dawm.data.transitions import Transitions
@@ -47,7 +48,7 @@ class Mixture:
     def refill(self, *blocks: Transitions) -> None:
         """Replaces the synthetic rows in place: one block for all agents, or one for each."""
         rows = torch.cat([block.pack() for block in blocks]).to(self.device)
-        if len(self._synthetic) < len(rows):
+        if len(self._synthetic) < len(rows) or self._synthetic.shape[1] != rows.shape[1]:
             self._synthetic = torch.empty_like(rows)
         self._synthetic[: len(rows)].copy_(rows)
         self._counts = [len(block) for block in blocks]
@@ -101,7 +102,9 @@ class Mixture:
             mixed = synthetic_size if all(rows for _, rows in blocks) else 0
             rows = take(self.real, real[..., : batch_size - mixed]).to(self.device)
             if mixed:
-                rows = torch.cat([rows, take(self._synthetic, synthetic)], dim=-2)
+                imagined = take(self._synthetic, synthetic)
+                rows = pad(rows, (0, imagined.shape[-1] - rows.shape[-1]), value=1)  # a recorded row spans one step
+                rows = torch.cat([rows, imagined], dim=-2)
             rows = rows.squeeze(1) if len(seeds) == 1 else rows
             rows = rows.squeeze(0) if updates_per_step is None else rows
             batch = self._unpack(rows, batch_size - mixed)

@@ -68,6 +68,22 @@ class Rollouts(NamedTuple):
         """The steps kept, rollout by rollout, fields of shape (M, ...)."""
         return self.steps()[self.kept]
 
+    def expansions(self, discount: float) -> Transitions:
+        """One row for each rollout with a step kept, over all it kept, with the discounted sum of their rewards.
+
+        TD on them is value expansion as in DWM (arXiv 2402.03570): ``sum_k gamma^k r_{t+k} + gamma^n Q(s_{t+n})`` for
+        the value of ``s_t`` and ``a_t``, cut where the task is imagined to end or a step was dropped.
+        """
+        made = self._replace(
+            **{name: getattr(self, name)[self.lengths > 0] for name in self._fields if name != "counts"}
+        )
+        rows, last = torch.arange(len(made.lengths), device=made.lengths.device), made.lengths - 1
+        weights = discount ** torch.arange(made.rewards.shape[1], device=rows.device)
+        rewards = (made.rewards.where(made.kept, 0) * weights).sum(dim=1)  # a dropped one may be no number
+        after, terminations = made.next_observations[rows, last], made.terminations[rows, last]
+        steps = made.lengths.to(rewards.dtype)
+        return Transitions(made.observations[:, 0], made.actions[:, 0], rewards, after, terminations, steps=steps)
+
     def single_steps(self) -> "Rollouts":
         """The steps kept as M rollouts of one step each, where they do not lead on along the path."""
         kept, path = self.kept, torch.stack([self.observations[:, :-1], self.next_observations], dim=2)

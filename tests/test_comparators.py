@@ -1,16 +1,23 @@
-"""Rollouts of the policy in the forward models."""
+"""What other methods do with the same parts: rollouts in the forward models, value expansion, a reward for falls."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from small_world_model import model
 from torch.testing import assert_close
 
-from dawm.agents import TD3BC
+from dawm.agents import IQL, TD3BC
+from dawm.agents.losses import td_target
 from dawm.callbacks import RegenerateRollouts
 from dawm.data.module import TransitionDataModule
+from dawm.data.transitions import Transitions
 from dawm.errors import UserError
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.synthesis.ensemble import EnsembleSynthesizer
+from dawm.synthesis.rollouts import Rollouts
 from dawm.synthesis.starts import Starts
 
 
@@ -128,3 +135,72 @@ def test_rows_that_terminate_get_the_reward_in_the_agents_batches_alone(dataset)
     assert (data.episodes.transitions.rewards > 0).all()
     with pytest.raises(UserError, match="termination_reward: got nan, expected a finite number"):
         TransitionDataModule(dataset, termination_reward=float("nan"))
+
+
+def test_value_expansion_by_hand():
+    """Three rollouts of two steps, discount 1/2: whole, ended by its first step, cut at the second; one is lost."""
+    nan = float("nan")
+    made = Rollouts(
+        observations=torch.arange(12.0).view(4, 3, 1),
+        actions=torch.tensor([[0.1, 0.9], [0.2, 0.9], [0.3, 0.9], [0.4, 0.9]]).unsqueeze(-1),
+        rewards=torch.tensor([[4.0, 6.0], [5.0, 9.0], [3.0, nan], [nan, nan]]),
+        next_observations=torch.arange(12.0).view(4, 3, 1)[:, 1:],
+        terminations=torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]),
+        lengths=torch.tensor([2, 1, 1, 0]),
+        counts=Counter(kept=4),
+    )
+    rows = made.expansions(0.5)
+    assert rows.observations[:, 0].tolist() == [0, 3, 6]
+    assert_close(rows.actions[:, 0], torch.tensor([0.1, 0.2, 0.3]))
+    assert rows.rewards.tolist() == [4 + 0.5 * 6, 5, 3]
+    assert rows.next_observations[:, 0].tolist() == [2, 4, 7]
+    assert rows.terminations.tolist() == [0, 1, 0]
+    targets = td_target(rows.rewards, rows.terminations, torch.full((3,), 8.0), 0.5, rows.steps)
+    assert targets.tolist() == [7 + 0.25 * 8, 5, 3 + 0.5 * 8]
+
+
+@pytest.mark.parametrize("make", [partial(TD3BC, policy_noise=0.0), IQL])
+def test_the_agents_bootstrap_over_the_steps_that_a_row_spans(make):
+    """Rows of two steps at a discount of 0.9 are as rows of one at 0.81."""
+    rows = Transitions(torch.randn(9, 2), torch.rand(9, 1), torch.randn(9), torch.randn(9, 2), torch.zeros(9))
+    losses = []
+    for discount, steps in ((0.9, 2.0), (0.81, 1.0), (0.81, None), (0.9, 1.0)):
+        torch.manual_seed(0)
+        agent = make(2, 1, hidden=(8,), discount=discount)
+        for network in (agent.critics, agent.target_critics, getattr(agent, "value", agent.critics)):
+            torch.nn.init.normal_(network.weights, generator=torch.Generator().manual_seed(1))
+        batch = replace(rows, steps=None if steps is None else torch.full((9,), steps))
+        losses.append(agent.critic_loss(batch)[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) == pytest.approx(losses[2], rel=1e-5)
+    assert losses[3] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_recorded_rows_span_one_step_beside_expanded_ones(dataset):
+    data = TransitionDataModule(dataset, horizon=1, batch_size=6, updates_per_step=2)
+    real = data.episodes.transitions[:5]
+    data.refill(real)
+    assert next(iter(data.mixed_loader(2))).steps is None
+    data.refill(replace(real, steps=torch.full((5,), 3.0)))
+    batch = next(iter(data.mixed_loader(2, seeds=2)))
+    assert torch.equal(batch.steps, torch.tensor([1.0, 1, 1, 3, 3, 3]).expand(2, 2, 6))
+    assert_close(data.synthetic.steps, torch.full((5,), 3.0))
+    assert batch.observations.shape == (2, 2, 6, 2)
+
+
+def test_value_expansion_reaches_the_agent(dataset, make_trainer):
+    """Every row of its batches begins at a recorded observation with the recorded action."""
+    data = TransitionDataModule(dataset, horizon=2, batch_size=20, updates_per_step=2, synthetic_fraction=1.0)
+    callback = RegenerateRollouts(4, 50, value_expansion=True, margin=1e3, max_reward_drift=1e3, max_rejected=1.0,
+                                  max_termination_drift=1.0)  # fmt: skip
+    callback.connect(model(horizon=2), InverseDynamics(2, 1))
+    agent = Watching(2, 1, hidden=(8,))
+    agent.batches = []
+    make_trainer(4, callbacks=[callback]).fit(agent, datamodule=data)
+    rows = Transitions.unpack(torch.cat(agent.batches), 2, 1)
+    recorded = data.episodes.transitions
+    assert set(rows.steps.tolist()) <= {1.0, 2.0}
+    assert (rows.steps == 2).any()
+    assert_close(rows.actions, recorded.actions[rows.observations[:, 0].long()])
+    shifted = IQL(2, 1, hidden=(8,), reward_shift=-1.0)
+    with pytest.raises(UserError, match=r"reward_shift: got -1.0, expected 0"):
+        make_trainer(4, callbacks=[callback]).fit(shifted, datamodule=data)
