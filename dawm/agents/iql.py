@@ -103,7 +103,7 @@ class IQL(OfflineAgent):
         """Both critics' squared TD error against one target, on prepared transitions."""
         with torch.no_grad():
             next_values = self.value(batch.next_observations).squeeze(-1)
-            target = td_target(batch.rewards, batch.terminations, next_values, self.discount)
+            target = td_target(batch.rewards, batch.terminations, next_values, self.discount, batch.steps)
         values = self.critics(torch.cat([batch.observations, batch.actions], dim=-1)).squeeze(-1)
         loss = critic_loss(values, target)
         return loss, {"critic_loss": loss.detach(), "q": values.detach().mean()}

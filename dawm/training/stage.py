@@ -98,7 +98,8 @@ class WorldModelStage(Stage):
     """Stage 1, on segments of the real data."""
 
     name = "world_model"
-    no_matter = frozenset({"env_id", "max_episode_steps", "batch_size", "synthetic_fraction", "real_weights"})
+    no_matter = frozenset({"env_id", "max_episode_steps", "batch_size", "synthetic_fraction", "real_weights",
+                           "termination_reward"})  # fmt: skip
 
 
 @dataclass
@@ -107,7 +108,8 @@ class InverseDynamicsStage(Stage):
 
     name = "inverse_dynamics"
     no_matter = frozenset({"env_id", "max_episode_steps", "horizon", "discount", "return_window", "segment_batch_size",
-                           "synthetic_fraction", "real_weights", "bootstrap_truncated"})  # fmt: skip
+                           "synthetic_fraction", "real_weights", "termination_reward",
+                           "bootstrap_truncated"})  # fmt: skip
 
 
 @dataclass
