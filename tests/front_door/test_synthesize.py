@@ -129,6 +129,7 @@ RELABELLED = {
     **{"max_inconsistency": 1.0, "max_forward_disagreement": 1.0},
     "starts": {"class_path": "dawm.data.weights.TopShare", "init_args": {"share": 0.5}},
 }
+ACTED = {"imagination": "ensemble", "first_action": "policy", "starts": RELABELLED["starts"]}
 
 
 @pytest.fixture(params=[{}])
@@ -146,7 +147,7 @@ def aiming_run(finished_run, tmp_path, request):
     return run
 
 
-@pytest.mark.parametrize("aiming_run", [{}, RELABELLED], indirect=True, ids=["plain", "relabelled"])
+@pytest.mark.parametrize("aiming_run", [{}, RELABELLED, ACTED], indirect=True, ids=["plain", "relabelled", "acted"])
 def test_by_default_it_makes_what_the_runs_agent_learnt_from(hopper, aiming_run, request):
     """The same settings and the same transitions as a refill by the trained agent, bit for bit."""
     more = request.node.callspec.params["aiming_run"]
