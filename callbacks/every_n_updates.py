@@ -2,6 +2,8 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -61,9 +63,15 @@ class EveryNUpdates(L.Callback, ABC):
         """Runs where it is due."""
         if self.should_run(trainer.global_step):
             self.last_step = trainer.global_step
-            start = time.monotonic()
-            self.run(trainer, pl_module)
-            self.seconds += time.monotonic() - start
+            with self.timed():
+                self.run(trainer, pl_module)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Counts what is done inside as this callback's time."""
+        start = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - start
 
     def state_dict(self) -> dict[str, Any]:
         """The update of the last run, so that a resumed training runs when an uninterrupted one would."""

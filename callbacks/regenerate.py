@@ -161,7 +161,8 @@ class RegenerateRollouts(EveryNUpdates):
         for model in self._models or ():
             model.to(trainer.strategy.root_device)
         self._synthesizer = self.synthesizer(data, statistics)
-        self.refill(trainer, self.last_step or 0)
+        with self.timed():
+            self.refill(trainer, self.last_step or 0)
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The refill that is due; none after the last update."""

@@ -1,23 +1,14 @@
-"""A comparison of methods as a table in the terminal, ``table.md``, ``table.csv`` and ``page.html``."""
+"""A comparison of methods: what the cells left, by method and data set, and what follows from it."""
 
-import csv
-import html
-import io
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from dawm.cli.curves import svg
-from dawm.cli.html import figures, page, section, table
 from dawm.evaluation.statistics import (
     Difference,
     Interval,
@@ -29,26 +20,43 @@ from dawm.evaluation.statistics import (
     probability_of_improvement,
     stratified_bootstrap,
 )
-from dawm.files import write_whole
 
-__all__ = ["Comparison", "show_comparison", "write_comparison"]
+__all__ = ["NUMBERS", "Comparison"]
+
+Floats = NDArray[np.float64]
 
 HEAD = ("data set", "method", "score", "seeds", "minus {}", "p", "area under curve")
 SUMMARY = ("method", "inter-quartile mean over data sets", "probability of improvement over {}")
-TIMES = ("method", "data set", "training, s", "of it in callbacks", "by part, s")
+NUMBERS = ("dataset", "method", "unit", "seeds", "mean", "low", "high", "difference", "difference_low",
+           "difference_high", "p_holm", "area", "area_low", "area_high")  # fmt: skip
+UPDATES = "updates"  # in a cell's seconds: those of the agent alone
 EXPLANATION = """Scores are those of the last checkpoint, over the final episodes of every seed. Brackets hold 95 %
 intervals: of means Student's over the seeds, of differences Welch's, over data sets stratified bootstrap. p is that of
 the difference, adjusted by Holm's method for all comparisons of the table. The area under the curve, the mean score
-while training, says how fast a method learns. Seeds of one group share their data split and models."""
+while training, says how fast a method learns."""
+ONE_GROUP = """All seeds of a method that imagines share one world model, so these intervals do not contain what differs
+between world models: --groups trains several."""
+GROUPS = """The seeds of a group share a world model: of methods that imagine, intervals and p are over the means of the
+groups."""
 
 
 class Comparison:
-    """Results of the cells that are there, by method and data set; the first method is the reference."""
+    """Results of the cells that are there, by method and data set; the first method is the reference.
+
+    Args:
+        results: What each cell left.
+        methods: Their order.
+        datasets: Their order.
+        note: A line for the page.
+        command: The whole comparison's.
+        cells: How many there will be.
+    """
 
     def __init__(
-        self, results: Sequence[Mapping[str, Any]], methods: Sequence[str], datasets: Sequence[str], note: str = ""
-    ) -> None:
-        self.results, self.note = results, note
+        self, results: Sequence[Mapping[str, Any]], methods: Sequence[str], datasets: Sequence[str], note: str,
+        command: str, cells: int,
+    ) -> None:  # fmt: skip
+        self.results, self.note, self.command, self.cells = results, note, command, cells
         there = {result["method"] for result in results}
         self.methods = [method for method in methods if method in there]
         self.datasets = [name for name in datasets if any(result["dataset"] == name for result in results)]
@@ -57,11 +65,25 @@ class Comparison:
         """The results of one method on one data set."""
         return [r for r in self.results if (r["method"], r["dataset"]) == (method, dataset)]
 
-    def scores(self, method: str, dataset: str) -> NDArray[np.float64]:
+    def scores(self, method: str, dataset: str) -> Floats:
         """Scores of all seeds, shape (S,)."""
         return np.array([score for result in self.of(method, dataset) for score in result["scores"]])
 
-    def curve(self, method: str, dataset: str) -> tuple[list[int], NDArray[np.float64]]:
+    def grouped(self, method: str, dataset: str, values: Floats) -> Floats:
+        """Values of all seeds, shape (..., S), as those of groups that share a world model, shape (..., G, S / G).
+
+        Left as they are where seeds share none, or all the same one.
+        """
+        found = self.of(method, dataset)
+        groups = len(found) > 1 and any(result["imagines"] and len(result["scores"]) > 1 for result in found)
+        return values.reshape(*values.shape[:-1], len(found), -1) if groups else values
+
+    def independent(self, method: str, dataset: str, values: Floats) -> Floats:
+        """Values of all seeds, shape (..., S), or their means by group, shape (..., G): what intervals are over."""
+        grouped = self.grouped(method, dataset, values)
+        return grouped.mean(axis=-1) if grouped.ndim > values.ndim else values
+
+    def curve(self, method: str, dataset: str) -> tuple[list[int], Floats]:
         """Updates (K,) and scores (K, S) of the evaluations while training."""
         curves = [result["curve"] for result in self.of(method, dataset)]
         common = min((len(curve) for curve in curves), default=0)
@@ -72,34 +94,53 @@ class Comparison:
     def differences(self) -> dict[tuple[str, str], tuple[Difference, float]]:
         """Of each method and data set: its difference to the first method, and Holm's p."""
         first = self.methods[0]
-        pairs = [
-            (m, d)
-            for d in self.datasets
-            for m in self.methods[1:]
-            if len(self.scores(m, d)) and len(self.scores(first, d))
-        ]
-        found = [difference(self.scores(m, d), self.scores(first, d)) for m, d in pairs]
+        pairs = [(m, d) for d in self.datasets for m in self.methods[1:] if self.of(m, d) and self.of(first, d)]
+        found = []
+        for pair in pairs:
+            ours, theirs = (self.independent(m, pair[1], self.scores(m, pair[1])) for m in (pair[0], first))
+            found.append(difference(ours, theirs))
         return dict(zip(pairs, zip(found, holm([each.p for each in found]))))
+
+    def row(self, method: str, dataset: str) -> tuple[Interval, int, Difference | None, float, Interval | None]:
+        """Score, seeds, difference to the first method, its p, and area under the curve."""
+        scores = self.scores(method, dataset)
+        minus, p = self.differences.get((method, dataset), (None, math.nan))
+        steps, curve = self.curve(method, dataset)
+        area = None
+        if steps:
+            area = mean_interval(self.independent(method, dataset, area_under_curve(steps, curve)))
+        return mean_interval(self.independent(method, dataset, scores)), len(scores), minus, p, area
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Data sets and methods that there are results of."""
+        return [(dataset, method) for dataset in self.datasets for method in self.methods if self.of(method, dataset)]
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row for each method on each data set."""
         rows: list[tuple[str, ...]] = []
-        for dataset in self.datasets:
-            for method in self.methods:
-                if not len(scores := self.scores(method, dataset)):
-                    continue
-                minus, p = self.differences.get((method, dataset), (None, math.nan))
-                steps, curve = self.curve(method, dataset)
-                area = _interval(mean_interval(area_under_curve(steps, curve))) if steps else ""
-                less = "" if minus is None else _interval(Interval(*minus[:3]), sign=True)
-                figure = _interval(mean_interval(scores))
-                rows.append((dataset, method, figure, str(len(scores)), less, _p(p), area))
+        for dataset, method in self.pairs():
+            score, seeds, minus, p, area = self.row(method, dataset)
+            less = "" if minus is None else _interval(Interval(*minus[:3]), sign=True)
+            rows.append((dataset, method, _interval(score), str(seeds), less, _p(p), _interval(area)))
+        return rows
+
+    def numbers(self) -> list[tuple[Any, ...]]:
+        """The same as numbers, for ``table.csv``."""
+        nothing = (math.nan,) * 3
+        rows: list[tuple[Any, ...]] = []
+        for dataset, method in self.pairs():
+            score, seeds, minus, p, area = self.row(method, dataset)
+            unit, less = self.of(method, dataset)[0]["unit"], nothing if minus is None else minus[:3]
+            found = (dataset, method, unit, seeds, *score, *less, p, *(area or nothing))
+            rows.append(tuple("" if isinstance(v, float) and math.isnan(v) else v for v in found))
         return rows
 
     def summary(self) -> list[tuple[str, ...]]:
-        """Over all data sets: methods that have the same number of seeds on each."""
-        tables = {m: [self.scores(m, d) for d in self.datasets] for m in self.methods}
-        whole = {m: np.stack(t) for m, t in tables.items() if len({len(s) for s in t}) == 1 and len(t[0])}
+        """Over several data sets, all with scores: the methods that have the same number of seeds on each."""
+        if len(self.datasets) < 2 or any(result["unit"] != "score" for result in self.results):
+            return []
+        tables = {m: [self.grouped(m, d, self.scores(m, d)) for d in self.datasets] for m in self.methods}
+        whole = {m: np.stack(t) for m, t in tables.items() if len({s.shape for s in t}) == 1}
         first = whole.get(self.methods[0])
         rows: list[tuple[str, ...]] = []
         for method, scores in whole.items():
@@ -107,117 +148,54 @@ class Comparison:
             if first is not None and scores is not first:
                 better = _interval(stratified_bootstrap(probability_of_improvement, scores, first), digits=2)
             rows.append((method, _interval(stratified_bootstrap(interquartile_mean, scores)), better))
-        return rows if len(self.datasets) > 1 else []
-
-    def times(self) -> list[tuple[str, ...]]:
-        """Where the time went."""
-        rows: list[tuple[str, ...]] = []
-        for dataset in self.datasets:
-            for method in self.methods:
-                seconds: dict[str, float] = defaultdict(float)
-                for result in self.of(method, dataset):
-                    for name, value in result["seconds"].items():
-                        seconds[name] += value
-                training = sum(value for name, value in seconds.items() if not name.startswith("agent: "))
-                inside = sum(value for name, value in seconds.items() if name.startswith("agent: "))
-                if training:
-                    parts = ", ".join(f"{name.removeprefix('agent: ')} {value:.0f}" for name, value in seconds.items())
-                    rows.append((method, dataset, f"{training:.0f}", f"{inside / training:.0%}", parts))
         return rows
+
+    def times(self) -> tuple[list[str], list[tuple[str, ...]]]:
+        """Where the time went, head and rows: the share of each part, and how many updates a second are left by it."""
+        spent = {pair: Counter[str]() for pair in self.pairs()}
+        for dataset, method in spent:
+            for result in self.of(method, dataset):
+                spent[dataset, method].update(result["seconds"])
+        names = sorted({name for seconds in spent.values() for name in seconds}, key=lambda name: name != UPDATES)
+        rows: list[tuple[str, ...]] = []
+        for (dataset, method), seconds in spent.items():
+            total = sum(seconds.values())
+            shares = (f"{seconds[name] / total:.0%}" if seconds[name] else "" for name in names)
+            updates = sum(result["updates"] for result in self.of(method, dataset))
+            rate = f"{updates / seconds[UPDATES]:,.0f}" if seconds[UPDATES] else ""
+            rows.append((dataset, method, f"{total:,.0f}", rate, *shares))
+        return ["data set", "method", "seconds", "updates a second alone", *names], rows
+
+    def explanation(self) -> str:
+        """How to read the tables."""
+        imagining = [result for result in self.results if result["imagines"] and len(result["scores"]) > 1]
+        shared = GROUPS if any(result["number"] for result in imagining) else ONE_GROUP
+        return f"{EXPLANATION} {shared}" if imagining else EXPLANATION
+
+    def finished(self) -> str:
+        """How far it has come."""
+        return f"{len(self.results)} of {self.cells} cells finished"
+
+    def tables(self) -> list[tuple[str, list[str], list[tuple[str, ...]]]]:
+        """Title, head and rows of each table that has any."""
+        found = [
+            ("Scores by data set", self.head(HEAD), self.rows()),
+            ("Over all data sets", self.head(SUMMARY), self.summary()),
+            ("Where the time went", *self.times()),
+        ]
+        return [entry for entry in found if entry[2]]
 
     def head(self, names: Sequence[str]) -> list[str]:
         """A table's head, with the reference's name in it."""
         return [name.format(self.methods[0]) for name in names]
 
 
-def show_comparison(console: Console, folder: Path, comparison: Comparison) -> None:
-    """Prints the tables, and where the page is."""
-    for title, head, rows in _tables(comparison)[:2]:
-        if rows:
-            printed = Table(*head, title=title, title_style="bold")
-            last = None
-            for row in rows:
-                if last is not None and row[0] != last and head[0] == "data set":
-                    printed.add_section()
-                last = row[0]
-                printed.add_row(*map(escape, row))
-            console.print(printed)
-    console.print(f"page: {folder}/page.html (beside it table.md, table.csv, results/)", soft_wrap=True, markup=False)
-
-
-def write_comparison(folder: Path, comparison: Comparison) -> None:
-    """Writes ``table.md``, ``table.csv`` and ``page.html``."""
-    tables = [entry for entry in _tables(comparison) if entry[2]]
-    write_whole(folder / "table.md", "\n".join(_markdown(*entry) for entry in tables))
-    text = io.StringIO()
-    csv.writer(text).writerows([comparison.head(HEAD), *comparison.rows()])
-    write_whole(folder / "table.csv", text.getvalue())
-    body = [section(title, table(rows, head)) for title, head, rows in tables]
-    drawings = {}
-    for dataset in comparison.datasets:
-        drawings[f"{dataset}: scores at the end, with 95 % intervals over the seeds."] = svg(
-            partial(_bars, comparison=comparison, dataset=dataset)
-        )
-        if any(comparison.curve(method, dataset)[0] for method in comparison.methods):
-            drawings[f"{dataset}: scores while training, with 95 % intervals over the seeds."] = svg(
-                partial(_curves, comparison=comparison, dataset=dataset)
-            )
-    notes = [f"<p>{html.escape(text)}</p>" for text in (comparison.note, EXPLANATION) if text]
-    parts = [*body[:1], section("Pictures", figures(drawings)), *body[1:], section("How to read it", *notes)]
-    example = comparison.results[0]
-    subtitle = f"dawm {example['dawm']}, {example['updates']:,} updates"
-    write_whole(folder / "page.html", page("Comparison of methods", subtitle, parts))
-
-
-def _tables(comparison: Comparison) -> list[tuple[str, list[str], list[tuple[str, ...]]]]:
-    return [
-        ("Scores by data set", comparison.head(HEAD), comparison.rows()),
-        ("Over all data sets", comparison.head(SUMMARY), comparison.summary()),
-        ("Where the time went", comparison.head(TIMES), comparison.times()),
-    ]
-
-
-def _markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-def _interval(found: Interval, sign: bool = False, digits: int = 1) -> str:
+def _interval(found: Interval | None, sign: bool = False, digits: int = 1) -> str:
+    if found is None:
+        return ""
     value = f"{found.value:+.{digits}f}" if sign else f"{found.value:.{digits}f}"
     return value if math.isnan(found.low) else f"{value} ({found.low:.{digits}f} to {found.high:.{digits}f})"
 
 
 def _p(p: float) -> str:
     return "" if math.isnan(p) else "below 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _bars(axis: Any, comparison: Comparison, dataset: str) -> None:
-    found = {m: mean_interval(s) for m in comparison.methods if len(s := comparison.scores(m, dataset))}
-    for height, (method, interval) in enumerate(reversed(found.items())):
-        axis.barh(height, interval.value, color="#4477aa", alpha=0.6)
-        axis.plot([interval.low, interval.high], [height, height], color="#1d2733", linewidth=2)
-        axis.plot(
-            comparison.scores(method, dataset),
-            np.full(len(comparison.scores(method, dataset)), height),
-            "|",
-            color="#1d2733",
-        )
-    axis.set_yticks(range(len(found)), list(reversed(found)))
-    result = next(r for r in comparison.results if r["dataset"] == dataset)
-    axis.axvline(
-        result["data"]["normalized_score" if result["unit"] == "score" else "return"], color="grey", linestyle="--"
-    )
-    axis.set(title="at the end (dashed: the data's mean)", xlabel=result["unit"])
-
-
-def _curves(axis: Any, comparison: Comparison, dataset: str) -> None:
-    for method in comparison.methods:
-        steps, scores = comparison.curve(method, dataset)
-        if steps:
-            bands = [mean_interval(row) for row in scores]
-            (line,) = axis.plot(steps, [band.value for band in bands], marker=".", label=method)
-            axis.fill_between(
-                steps, [b.low for b in bands], [b.high for b in bands], alpha=0.15, color=line.get_color()
-            )
-    axis.set(title="while training", xlabel="updates")
-    axis.legend(fontsize="small")

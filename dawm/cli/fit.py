@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -70,10 +71,12 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     episodes = settings.plain["final_episodes"]
     assert data.env_spec is not None
     console.print(f"scoring the agent over {episodes} episodes of {data.env_spec.id}")
+    start = time.monotonic()
     evaluation = score(trained["agent"], data.env_spec, data.episodes.action_space, data.reference, episodes,
                        EVALUATION_SEED, data.max_episode_steps)  # fmt: skip
     class_path = settings.plain["agent"]["class_path"]
     results = collect_results(data.episodes, class_path, evaluation, experiment.results, experiment.seed)
+    results["seconds"] = {"waiting": experiment.waited, "final evaluation": time.monotonic() - start}
     write_files(output_dir, results, settings.plain, command)
     log_summary(loggers, results)
     show_results(console, output_dir, results)

@@ -4,6 +4,7 @@ A launcher takes the cells to train, the number of local workers, the arguments 
 returns the cells that failed, and why.
 """
 
+import datetime
 import os
 import shlex
 import shutil
@@ -11,11 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 
 from dawm.errors import UserError
 from dawm.files import write_whole
@@ -24,7 +27,9 @@ __all__ = ["LAUNCHERS"]
 
 INTERVAL = 0.5  # seconds between two looks at the workers
 LINES = 30.0  # seconds between two lines of progress
-RETRIES = 3  # of a cell whose worker died
+RETRIES = 3  # of a cell whose process was killed
+START = "--- started "  # in a cell's log, before what each start of its `fit` prints
+JOBS = "compare.jobs"  # in the folder of a comparison: SLURM's numbers of the jobs submitted
 
 
 class Work(Protocol):
@@ -34,42 +39,63 @@ class Work(Protocol):
     folder: Path
     run: Path
     log: Path
+    cost: int
+    models: str
 
     def command(self) -> list[str]: ...  # noqa: D102
     def done(self) -> bool: ...  # noqa: D102
-    def collect(self) -> None: ...  # noqa: D102
+    def collect(self, seconds: float) -> None: ...  # noqa: D102
 
 
-def train(cell: Work) -> str | None:
-    """Runs one cell to its end, with one thread; the reason if it failed."""
-    process = _start(cell)
-    try:
-        return _finish(cell, process.wait())
-    finally:
-        _stop([process])
+def train(cell: Work, folder: str) -> str | None:
+    """Runs one cell to its end in a current folder, with one thread; the reason if it failed."""
+    os.chdir(folder)
+    for _ in range(RETRIES + 1):
+        start = time.monotonic()
+        process = _start(cell)
+        try:
+            code = process.wait()
+        finally:
+            _stop([process])
+        if code >= 0:
+            break
+    return _finish(cell, code, time.monotonic() - start)
 
 
 def run_locally(cells: Sequence[Any], workers: int, command: Sequence[str], console: Console) -> dict[str, str]:
-    """So many cells at once on this machine, one thread each."""
-    waiting, running, failed = list(cells), dict[subprocess.Popen, Any](), dict[str, str]()
-    progress = Progress(len(cells), console)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`
+    """So many cells at once on this machine, one thread each; one that is killed starts again and resumes."""
+    waiting, failed = list(cells), dict[str, str]()
+    running, kills = dict[subprocess.Popen, tuple[Any, float]](), Counter[str]()
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`
+    progress = Progress(cells, console)
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                cell = waiting.pop(0)
-                running[_start(cell)] = cell
+                cell = _pick(waiting, {other.models for other, _ in running.values()})
+                running[_start(cell)] = cell, time.monotonic()
             time.sleep(INTERVAL)
-            for process, cell in list(running.items()):
-                if (code := process.poll()) is not None:
-                    del running[process]
-                    error = _finish(cell, code)
-                    failed |= {} if error is None else {cell.name: error}
-                    progress.ended(cell.name, error)
-            progress.show([cell for cell in running.values()])
+            for process, (cell, start) in list(running.items()):
+                if (code := process.poll()) is None:
+                    continue
+                del running[process]
+                kills[cell.name] += code < 0
+                if code < 0 and kills[cell.name] <= RETRIES:
+                    waiting.insert(0, cell)
+                    continue
+                error = _finish(cell, code, time.monotonic() - start)
+                failed |= {} if error is None else {cell.name: error}
+                progress.ended(cell, error)
+            progress.show([cell for cell, _ in running.values()])
     finally:
+        progress.close()
         _stop(running)
+        signal.signal(signal.SIGTERM, handler)
     return failed
+
+
+def _pick(waiting: list[Any], busy: set[str]) -> Any:
+    """Takes the next cell, if possible one that does not wait for models that another one is training."""
+    return waiting.pop(next((number for number, cell in enumerate(waiting) if cell.models not in busy), 0))
 
 
 def run_on_ray(cells: Sequence[Any], workers: int, command: Sequence[str], console: Console) -> dict[str, str]:
@@ -85,13 +111,13 @@ def run_on_ray(cells: Sequence[Any], workers: int, command: Sequence[str], conso
     started = not ray.is_initialized()
     if started:
         ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else workers, include_dashboard=False)
-    progress, failed = Progress(len(cells), console), dict[str, str]()
+    progress, failed = Progress(cells, console), dict[str, str]()
     error: str | None
     try:
         task = ray.remote(num_cpus=1, max_retries=RETRIES)(train)
-        tasks = {task.remote(cell): cell for cell in cells}
+        tasks = {task.remote(cell, os.getcwd()): cell for cell in cells}
         while tasks:
-            ready, _ = ray.wait(list(tasks), timeout=LINES)
+            ready, _ = ray.wait(list(tasks), timeout=INTERVAL)
             for reference in ready:
                 cell = tasks.pop(reference)
                 try:
@@ -99,9 +125,10 @@ def run_on_ray(cells: Sequence[Any], workers: int, command: Sequence[str], conso
                 except ray.exceptions.RayError as problem:
                     error = f"its worker died {RETRIES + 1} times ({type(problem).__name__}; log: {cell.log})"
                 failed |= {} if error is None else {cell.name: error}
-                progress.ended(cell.name, error)
+                progress.ended(cell, error)
             progress.show([cell for cell in tasks.values() if cell.log.exists()])
     finally:
+        progress.close()
         if started:
             ray.shutdown()
     return failed
@@ -110,9 +137,16 @@ def run_on_ray(cells: Sequence[Any], workers: int, command: Sequence[str], conso
 def submit_to_slurm(cells: Sequence[Any], workers: int, command: Sequence[str], console: Console) -> dict[str, str]:
     """Writes an array job with one task for each cell, and submits it where there is ``sbatch``.
 
-    The same command again shows what is finished, and submits what is not.
+    The same command again shows what is finished, and submits what is not, unless it is still in the queue.
     """
-    folder = cells[0].folder
+    folder, submits = cells[0].folder, bool(shutil.which("sbatch"))
+    if submits and (folder / JOBS).exists():
+        asked = ["squeue", "--noheader", "--format=%i", f"--jobs={(folder / JOBS).read_text().strip()}"]
+        if queued := subprocess.run(
+            asked, capture_output=True, text=True
+        ).stdout.split():  # empty for a job that is over
+            console.print(f"{len(cells)} cells are missing, and in SLURM's queue: {', '.join(queued)}", markup=False)
+            return {}
     options = [*command[: command.index("--")], "--launcher", "local", "--cell", "$SLURM_ARRAY_TASK_ID"]
     line = shlex.join([sys.executable, "-m", "dawm", *options, *command[command.index("--") :]])
     numbers = ",".join(str(cell.index) for cell in cells)
@@ -129,11 +163,14 @@ cd {shlex.quote(os.getcwd())}
 export OMP_NUM_THREADS=1
 exec {line.replace("'$SLURM_ARRAY_TASK_ID'", '"$SLURM_ARRAY_TASK_ID"')}
 """)  # fmt: skip
-    if shutil.which("sbatch"):
-        done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True)
-        console.print((done.stdout or done.stderr).strip(), markup=False)
-        return {} if done.returncode == 0 else {"sbatch": done.stderr.strip()}
-    console.print(f"submit it with: sbatch {script}", soft_wrap=True, markup=False)
+    if not submits:
+        console.print(f"submit it with: sbatch {script}", soft_wrap=True, markup=False)
+        return {}
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
+    if done.returncode:
+        return {"sbatch": done.stderr.strip()}
+    write_whole(folder / JOBS, done.stdout.partition(";")[0].strip())  # a cluster's name may follow
+    console.print(f"submitted {len(cells)} cells as job {done.stdout.strip()}", markup=False)
     return {}
 
 
@@ -145,49 +182,76 @@ LAUNCHERS: dict[str, Callable[[Sequence[Any], int, Sequence[str], Console], dict
 
 
 class Progress:
-    """Lines on how far a comparison is: as each cell ends, and every half minute."""
+    """How far a comparison is: a line as each cell ends, a live one on a terminal, elsewhere one each half minute."""
 
-    def __init__(self, cells: int, console: Console) -> None:
-        self.total, self.ended_count, self.console = cells, 0, console
+    def __init__(self, cells: Sequence[Any], console: Console) -> None:
+        self.count, self.cost, self.console = len(cells), sum(cell.cost for cell in cells), console
+        self.ended_count = self.ended_cost = 0
         self.start = self.last = time.monotonic()
+        self.live = console.status("starting") if console.is_terminal else None
+        if self.live is not None:
+            self.live.start()
 
-    def ended(self, name: str, error: str | None) -> None:
+    def ended(self, cell: Work, error: str | None) -> None:
         """A cell has ended."""
-        self.ended_count += 1
-        self._print(f"{name} {'done' if error is None else 'failed: ' + error}; {self._counts()}")
+        self.ended_count, self.ended_cost = self.ended_count + 1, self.ended_cost + cell.cost
+        self._print(f"{cell.name} {'done' if error is None else 'failed: ' + error}; {self._counts()}")
 
-    def show(self, running: Sequence[Any]) -> None:
-        """A line for what runs, if one is due."""
-        if time.monotonic() - self.last >= LINES:
-            self._print(f"{self._counts()}; " + "; ".join(f"{cell.name}: {_last_line(cell.log)}" for cell in running))
+    def show(self, running: Sequence[Work]) -> None:
+        """What runs."""
+        if self.live is None and time.monotonic() - self.last < LINES:
+            return
+        text = "; ".join(
+            [f"{self._counts()}, {len(running)} running"] + [f"{c.name}: {_last_line(c.log)}" for c in running]
+        )
+        if self.live is None:
+            self._print(text)
+        else:
+            self.live.update(escape(text))
+
+    def close(self) -> None:
+        """Gives the screen back."""
+        if self.live is not None:
+            self.live.stop()
 
     def _counts(self) -> str:
-        passed = time.monotonic() - self.start
-        left = passed / self.ended_count * (self.total - self.ended_count) if self.ended_count else None
-        rest = "" if left is None else f", about {left / 60:.0f} min left"
-        return f"{self.ended_count} of {self.total} cells after {passed / 60:.0f} min{rest}"
+        """Cells, their rate, and the time left, by the updates that cells have to make."""
+        passed, rest = time.monotonic() - self.start, ""
+        if self.ended_cost:
+            left = passed / self.ended_cost * (self.cost - self.ended_cost)
+            rest = f", {3600 * self.ended_count / passed:.3g} an hour, about {_clock(left)} left"
+        return f"{self.ended_count} of {self.count} cells after {_clock(passed)}{rest}"
 
     def _print(self, text: str) -> None:
         self.last = time.monotonic()
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
 def _start(cell: Work) -> subprocess.Popen:
     cell.run.mkdir(parents=True, exist_ok=True)
     with cell.log.open("ab") as log:
+        log.write(f"{START}{datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
+        log.flush()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
         return subprocess.Popen(
             cell.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
 
 
-def _finish(cell: Work, code: int) -> str | None:
+def _finish(cell: Work, code: int, seconds: float) -> str | None:
+    """Collects the result of a process that has ended; the reason if there is none."""
     if code == 0:
-        cell.collect()
+        cell.collect(seconds)
         return None
-    lines = [line.strip() for line in cell.log.read_text(errors="replace").splitlines() if line.strip()]
+    printed = cell.log.read_text(errors="replace").rpartition(START)[2]
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["it printed nothing"]
-    return f"{said[-1].removeprefix('error: ')} (log: {cell.log})"
+    reason = f"killed by signal {-code}" if code < 0 else said[-1].removeprefix("error: ")
+    return f"{reason} (log: {cell.log})"
 
 
 def _stop(processes: Any) -> None:

@@ -1,6 +1,7 @@
 """How sure a comparison of methods is: intervals, differences, and summaries over tasks.
 
-Symbols: S seeds, T tasks, P comparisons. Scores of a method on one task have the shape (S,), on all tasks (T, S).
+Symbols: S seeds, T tasks, P comparisons, G groups of seeds that share a world model. Scores of a method on one task
+have the shape (S,), on all tasks (T, S), or (T, G, S) where seeds come in groups.
 
 Inter-quartile mean, stratified bootstrap and probability of improvement are those of Agarwal et al. 2021
 (arXiv 2108.13264); the difference of two means is Welch's, p-values are adjusted by Holm's method.
@@ -81,20 +82,24 @@ def interquartile_mean(scores: ArrayLike) -> float:
 
 
 def probability_of_improvement(scores: ArrayLike, reference: ArrayLike) -> float:
-    """Chance that a seed of the one beats a seed of the other on a task, ties counting half; shapes (T, S)."""
-    a, b = np.asarray(scores, np.float64)[:, :, None], np.asarray(reference, np.float64)[:, None, :]
+    """Chance that a seed of the one beats a seed of the other on a task, ties counting half; shapes (T, ...)."""
+    a, b = (np.asarray(table, np.float64).reshape(len(table), -1) for table in (scores, reference))  # type: ignore[arg-type]
+    a, b = a[:, :, None], b[:, None, :]
     return float(((a > b) + 0.5 * (a == b)).mean(axis=(1, 2)).mean())
 
 
 def stratified_bootstrap(
     statistic: Callable[..., float], *scores: ArrayLike, draws: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """A statistic of score tables, each (T, S), with its percentile interval: seeds are redrawn task by task."""
+    """A statistic of score tables with its percentile interval: seeds, or whole groups of them, are redrawn by task.
+
+    Tables have the shape (T, S), or (T, G, S) for groups.
+    """
     generator = np.random.default_rng(seed)
     tables = [np.asarray(table, np.float64) for table in scores]
 
     def redrawn(table: Floats) -> Floats:
-        return np.take_along_axis(table, generator.integers(table.shape[1], size=table.shape), axis=1)
+        return table[np.arange(len(table))[:, None], generator.integers(table.shape[1], size=table.shape[:2])]
 
     found = [statistic(*map(redrawn, tables)) for _ in range(draws)]
     low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])

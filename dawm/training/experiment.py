@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from rich.console import Console
 from dawm import __version__
 from dawm.data.batches import derive_seed
 from dawm.data.module import TransitionDataModule
-from dawm.errors import UserError
+from dawm.errors import UserError, require
 from dawm.files import expanded, write_whole
 from dawm.training.build import build_module
 from dawm.training.checkpoints import LAYOUT, ORIGIN, previous_of, read_checkpoint
@@ -62,6 +63,7 @@ class Experiment:
     shared: bool = False  # whether other runs may train the same stages in the folder
     results: dict[str, StageResult] = field(default_factory=dict, init=False)
     rank: int = field(default=0, init=False)
+    waited: float = field(default=0.0, init=False)  # seconds, while other runs trained stages that this one reuses
     _keys: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -92,7 +94,9 @@ class Experiment:
             self._load(module, expanded(stage.init_from), f"stages.{stage.name}.init_from")
         self._keys[stage.name] = self.key(stage)
         folder = self.folder / stage.name / self._keys[stage.name][:8]
+        start = time.monotonic()
         with only_run_in(folder, wait=True, create=True) if self.shared else nullcontext():
+            self.waited += time.monotonic() - start
             self._train_or_reuse(stage, module, folder)
         return module.cpu().eval()
 
@@ -122,6 +126,8 @@ class Experiment:
         last = folder / "last.ckpt"
         save = SaveCheckpoint(last, stage.checkpoint_every_n_steps, self._origin(stage), stage.keep_every_n_steps)
         trainer = make_trainer(stage, module, folder, save, self.settings, self.loggers, self.console)
+        alone, expected = trainer.world_size == 1 or not self.shared, "None where several devices train one run"
+        require("stages_dir", str(self.folder), alone, expected, "leave it out")  # a rank would wait for the lock alone
         end_with_first_rank(trainer)
         self.rank = trainer.global_rank
         # the run's own loggers have all settings already, and some refuse a module's under the same names again
