@@ -230,11 +230,9 @@ def _result(cell: Cell, seconds: float) -> dict[str, Any]:
 
 
 def _seconds(results: Mapping[str, Any], callbacks: Mapping[str, float], whole: float) -> dict[str, float]:
-    """Where a cell's time went; of a resumed one all of its training, and the rest of the last start."""
-    trained = {name: stage["seconds"] for name, stage in results["stages"].items() if not stage["reused"]}
-    parts = dict(results["seconds"])
-    if "agent" in trained:
-        parts |= {"updates": trained.pop("agent") - sum(callbacks.values()), **callbacks}
+    """Where a cell's time went; of one that was resumed, all of its agent's training and the rest of the last start."""
+    trained = {n: stage["seconds"] for n, stage in results["stages"].items() if n == "agent" or not stage["reused"]}
+    parts = {"updates": trained.pop("agent") - sum(callbacks.values()), **callbacks, **results["seconds"]}
     parts |= {name.replace("_", " "): value for name, value in trained.items()}
     return {**parts, "start and files": max(0.0, whole - sum(parts.values()))}
 

@@ -156,11 +156,14 @@ class Comparison:
         for dataset, method in spent:
             for result in self.of(method, dataset):
                 spent[dataset, method].update(result["seconds"])
-        names = sorted({name for seconds in spent.values() for name in seconds}, key=lambda name: name != UPDATES)
+        found = Counter[str]()
+        for seconds in spent.values():
+            found.update(seconds)
+        names = [name for name, value in found.most_common() if value >= 0.5]
         rows: list[tuple[str, ...]] = []
         for (dataset, method), seconds in spent.items():
             total = sum(seconds.values())
-            shares = (f"{seconds[name] / total:.0%}" if seconds[name] else "" for name in names)
+            shares = (f"{seconds[name] / total:.0%}" if name in seconds else "" for name in names)
             updates = sum(result["updates"] for result in self.of(method, dataset))
             rate = f"{updates / seconds[UPDATES]:,.0f}" if seconds[UPDATES] else ""
             rows.append((dataset, method, f"{total:,.0f}", rate, *shares))

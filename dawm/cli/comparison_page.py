@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from dawm.cli.comparison import NUMBERS, Comparison
 from dawm.cli.curves import svg
@@ -27,7 +27,7 @@ __all__ = ["show_comparison", "write_comparison"]
 def show_comparison(console: Console, folder: Path, comparison: Comparison) -> None:
     """Prints the tables, and where the page is."""
     for title, head, rows in comparison.tables()[:-1]:
-        printed = Table(*map(escape, head), title=title, title_style="bold")
+        printed = Table(*(Column(escape(name), overflow="fold") for name in head), title=title, title_style="bold")
         for row, following in zip(rows, [*rows[1:], rows[-1]]):
             printed.add_row(*map(escape, row), end_section=head[0] == "data set" and row[0] != following[0])
         console.print(printed)
@@ -108,5 +108,5 @@ def _curves(axis: Any, comparison: Comparison, dataset: str) -> None:
             (line,) = axis.plot(steps, [band.value for band in bands], marker=".", label=method)
             low, high = [band.low for band in bands], [band.high for band in bands]
             axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
-    axis.set(title="while training", xlabel="updates")
+    axis.set(title="while training", xlabel="updates", ylabel=comparison.results[0]["unit"])
     axis.legend(fontsize="small")

@@ -110,6 +110,7 @@ def run_on_ray(cells: Sequence[Any], workers: int, command: Sequence[str], conso
         raise UserError("--launcher: got ray, which is not installed, expected one that is; pip install ray") from None
     started = not ray.is_initialized()
     if started:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # of a local one; Ray's own default is a low priority
         ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else workers, include_dashboard=False)
     progress, failed = Progress(cells, console), dict[str, str]()
     error: str | None
