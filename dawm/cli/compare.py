@@ -232,7 +232,7 @@ def _result(cell: Cell, seconds: float) -> dict[str, Any]:
 def _seconds(results: Mapping[str, Any], callbacks: Mapping[str, float], whole: float) -> dict[str, float]:
     """Where a cell's time went; of one that was resumed, all of its agent's training and the rest of the last start."""
     trained = {n: stage["seconds"] for n, stage in results["stages"].items() if n == "agent" or not stage["reused"]}
-    parts = {"updates": trained.pop("agent") - sum(callbacks.values()), **callbacks, **results["seconds"]}
+    parts = {"updates": max(0.0, trained.pop("agent") - sum(callbacks.values())), **callbacks, **results["seconds"]}
     parts |= {name.replace("_", " "): value for name, value in trained.items()}
     return {**parts, "start and files": max(0.0, whole - sum(parts.values()))}
 
