@@ -11,7 +11,8 @@ step. DAWM's matmuls are computed as its commands compute them; the plain loop i
 AMD processors with AVX-512 need.
 
 "bf16" rounds the factors of the MLPs' matmuls. "seeds" counts the updates of all agents trained side by side. Each
-round of the contestants in a Trainer starts a Trainer of its own, which takes some 30 ms.
+round of the contestants in a Trainer starts a Trainer of its own, which takes some 30 ms. On a CPU the process is held
+on one core.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 
 import lightning as L
@@ -26,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.measure import interleave, ratio, report, rows, with_dawm_matmuls
+from benchmarks.measure import interleave, one_core, ratio, report, rows, with_dawm_matmuls
 from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
 from dawm.agents import IQL, TD3BC
 from dawm.data.batches import BatchLoader, RowStream, take
@@ -35,7 +37,7 @@ from dawm.nn.compiled import has_bf16
 from dawm.training.graphs import CUDAGraphs
 
 SHAPES = {"hopper": (11, 3), "halfcheetah": (17, 6)}
-BATCH, CHUNK = 256, 32
+BATCH, CHUNK = 256, 50
 JAX = "compiled JAX"
 
 
@@ -195,7 +197,7 @@ def _d3rlpy(name: str, data: Transitions, device: str) -> Callable[[int], int] |
 
 def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=256, help="updates of one round")
+    parser.add_argument("--updates", type=int, default=300, help="updates of one round")
     parser.add_argument("--rows", type=int, default=1_000_000, help="transitions to draw from")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seeds", type=int, default=5, help="agents of the contestant with several")
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     warnings.filterwarnings("ignore", category=UserWarning)
     tables: list = []
     headlines, against_jax = [], []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, one_core() if options.device == "cpu" else nullcontext():
         for name, shape, norm in product(("TD3+BC", "IQL"), options.shapes, (False, True)):
             data = random_data(options.rows, *SHAPES[shape])
             entries = contestants(name, norm, data, options.updates, options.device, options.seeds, folder)

@@ -57,7 +57,7 @@ class ForwardEnsemble(nn.Module):
         """
         members, batch = self.network.weights.shape[0], len(segments)
         recorded = segments.valid.sum(dim=1)  # absorbing rows come last
-        steps = (torch.rand(members, batch, device=recorded.device) * recorded).long()
+        steps = (torch.rand(batch, members, device=recorded.device).T * recorded).long()
         rows = torch.arange(batch, device=steps.device)
         before, after = segments.observations[rows, steps], segments.observations[rows, steps + 1]
         rewards, ends = segments.rewards[rows, steps], segments.terminations[rows, steps]

@@ -271,4 +271,5 @@ def _last_line(log: Path) -> str:
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return "starting"
-    return next((line.strip() for line in reversed(lines) if " of " in line), "starting")
+    shown = (line.strip() for line in reversed(lines) if " of " in line or "waits for" in line)
+    return next(shown, "starting")

@@ -92,7 +92,10 @@ class BatchedMLP(nn.Module):
 
     def _outputs(self, inputs: Tensor, weights: Tensor) -> Tensor:
         ensemble = weights.shape[:-1]
-        x, weights = inputs.reshape(-1, *inputs.shape[-2:]), weights.reshape(-1, weights.shape[-1])
+        if inputs.shape[:-2] != ensemble[: inputs.dim() - 2]:
+            raise ValueError(f"inputs of shape {tuple(inputs.shape)} for networks of shape {tuple(ensemble)}")
+        x = inputs.reshape(math.prod(inputs.shape[:-2]), *inputs.shape[-2:])
+        weights = weights.reshape(-1, weights.shape[-1])
         if not (self.training and self.dropout) and compiled.applies(x, weights):
             outputs = compiled.CompiledMLP.apply(x, weights, self._layout, self._networks)
         else:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,10 @@ class Experiment:
             self._load(module, expanded(stage.init_from), f"stages.{stage.name}.init_from")
         self._keys[stage.name] = self.key(stage)
         folder = self.folder / stage.name / self._keys[stage.name][:8]
+        waits = f"{stage.name}: waits for another run that trains it in {folder}"
+        say = partial(self.console.print, waits, soft_wrap=True)
         start = time.monotonic()
-        with only_run_in(folder, wait=True, create=True) if self.shared else nullcontext():
+        with only_run_in(folder, wait=True, create=True, say=say) if self.shared else nullcontext():
             self.waited += time.monotonic() - start
             self._train_or_reuse(stage, module, folder)
         return module.cpu().eval()
