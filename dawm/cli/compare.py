@@ -35,6 +35,7 @@ from dawm.training.checkpoints import read_checkpoint
 __all__ = ["Cell", "compare", "make_compare_parser"]
 
 GRID = "compare.json"  # in the folder of a comparison: what belongs to it, in order
+LAYOUT = 2  # of a result; one of another layout is collected again from its run, whose stages are reused
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,8 @@ def _cells(options: Namespace, further: Sequence[str], folder: Path) -> list[Cel
         for dataset in options.datasets:
             for number in range(count):
                 own = ("--data.dataset", dataset, "--seeds", str(seeds), "--seed_everything", str(number))
-                identity = hashlib.sha256(f"{key} {dataset} {seeds} {number} {__version__}".encode()).hexdigest()[:16]
+                parts = f"{key} {dataset} {seeds} {number} {__version__} {LAYOUT}"
+                identity = hashlib.sha256(parts.encode()).hexdigest()[:16]
                 arguments = (*shared, *further, *own)
                 cells.append(Cell(method, dataset, number, arguments, identity, folder, len(cells), imagines, cost))
     return cells
