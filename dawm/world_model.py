@@ -1,4 +1,4 @@
-"""DiffusionWorldModel: imagines observations and rewards, no actions.
+"""DiffusionWorldModel: imagines observations and rewards; actions only with a joint codec.
 
 Learns ``p(s_{t+1} .. s_{t+H}, r_t .. r_{t+H-1}, end | s_t, a_t, g_t)`` as DWM (arXiv 2402.03570) and DAWM
 (arXiv 2509.19538) do, with a termination channel beside them. `dawm.diffusion.codecs` says what a sample ``x`` holds.
@@ -178,7 +178,7 @@ class DiffusionWorldModel(UpdateModule):
         sigmas = self.preconditioning.sampler_sigmas(self.sampler.num_steps, observations.device)
         inpaint = self.preconditioning.inpainting(self.codec.known(observations))
         x = self.sampler.sample(denoise, sigmas, noise, generator, inpaint)
-        return self.codec.decode(observations, x[:, -self.horizon :])
+        return self.codec.decode(observations, actions, x[:, -self.horizon :])
 
     def validation_step(self, batch: Segments, batch_idx: int) -> None:
         """Squared errors per step of imagined futures against the recorded ones.

@@ -1,8 +1,8 @@
 """Synthesis: complete imagined transitions from the world model and the inverse dynamics.
 
 The world model imagines observations and rewards from starts (s_t, a_t) and a target return; the inverse dynamics
-infers every action but the first; the forward models may say again what each step leads to, now that its action is
-known; steps that cannot be trusted are dropped and counted.
+infers every action but the first, unless the world model imagined them too; the forward models may say again what each
+step leads to, now that its action is known; steps that cannot be trusted are dropped and counted.
 
 Symbols: B starts, H horizon, O observation size, A action size, M steps kept.
 """
@@ -108,7 +108,7 @@ class Synthesizer:
 
     Args:
         world_model: Imagines observations, rewards and terminations.
-        inverse_dynamics: Infers the actions after the first.
+        inverse_dynamics: Infers the actions after the first, where the world model imagines none.
         starts: Draws where futures begin and what they aim at.
         guidance: Weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
         labels: ``forward`` takes each step's next observation, reward and termination from the forward models, given
@@ -180,11 +180,14 @@ class Synthesizer:
         self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None
     ) -> _Drawn:
         """One chunk."""
-        path, rewards, ends = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator)
+        imagined = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator)
+        path, rewards, ends, all_actions = imagined
         before, after = path[:, :-1], path[:, 1:]
-        inferred = self.inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
-        all_actions, uncertainty = (part.unflatten(0, ends.shape).clone() for part in inferred)
-        all_actions[:, 0], uncertainty[:, 0] = actions, -torch.inf  # of the first action nothing is uncertain
+        uncertainty = torch.full_like(rewards, -torch.inf)  # of an action that is not inferred nothing is uncertain
+        if all_actions is None:
+            inferred = self.inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
+            all_actions, disagreement = (part.unflatten(0, ends.shape).clone() for part in inferred)
+            all_actions[:, 0], uncertainty[:, 1:] = actions, disagreement[:, 1:]
         nothing = torch.zeros_like(rewards)
         drawn = _Drawn(path, all_actions, after, rewards, ends, ends, uncertainty, nothing, nothing)
         if self.labels == "imagined" and self.max_inconsistency is None and self.max_forward_disagreement is None:
