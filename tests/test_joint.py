@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from small_world_model import SEGMENT, model, starts_of
 
-from dawm.diffusion.codecs import JointDifferences
+from dawm.data.transitions import Segments
+from dawm.diffusion.codecs import JointDifferences, JointSegments
 from dawm.diffusion.preconditioning import EDM
+from dawm.diffusion.samplers import DPMSolverPP2M
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.synthesis.rollouts import Synthesizer
 
@@ -64,3 +66,26 @@ def test_a_perfect_joint_model_gives_the_segment_back():
     torch.testing.assert_close(made.actions, TWO_STEPS.actions)
     torch.testing.assert_close(made.rewards, TWO_STEPS.rewards)
     assert made.terminations.tolist() == [[0.0, 0.0]]
+
+
+def test_unconditional_transitions_are_those_of_the_data():
+    """Half of them each of two recorded ones, wherever they are asked to start."""
+    steps = [TWO_STEPS.observations[0, k : k + 2] for k in (0, 1)]
+    two = Segments(
+        torch.stack(steps), TWO_STEPS.actions[0].unsqueeze(1), TWO_STEPS.rewards.T, torch.tensor([[0.0], [1.0]]),
+        torch.ones(2, 1), torch.zeros(2),
+    )  # fmt: skip
+    world_model = knowing(JointSegments, two, return_dropout=1.0, sampler=DPMSolverPP2M(20))
+    elsewhere = torch.full((1000, 2), 9.0), torch.zeros(1000, 1), torch.zeros(1000)
+    synthesizer = Synthesizer(world_model, InverseDynamics(2, 1).eval())
+    rows = synthesizer.imagine(*elsewhere, torch.Generator().manual_seed(0)).transitions().pack()
+    second = rows[:, 2] < 0  # by its action
+    assert 0.45 < second.float().mean() < 0.55
+    torch.testing.assert_close(rows[~second], torch.tensor([[0.0, 0, 0.7, 5, 1, 2, 0]]).expand((~second).sum(), -1))
+    torch.testing.assert_close(rows[second], torch.tensor([[1.0, 2, -0.4, 0, 1, 2, 1]]).expand(second.sum(), -1))
+
+
+def test_whole_segments_depend_on_the_return_alone():
+    codec, (start, action, _) = model(codec=JointSegments).codec, starts_of(TWO_STEPS)
+    condition = codec.condition(start, action, torch.tensor([20.0]), torch.ones(1))
+    assert condition.tolist() == [[2.0, 1.0]]

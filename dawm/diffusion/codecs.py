@@ -17,7 +17,7 @@ from torch.nn import functional
 from dawm.data.transitions import Segments, Transitions
 from dawm.nn.normalizer import Normalizer
 
-__all__ = ["Absolute", "Codec", "Differences", "Imagined", "InpaintedAbsolute", "JointDifferences"]
+__all__ = ["Absolute", "Codec", "Differences", "Imagined", "InpaintedAbsolute", "JointDifferences", "JointSegments"]
 
 
 class Imagined(NamedTuple):
@@ -146,3 +146,33 @@ class JointDifferences(Differences):
         later = self.action_normalizer.inverse(x[:, 1:, : self.action_size]).clamp(-1, 1)
         imagined = super().decode(start, action, x[..., self.action_size :])
         return imagined._replace(actions=torch.cat([action.unsqueeze(1), later], dim=1))
+
+
+class JointSegments(JointDifferences):
+    """Whole segments: step k of `JointDifferences` after its observation ``s_{t+k}``, D = 2 O + A + 2.
+
+    Start and first action are imagined too, not taken as given. The condition is the return-to-go alone, as in GTA
+    (arXiv 2405.16907); with ``return_dropout: 1`` it is constant and, at a horizon of 1, the model is SynthER's
+    (arXiv 2303.06614).
+    """
+
+    def __init__(self, observation_size: int, action_size: int) -> None:
+        super().__init__(observation_size, action_size)
+        self.observation_size = observation_size
+        self.features += observation_size
+        self.condition_size = 2
+
+    def encode(self, segments: Segments) -> Tensor:
+        """``x`` of recorded segments, shape (B, H, D)."""
+        before = self.observation_normalizer(segments.observations[:, :-1])
+        return torch.cat([before, super().encode(segments)], dim=-1)
+
+    def decode(self, start: Tensor, action: Tensor, x: Tensor) -> Imagined:
+        """Futures from the start and action that the first step holds; the given ones are left aside."""
+        before, rest = x.split([self.observation_size, self.features - self.observation_size], dim=-1)
+        action = self.action_normalizer.inverse(rest[:, 0, : self.action_size]).clamp(-1, 1)
+        return super().decode(self.observation_normalizer.inverse(before[:, 0]), action, rest)
+
+    def condition(self, start: Tensor, actions: Tensor, returns_to_go: Tensor, keep: Tensor) -> Tensor:
+        """The return-to-go and whether it is shown, shape (B, 2)."""
+        return super().condition(start, actions, returns_to_go, keep)[:, -2:]
