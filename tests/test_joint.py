@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from small_world_model import SEGMENT, model, starts_of
 
@@ -11,6 +12,8 @@ from dawm.diffusion.preconditioning import EDM
 from dawm.diffusion.samplers import DPMSolverPP2M
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.synthesis.rollouts import Synthesizer
+from dawm.synthesis.starts import Starts
+from dawm.synthesis.targets import ScaledReturn
 
 TWO_STEPS = replace(
     SEGMENT,
@@ -89,3 +92,48 @@ def test_whole_segments_depend_on_the_return_alone():
     codec, (start, action, _) = model(codec=JointSegments).codec, starts_of(TWO_STEPS)
     condition = codec.condition(start, action, torch.tensor([20.0]), torch.ones(1))
     assert condition.tolist() == [[2.0, 1.0]]
+
+
+class Recorded:
+    """Data of one segment."""
+
+    def random_segments(self, count, seed):
+        return TWO_STEPS[torch.zeros(count, dtype=torch.int64)]
+
+
+@pytest.mark.parametrize("codec", [JointDifferences, JointSegments])
+def test_partial_noising(codec):
+    """Noised by half of the ten steps, it is denoised at their levels and under three times its return-to-go of 5."""
+    world_model = knowing(codec, replace(TWO_STEPS, rewards=TWO_STEPS.rewards + 40), sampler=DPMSolverPP2M(10))
+    asked = []
+    denoise = world_model.preconditioning.denoise
+
+    def watched(network, x_t, sigma, condition):
+        asked.append((float(sigma[0]), condition[0, -2].item()))
+        return denoise(network, x_t, sigma, condition)
+
+    world_model.preconditioning.denoise = watched
+    starts = Starts(ScaledReturn(3.0).fit(None, None))
+    synthesizer = Synthesizer(world_model, InverseDynamics(2, 1).eval(), starts, noising=0.0)
+    made = synthesizer.rollouts(Recorded(), 3, seed=0)
+    assert asked == []
+    torch.testing.assert_close(made.observations, TWO_STEPS.observations.expand(3, -1, -1))
+    torch.testing.assert_close(made.actions, TWO_STEPS.actions.expand(3, -1, -1))
+    torch.testing.assert_close(made.rewards, TWO_STEPS.rewards.expand(3, -1))
+    made = replace(synthesizer, noising=0.5).rollouts(Recorded(), 3, seed=0)
+    levels = world_model.preconditioning.sampler_sigmas(10)[5:10].tolist()
+    assert [sigma for sigma, _ in asked] == pytest.approx(levels)
+    assert {returns for _, returns in asked} == {1.0}  # (3 * 5 - 10) / 5
+    torch.testing.assert_close(made.rewards, TWO_STEPS.rewards.expand(3, -1) + 40)
+
+
+def test_the_sampler_begins_at_the_noised_segment():
+    x, noise = torch.full((1, 2, 1), 3.0), torch.ones(1, 2, 1)
+    seen = []
+
+    def denoise(x_t, sigma):
+        seen.append(x_t)
+        return x_t
+
+    DPMSolverPP2M(1).sample(denoise, torch.tensor([0.5, 0.0]), noise, x=x)
+    torch.testing.assert_close(seen[0], torch.full((1, 2, 1), 3.5))

@@ -23,7 +23,7 @@ from dawm.data.mixture import Mixture
 from dawm.data.segments import SegmentTable
 from dawm.data.sources.scores import ReferenceScores
 from dawm.data.store.cache import MEMORY_LIMIT
-from dawm.data.transitions import Transitions
+from dawm.data.transitions import Segments, Transitions
 from dawm.data.weights import RowWeights, checked
 from dawm.errors import require
 
@@ -170,6 +170,11 @@ class TransitionDataModule(L.LightningDataModule):
     def segment_loader(self, updates: int, rank: int = 0) -> BatchLoader:
         """Random segments of the training episodes: `Segments` with fields of shape (K, B, ...)."""
         return _drawn(self, self._segments(self.training_episodes), "segments", self.segment_batch_size, updates, rank)
+
+    def random_segments(self, count: int, seed: int) -> Segments:
+        """Random segments of the training episodes, fields of shape (B, ...)."""
+        total, gather = self._segments(self.training_episodes)
+        return gather(torch.randint(total, (count,), generator=torch.Generator().manual_seed(seed)))
 
     def validation_segment_loader(self, rank: int = 0, world_size: int = 1) -> FixedBatches:
         """A fixed sample of held-out segments, a part for each rank."""

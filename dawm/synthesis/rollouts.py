@@ -9,7 +9,7 @@ Symbols: B starts, H horizon, O observation size, A action size, M steps kept.
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +117,7 @@ class Synthesizer:
         max_disagreement: Largest disagreement of the inverse dynamics to accept; None accepts all.
         max_inconsistency: Largest distance from the forward models' prediction to accept; None accepts all.
         max_forward_disagreement: Largest disagreement of the forward models to accept; None accepts all.
+        noising: Part of the sampler's steps by which recorded segments are noised and denoised; None begins with noise.
     """
 
     world_model: DiffusionWorldModel
@@ -128,6 +129,18 @@ class Synthesizer:
     max_disagreement: float | None = None
     max_inconsistency: float | None = None
     max_forward_disagreement: float | None = None
+    noising: float | None = None
+
+    def draw(
+        self, data: TransitionDataModule, count: int, seed: int
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+        """What `imagine` begins with: ``s_t``, ``a_t`` and return-to-go of B starts, and encoded segments to noise."""
+        if self.noising is None:
+            return self.starts(data, count, seed), None
+        segments = data.random_segments(count, seed).to(self.world_model.device)
+        start = segments.observations[:, 0].cpu(), segments.actions[:, 0].cpu()
+        target = self.starts.target(*start, segments.returns_to_go.cpu())
+        return (*start, target), self.world_model.codec.encode(segments)
 
     def rollouts(
         self, data: TransitionDataModule, count: int, seed: int, rank: int = 0, step: int = 0, block: int = 0
@@ -139,15 +152,25 @@ class Synthesizer:
         """
         seed = derive_seed(seed, rank, step, "rollouts", *((block,) if block else ()))
         generator = torch.Generator(self.world_model.device).manual_seed(seed)
-        return self.imagine(*self.starts(data, count, seed), generator)
+        start, x = self.draw(data, count, seed)
+        return self.imagine(*start, generator, x)
 
     @torch.no_grad()
     def imagine(
-        self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None = None
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        generator: torch.Generator | None = None,
+        x: Tensor | None = None,
     ) -> Rollouts:
-        """One rollout from each ``s_t`` and ``a_t``, with the return-to-go to aim at, shape (B,)."""
-        start = (part.to(self.world_model.device).split(CHUNK) for part in (observations, actions, returns_to_go))
-        parts = [self._complete(o, a, g, generator) for o, a, g in zip(*start)]
+        """One rollout from each ``s_t`` and ``a_t``, with the return-to-go to aim at, shape (B,).
+
+        Or from encoded segments ``x``, shape (B, H, D), of these starts.
+        """
+        given = (observations, actions, returns_to_go, *(() if x is None else (x,)))
+        chunks = zip(*(part.to(self.world_model.device).split(CHUNK) for part in given))
+        parts = [self._complete(generator, *chunk) for chunk in chunks]
         drawn = _Drawn(*(torch.cat(part) for part in zip(*parts)))
         following, rewards, ends = drawn.next_observations, drawn.rewards, drawn.ends
         after, over = drawn.path[:, 1:], ((ends > 0.5) | (drawn.imagined_ends > 0.5)).float()
@@ -177,10 +200,16 @@ class Synthesizer:
         return Rollouts(drawn.path, drawn.actions, rewards, following, terminations, kept.sum(dim=1), counts)
 
     def _complete(
-        self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None
+        self,
+        generator: torch.Generator | None,
+        observations: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        *x: Tensor,
     ) -> _Drawn:
         """One chunk."""
-        imagined = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator)
+        begin: dict[str, Any] = {"x": x[0], "noising": self.noising} if x else {}
+        imagined = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator, **begin)
         path, rewards, ends, all_actions = imagined
         before, after = path[:, :-1], path[:, 1:]
         uncertainty = torch.full_like(rewards, -torch.inf)  # of an action that is not inferred nothing is uncertain

@@ -25,7 +25,7 @@ def options(path: Path, overlay: Path | None) -> list[str]:
 
 def test_the_experiments_and_overlays_are_there():
     assert [path.stem for path in EXPERIMENTS] == ["d4rl-locomotion", "quickstart"]
-    assert [path.stem for path in OVERLAYS] == ["aw", "dawm", "dwm-paper", "iql", "joint", "real", "synther"]
+    assert [path.stem for path in OVERLAYS] == ["aw", "dawm", "dwm-paper", "gta", "iql", "joint", "real", "synther"]
     assert set(FOLDER.rglob("*.yaml")) == {*EXPERIMENTS, *OVERLAYS}
 
 
