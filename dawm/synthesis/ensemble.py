@@ -26,12 +26,7 @@ class EnsembleSynthesizer(Synthesizer):
     """
 
     def _draw(
-        self,
-        generator: torch.Generator | None,
-        observations: Tensor,
-        actions: Tensor,
-        returns_to_go: Tensor,
-        *x: Tensor,
+        self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None
     ) -> Drawn:
         """One chunk."""
         forward_model, policy = self.world_model.forward_model, self.starts.policy
