@@ -132,7 +132,7 @@ def no_training(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_episodes", load)
     monkeypatch.setattr(Experiment, "_train", train)
     for name in ("score", "collect_results", "write_files", "log_summary", "show_results"):
-        monkeypatch.setattr(commands, name, lambda *args: None)
+        monkeypatch.setattr(commands, name, lambda *args: {})
 
 
 class _Nothing(L.Callback):
