@@ -93,7 +93,7 @@ def test_networks_run_in_half_precision_under_autocast(layer_norm):
     assert network.weights.grad.isfinite().all()
 
 
-compiled_only = pytest.mark.skipif(compiled.library() is None, reason="not built, or no AVX-512")
+compiled_only = pytest.mark.skipif(compiled.library() is None, reason="PyTorch computes the networks here")
 
 
 @compiled_only
@@ -137,7 +137,7 @@ def test_compiled_networks_pass_nan_on_and_have_second_derivatives():
 
 
 @compiled_only
-@pytest.mark.skipif(not compiled.has_bf16(), reason="no AVX512_BF16")
+@pytest.mark.skipif(not compiled.has_bf16(), reason="this processor lacks AVX512_BF16")
 @pytest.mark.parametrize(("batch", "ins", "outs"), [(256, 14, 256), (37, 51, 19), (9, 1, 33)])
 def test_bf16_rounds_the_factors_of_matmuls_and_nothing_else(batch, ins, outs):
     def rounded(values):
