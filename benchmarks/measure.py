@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dawm.cli.comparison_page import markdown
 from dawm.nn.matmul import prefer_onednn
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,11 +104,6 @@ def show(console: Console, title: str, header: Sequence[str], body: Sequence[Seq
     for row in body:
         table.add_row(*row)
     console.print(table)
-
-
-def markdown(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)]) + "\n"
 
 
 def report(question: str, command: str, tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]],

@@ -27,6 +27,7 @@ from dawm.cli.launchers import LAUNCHERS
 from dawm.cli.messages import Parser, as_user_error
 from dawm.cli.report import read_results
 from dawm.cli.settings import parse_fit
+from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError, require
 from dawm.files import expanded, write_whole
 from dawm.training.build import import_class, parameters_of
@@ -210,12 +211,7 @@ def _result(cell: Cell, seconds: float) -> dict[str, Any]:
     results = read_results(cell.run)
     agent, reference = results["agent"], results["data"].get("reference")
     returns = agent["returns"] if isinstance(agent["returns"][0], list) else [agent["returns"]]
-
-    def scored(value: float) -> float:
-        if reference is None:
-            return value
-        return 100 * (value - reference["minimum"]) / (reference["maximum"] - reference["minimum"])
-
+    scored = (lambda value: value) if reference is None else ReferenceScores(**reference).normalize
     states = read_checkpoint(Path(results["stages"]["agent"]["checkpoint"])).get("callbacks", {})
     callbacks = {name.partition("{")[0]: s for name, s in states.items() if isinstance(s, dict) and "last_step" in s}
     history = [entry for state in callbacks.values() for entry in state.get("history", []) if "returns" in entry]

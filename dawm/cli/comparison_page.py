@@ -21,7 +21,7 @@ from dawm.cli.html import figures, page, section, table
 from dawm.evaluation.statistics import mean_interval
 from dawm.files import write_whole
 
-__all__ = ["show_comparison", "write_comparison"]
+__all__ = ["markdown", "show_comparison", "write_comparison"]
 
 
 def show_comparison(console: Console, folder: Path, comparison: Comparison) -> None:
@@ -38,7 +38,7 @@ def show_comparison(console: Console, folder: Path, comparison: Comparison) -> N
 def write_comparison(folder: Path, comparison: Comparison) -> None:
     """Writes ``table.md``, ``table.csv`` and ``page.html``."""
     tables = comparison.tables()
-    write_whole(folder / "table.md", "\n".join(_markdown(*entry) for entry in tables))
+    write_whole(folder / "table.md", "\n".join(markdown(*entry) for entry in tables))
     text = io.StringIO()
     csv.writer(text).writerows([NUMBERS, *comparison.numbers()])
     write_whole(folder / "table.csv", text.getvalue())
@@ -79,7 +79,8 @@ def _line(found: str | Mapping[str, str]) -> str:
     return found if isinstance(found, str) else ", ".join(f"{name} {version}" for name, version in found.items())
 
 
-def _markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A titled table."""
     lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 

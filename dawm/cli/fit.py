@@ -51,15 +51,7 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     folder = output_dir if shared is None else _writable(expanded(shared), "stages_dir")
     experiment = Experiment(data, settings.plain, folder, environment, loggers, console, shared is not None)
     _say_what_is_left_out(settings.plain, console)
-    built: dict[str, L.LightningModule] = {}
-    for stage in stages:  # a mistake in the agent shows now, not when the world model is trained
-        with as_user_error(stage.name):
-            stage.connect(built)
-            built[stage.name] = module = experiment.build(stage)
-            if (ask := getattr(module, "train_loader", None)) is not None:  # as does one in what it asks of the data
-                ask(data, 1, 0)
-        for callback in stage.callbacks:
-            plain(callback.state_dict(), ("callbacks", type(callback).__name__))
+    _check_modules(experiment, stages)
     for logger in loggers:
         logger.log_hyperparams(settings.plain)
     trained: dict[str, L.LightningModule] = {}
@@ -80,6 +72,19 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     write_files(output_dir, results, settings.plain, command)
     log_summary(loggers, results)
     show_results(console, output_dir, results)
+
+
+def _check_modules(experiment: Experiment, stages: Iterable[Stage]) -> None:
+    """Builds every module once: a mistake in the agent shows now, not when the world model is trained."""
+    built: dict[str, L.LightningModule] = {}
+    for stage in stages:
+        with as_user_error(stage.name):
+            stage.connect(built)
+            built[stage.name] = module = experiment.build(stage)
+            if (ask := getattr(module, "train_loader", None)) is not None:  # as does one in what it asks of the data
+                ask(experiment.data, 1, 0)
+        for callback in stage.callbacks:
+            plain(callback.state_dict(), ("callbacks", type(callback).__name__))
 
 
 def _checked_environment(data: TransitionDataModule, stages: Iterable[Stage]) -> object:

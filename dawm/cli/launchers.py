@@ -143,9 +143,8 @@ def submit_to_slurm(cells: Sequence[Any], workers: int, command: Sequence[str], 
     folder, submits = cells[0].folder, bool(shutil.which("sbatch"))
     if submits and (folder / JOBS).exists():
         asked = ["squeue", "--noheader", "--format=%i", f"--jobs={(folder / JOBS).read_text().strip()}"]
-        if queued := subprocess.run(
-            asked, capture_output=True, text=True
-        ).stdout.split():  # empty for a job that is over
+        queued = subprocess.run(asked, capture_output=True, text=True).stdout.split()  # empty for a job that is over
+        if queued:
             console.print(f"{len(cells)} cells are missing, and in SLURM's queue: {', '.join(queued)}", markup=False)
             return {}
     options = [*command[: command.index("--")], "--launcher", "local", "--cell", "$SLURM_ARRAY_TASK_ID"]

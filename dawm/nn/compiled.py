@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +121,7 @@ class CompiledMLP(torch.autograd.Function):
             pointers = saved.data_ptr(), keep, outputs.data_ptr(), panel.data_ptr(), _address(halves)
             call(first, stop, *before, *pointers)
 
-        bounds = _bounds(count)
-        _run(compute, bounds[:-1], bounds[1:])
+        _run(compute, *_bounds(count))
         return outputs
 
     @staticmethod
@@ -151,8 +149,7 @@ class CompiledMLP(torch.autograd.Function):
             between = x.new_empty(2 * batch * layout.widest)
             call(first, stop, *arguments, panel.data_ptr(), _address(halves), between.data_ptr())
 
-        bounds = _bounds(count)
-        _run(compute, bounds[:-1], bounds[1:])
+        _run(compute, *_bounds(count))
         if of_x is not None and count > len(x):
             of_x = of_x.unflatten(0, (len(x), -1)).sum(dim=1)
         return of_x, of_weights, None, None
@@ -169,21 +166,20 @@ class CompiledResidual(torch.autograd.Function):
         """The network's answer."""
         x, features = x.contiguous(), features.contiguous()
         sizes = x.shape[1], features.shape[1], width, (len(parameters) - 8) // 6
-        outputs, bounds = torch.empty_like(x), _bounds(max(1, len(x) // FEWEST))
-        rows = [range(*(len(x) * bound // bounds[-1] for bound in pair)) for pair in pairwise(bounds)]
+        outputs, rows = torch.empty_like(x), [range(*pair) for pair in zip(*_bounds(len(x), FEWEST))]
         call, size = library().residual_forward, library().residual_saved  # type: ignore[union-attr]
         saved = [x.new_empty(size(len(part), *sizes)) for part in rows]
-        pointers, rounds = _pointers(parameters), _rounds
+        pointers, rounds, widest = _pointers(parameters), _rounds, max(2 * width, width + sizes[0], sizes[1])
 
         def compute(part: range, keep: Tensor) -> None:
-            panel, halves = _scratch(max(len(part), 2 * width, width + sizes[0], sizes[1]), rounds)
+            panel, halves = _scratch(max(len(part), widest), rounds)
             of_part = (tensor[part.start].data_ptr() for tensor in (x, features))
             call(len(part), *sizes, *of_part, pointers, keep.data_ptr(), outputs[part.start].data_ptr(),
                  panel.data_ptr(), _address(halves))  # fmt: skip
 
         _run(compute, rows, saved)
         ctx.save_for_backward(features, *saved, *parameters)
-        ctx.sizes, ctx.rows, ctx.rounds = sizes, rows, rounds
+        ctx.sizes, ctx.rows, ctx.rounds, ctx.widest = sizes, rows, rounds, widest
         return outputs
 
     @staticmethod
@@ -193,10 +189,10 @@ class CompiledResidual(torch.autograd.Function):
         (features, *rest), sizes, rounds, gradient = ctx.saved_tensors, ctx.sizes, ctx.rounds, gradient.contiguous()
         saved, parameters = rest[: len(ctx.rows)], rest[len(ctx.rows) :]
         call, pointers, width = library().residual_backward, _pointers(parameters), sizes[2]  # type: ignore[union-attr]
-        found = [[torch.empty_like(parameter) for parameter in parameters] for _ in ctx.rows]
+        widest, found = ctx.widest, [[torch.empty_like(parameter) for parameter in parameters] for _ in ctx.rows]
 
         def compute(part: range, keep: Tensor, gradients: Sequence[Tensor]) -> None:
-            panel, halves = _scratch(max(len(part), 2 * width, width + sizes[0], sizes[1]), rounds)
+            panel, halves = _scratch(max(len(part), widest), rounds)
             between = features.new_empty(len(part) * (6 * width + sizes[0]))
             call(len(part), *sizes, features[part.start].data_ptr(), pointers, keep.data_ptr(),
                  gradient[part.start].data_ptr(), _pointers(gradients), panel.data_ptr(), _address(halves),
@@ -221,10 +217,11 @@ def _scratch(size: int, rounds: bool) -> tuple[Tensor, Tensor | None]:
     return torch.empty(PANEL * size), torch.empty((size + 1) // 2 * size) if rounds else None
 
 
-def _bounds(count: int) -> list[int]:
-    """Bounds of consecutive parts of so many things, one for each of PyTorch's threads."""
-    parts = min(torch.get_num_threads(), count)
-    return [count * part // parts for part in range(parts + 1)]
+def _bounds(count: int, fewest: int = 1) -> tuple[list[int], list[int]]:
+    """Where consecutive parts of so many things begin and stop, one for each of PyTorch's threads, none too small."""
+    parts = min(torch.get_num_threads(), max(1, count // fewest))
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return bounds[:-1], bounds[1:]
 
 
 def _run(compute: Callable[..., None], *arguments: Sequence[Any]) -> None:

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +51,9 @@ def check_launcher(trainer: Mapping[str, Any]) -> None:
     """Raises a UserError where torchrun started more processes than the settings join into one group."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
-    asked = len(devices) if isinstance(devices, list) else devices
-    if "TORCHELASTIC_RUN_ID" in os.environ and str(asked).isdecimal():
-        fits = int(asked) * nodes == world_size  # type: ignore[arg-type]
+    count = len(devices) if isinstance(devices, list) else devices
+    if "TORCHELASTIC_RUN_ID" in os.environ and str(count).isdecimal():
+        fits = int(count) * nodes == world_size  # type: ignore[arg-type]
         each = world_size // nodes
         require("trainer.devices", devices, fits, f"the {each} processes that torchrun started on each node",
                 f"set --trainer.devices {each} --trainer.strategy ddp")  # fmt: skip
@@ -77,18 +76,16 @@ def only_run_in(
     if create:
         folder.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
-        for turn in count():
-            if _locked(file):
-                break
-            if turn == 0:
-                say()  # that it waits
+        if not _locked(file):
             if not wait:
                 holder = {"pid": "unknown", "host": "another host"} | _holder(path)
                 raise UserError(
                     f"--output_dir: got {folder}, which process {holder['pid']} on {holder['host']} is training in, "
                     "expected a folder of this run alone; set another --output_dir, or wait for it with --wait true"
                 )
-            time.sleep(INTERVAL)
+            say()  # that it waits
+            while not _locked(file):
+                time.sleep(INTERVAL)
         file.truncate(0)  # it is appended to
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         file.flush()
