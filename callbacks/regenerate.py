@@ -70,6 +70,8 @@ class RegenerateRollouts(EveryNUpdates):
             (0, 1], of held-out real transitions; None keeps all.
         max_forward_disagreement: Drop steps on which the forward models disagree more than on this quantile, in (0, 1],
             of held-out real transitions; None keeps all.
+        noising: Noise recorded segments by this part of the sampler's steps, in (0, 1], and denoise them under the
+            target return; None begins with noise alone.
         max_rejected: Warn if more than this fraction of the imagined steps is dropped, in [0, 1]. Steps after an
             imagined termination do not count: there is nothing to imagine there.
         max_reward_drift: Warn if the mean imagined reward is further from the data's than so many standard deviations
@@ -96,6 +98,7 @@ class RegenerateRollouts(EveryNUpdates):
         max_disagreement: float | None = None,
         max_inconsistency: float | None = None,
         max_forward_disagreement: float | None = None,
+        noising: float | None = None,
         max_rejected: float = 0.5,
         max_reward_drift: float = 1.0,
         max_termination_drift: float = 0.02,
@@ -110,7 +113,11 @@ class RegenerateRollouts(EveryNUpdates):
         quantiles = {"max_inconsistency": max_inconsistency, "max_forward_disagreement": max_forward_disagreement}
         for name, quantile in quantiles.items():
             require(f"{self.key}.{name}", quantile, quantile is None or 0 < quantile <= 1, "above 0 and at most 1")
-        self.rollouts, self.seed, self.labels = rollouts, seed, labels
+        require(f"{self.key}.noising", noising, noising is None or 0 < noising <= 1, "above 0 and at most 1")
+        plain = noising is None or (starts is None and first_action == "recorded")
+        expected = "none where starts are weighted or the policy's, as recorded segments have their own"
+        require(f"{self.key}.noising", noising, plain, expected, "leave it out")
+        self.rollouts, self.seed, self.labels, self.noising = rollouts, seed, labels, noising
         self.imagination = imagination
         self.starts, self.first_action, self.first_action_noise = starts, first_action, first_action_noise
         self.target_return = LiftedReturn() if target_return is None else target_return
@@ -149,7 +156,7 @@ class RegenerateRollouts(EveryNUpdates):
         kind = EnsembleSynthesizer if self.imagination == "ensemble" else Synthesizer
         return kind(
             *self._models, starts, self.guidance, self.labels, statistics.bounds(self.margin), self.max_disagreement,
-            inconsistency, disagreement,
+            inconsistency, disagreement, self.noising,
         )  # fmt: skip
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

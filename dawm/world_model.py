@@ -1,4 +1,4 @@
-"""DiffusionWorldModel: imagines observations and rewards, no actions.
+"""DiffusionWorldModel: imagines observations and rewards; actions only with a joint codec.
 
 Learns ``p(s_{t+1} .. s_{t+H}, r_t .. r_{t+H-1}, end | s_t, a_t, g_t)`` as DWM (arXiv 2402.03570) and DAWM
 (arXiv 2509.19538) do, with a termination channel beside them. `dawm.diffusion.codecs` says what a sample ``x`` holds.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -155,10 +156,13 @@ class DiffusionWorldModel(UpdateModule):
         returns_to_go: Tensor,
         guidance: float = 1.0,
         generator: torch.Generator | None = None,
+        x: Tensor | None = None,
+        noising: float = 1.0,
     ) -> Imagined:
         """Samples one future for each start ``s_t``, ``a_t`` (in [-1, 1]) and return-to-go to aim at, shape (B,).
 
-        Guidance is the weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
+        Guidance is the weight of classifier-free guidance; 1 is the plain conditional model and the cheapest. Encoded
+        segments ``x``, shape (B, H, D), are noised by the part ``noising`` of the sampler's steps, and denoised.
         """
         require(
             "guidance", guidance, guidance == 1 or 0 < self.return_dropout < 1,
@@ -176,9 +180,12 @@ class DiffusionWorldModel(UpdateModule):
         shape = len(observations), self.network.horizon, self.network.features
         noise = torch.randn(shape, generator=generator, device=observations.device)
         sigmas = self.preconditioning.sampler_sigmas(self.sampler.num_steps, observations.device)
+        sigmas = sigmas[self.sampler.num_steps - round(noising * self.sampler.num_steps) :]
         inpaint = self.preconditioning.inpainting(self.codec.known(observations))
-        x = self.sampler.sample(denoise, sigmas, noise, generator, inpaint)
-        return self.codec.decode(observations, x[:, -self.horizon :])
+        if x is not None:
+            x = functional.pad(x, (0, 0, self.codec.known_steps, 0))  # known steps are inpainted
+        x = self.sampler.sample(denoise, sigmas, noise, generator, inpaint, x)
+        return self.codec.decode(observations, actions, x[:, -self.horizon :])
 
     def validation_step(self, batch: Segments, batch_idx: int) -> None:
         """Squared errors per step of imagined futures against the recorded ones.

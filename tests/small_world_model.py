@@ -46,6 +46,7 @@ def seeded(world_model, start, seed=0, **kwargs):
         [
             part.flatten(1)
             for part in world_model.imagine(*start, generator=torch.Generator().manual_seed(seed), **kwargs)
+            if part is not None
         ],
         dim=1,
     )

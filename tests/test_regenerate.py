@@ -50,7 +50,7 @@ class Replaying(torch.nn.Module):
         rows = (observations[:, :1].long() + torch.arange(HORIZON)) % len(self.real)
         path = torch.cat([observations.unsqueeze(1), self.real.next_observations[rows]], dim=1)
         imagined = Imagined(path, self.real.rewards[rows], self.real.terminations[rows])
-        self.spoil(*(part[: len(part) * 3 // 4] for part in imagined))
+        self.spoil(*(part[: len(part) * 3 // 4] for part in imagined[:3]))
         return imagined
 
 
@@ -353,7 +353,7 @@ def test_what_the_guards_measure_is_logged(data, make_trainer, recorder):
 
     class Known(Imagining):
         def imagine(self, *args, **kwargs):
-            observations, rewards, terminations = super().imagine(*args, **kwargs)
+            observations, rewards, terminations, _ = super().imagine(*args, **kwargs)
             rewards[:] = torch.tensor([20.25, 27.5])  # above the data by less than a tenth of the range
             rewards[5:15, 0] = 28.0
             terminations[15:, 0] = 1

@@ -71,10 +71,10 @@ def diagnose_run(
     segments = _joined(data.validation_segment_loader(), rollouts)
     real = diagnosis.real_paths(segments, bool(data.episodes.end_observed.all()))
     held_out = _joined(data.validation_transition_loader())
-    start = synthesizer.starts(data, rollouts, derive_seed(seed, "diagnose", "starts"))
+    start, x = synthesizer.draw(data, rollouts, derive_seed(seed, "diagnose", "starts"))
     noise = torch.Generator(synthesizer.world_model.device).manual_seed(derive_seed(seed, "diagnose", "noise"))
     with console.status("imagining"):
-        made = synthesizer.imagine(*start, noise).cpu()
+        made = synthesizer.imagine(*start, noise, x).cpu()
     made.require_some("margin")
     imagined = diagnosis.imagined_paths(made, start[2].cpu())
     rows = {"real": held_out, **imagined.rows()}

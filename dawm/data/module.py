@@ -24,7 +24,7 @@ from dawm.data.mixture import Mixture
 from dawm.data.segments import SegmentTable
 from dawm.data.sources.scores import ReferenceScores
 from dawm.data.store.cache import MEMORY_LIMIT
-from dawm.data.transitions import Transitions
+from dawm.data.transitions import Segments, Transitions
 from dawm.data.weights import RowWeights, checked
 from dawm.errors import require
 
@@ -176,6 +176,11 @@ class TransitionDataModule(L.LightningDataModule):
         """Random segments of the training episodes: `Segments` with fields of shape (K, B, ...)."""
         return _drawn(self, self._segments(self.training_episodes), "segments", self.segment_batch_size, updates, rank)
 
+    def random_segments(self, count: int, seed: int) -> Segments:
+        """Random segments of the training episodes, fields of shape (B, ...)."""
+        (total, gather), generator = self._segments(self.training_episodes), torch.Generator().manual_seed(seed)
+        return gather(torch.randint(total, (count,), generator=generator))
+
     def validation_segment_loader(self, rank: int = 0, world_size: int = 1) -> FixedBatches:
         """A fixed sample of held-out segments, a part for each rank."""
         return _sampled(self, self._segments(self.validation_episodes), rank, world_size)
@@ -248,9 +253,8 @@ def _drawn(
 
 def _sampled(data: TransitionDataModule, source: tuple[int, Gather], rank: int, world_size: int) -> FixedBatches:
     """A sample that is drawn once and divided among the ranks."""
-    count, gather = source
-    numbers = torch.randperm(count, generator=torch.Generator().manual_seed(data.seed))[:VALIDATION_ROWS]
-    return FixedBatches([gather(part) for part in numbers[rank::world_size].split(VALIDATION_BATCH)])
+    numbers = torch.randperm(source[0], generator=torch.Generator().manual_seed(data.seed))[:VALIDATION_ROWS]
+    return FixedBatches([source[1](part) for part in numbers[rank::world_size].split(VALIDATION_BATCH)])
 
 
 def _load(data: TransitionDataModule) -> Episodes:

@@ -60,15 +60,17 @@ class Sampler(ABC):
         noise: Tensor,
         generator: Generator | None = None,
         inpaint: Inpaint | None = None,
+        x: Tensor | None = None,
     ) -> Tensor:
         """Clean samples ``x`` from standard normal numbers, (B, H, D) -> (B, H, D).
 
         Over decreasing levels that end in 0, shape (N + 1,); the known steps are inpainted at the start and after every
-        step. Some samplers add noise of the generator on the way.
+        step. Some samplers add noise of the generator on the way. Clean samples ``x``, if given, are noised to the
+        first level to begin with.
         """
         estimate = Estimate(denoise, self.clip)
         levels: list[float] = sigmas.tolist()
-        x_t = levels[0] * noise
+        x_t = levels[0] * noise if x is None else x + levels[0] * noise
         for sigma, lower in pairwise(levels):
             if inpaint is not None:
                 x_t = inpaint(x_t, _full(x_t, sigma))

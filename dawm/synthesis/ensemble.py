@@ -26,7 +26,12 @@ class EnsembleSynthesizer(Synthesizer):
     """
 
     def _draw(
-        self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None
+        self,
+        generator: torch.Generator | None,
+        observations: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        *x: Tensor,
     ) -> Drawn:
         """One chunk."""
         forward_model, policy = self.world_model.forward_model, self.starts.policy

@@ -1,15 +1,15 @@
 """Synthesis: complete imagined transitions from the world model and the inverse dynamics.
 
 The world model imagines observations and rewards from starts (s_t, a_t) and a target return; the inverse dynamics
-infers every action but the first; the forward models may say again what each step leads to, now that its action is
-known; steps that cannot be trusted are dropped and counted.
+infers every action but the first, unless the world model imagined them too; the forward models may say again what each
+step leads to, now that its action is known; steps that cannot be trusted are dropped and counted.
 
 Symbols: B starts, H horizon, O observation size, A action size, M steps kept.
 """
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class Synthesizer:
 
     Args:
         world_model: Imagines observations, rewards and terminations.
-        inverse_dynamics: Infers the actions after the first.
+        inverse_dynamics: Infers the actions after the first, where the world model imagines none.
         starts: Draws where futures begin and what they aim at.
         guidance: Weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
         labels: ``forward`` takes each step's next observation, reward and termination from the forward models, given
@@ -135,6 +135,7 @@ class Synthesizer:
         max_disagreement: Largest disagreement of the inverse dynamics to accept; None accepts all.
         max_inconsistency: Largest distance from the forward models' prediction to accept; None accepts all.
         max_forward_disagreement: Largest disagreement of the forward models to accept; None accepts all.
+        noising: Part of the sampler's steps by which recorded segments are noised and denoised; None begins with noise.
     """
 
     world_model: DiffusionWorldModel
@@ -146,6 +147,18 @@ class Synthesizer:
     max_disagreement: float | None = None
     max_inconsistency: float | None = None
     max_forward_disagreement: float | None = None
+    noising: float | None = None
+
+    def draw(
+        self, data: TransitionDataModule, count: int, seed: int
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+        """What `imagine` begins with: ``s_t``, ``a_t`` and return-to-go of B starts, and encoded segments to noise."""
+        if self.noising is None:
+            return self.starts(data, count, seed), None
+        segments = data.random_segments(count, seed).to(self.world_model.device)
+        start = segments.observations[:, 0].cpu(), segments.actions[:, 0].cpu()
+        target = self.starts.target(*start, segments.returns_to_go.cpu())
+        return (*start, target), self.world_model.codec.encode(segments)
 
     def rollouts(
         self, data: TransitionDataModule, count: int, seed: int, rank: int = 0, step: int = 0, block: int = 0
@@ -157,15 +170,25 @@ class Synthesizer:
         """
         seed = derive_seed(seed, rank, step, "rollouts", *((block,) if block else ()))
         generator = torch.Generator(self.world_model.device).manual_seed(seed)
-        return self.imagine(*self.starts(data, count, seed), generator)
+        start, x = self.draw(data, count, seed)
+        return self.imagine(*start, generator, x)
 
     @torch.no_grad()
     def imagine(
-        self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None = None
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        generator: torch.Generator | None = None,
+        x: Tensor | None = None,
     ) -> Rollouts:
-        """One rollout from each ``s_t`` and ``a_t``, with the return-to-go to aim at, shape (B,)."""
-        start = (part.to(self.world_model.device).split(CHUNK) for part in (observations, actions, returns_to_go))
-        parts = [self._draw(o, a, g, generator) for o, a, g in zip(*start)]
+        """One rollout from each ``s_t`` and ``a_t``, with the return-to-go to aim at, shape (B,).
+
+        Or from encoded segments ``x``, shape (B, H, D), of these starts.
+        """
+        given = (observations, actions, returns_to_go, *(() if x is None else (x,)))
+        chunks = zip(*(part.to(self.world_model.device).split(CHUNK) for part in given))
+        parts = [self._draw(generator, *chunk) for chunk in chunks]
         drawn = Drawn(*(torch.cat(part) for part in zip(*parts)))
         following, rewards, ends = drawn.next_observations, drawn.rewards, drawn.ends
         after, over = drawn.path[:, 1:], ((ends > 0.5) | (drawn.imagined_ends > 0.5)).float()
@@ -195,14 +218,23 @@ class Synthesizer:
         return Rollouts(drawn.path, drawn.actions, rewards, following, terminations, kept.sum(dim=1), counts)
 
     def _draw(
-        self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None
+        self,
+        generator: torch.Generator | None,
+        observations: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        *x: Tensor,
     ) -> Drawn:
         """One chunk."""
-        path, rewards, ends = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator)
+        begin: dict[str, Any] = {"x": x[0], "noising": self.noising} if x else {}
+        imagined = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator, **begin)
+        path, rewards, ends, all_actions = imagined
         before, after = path[:, :-1], path[:, 1:]
-        inferred = self.inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
-        all_actions, uncertainty = (part.unflatten(0, ends.shape).clone() for part in inferred)
-        all_actions[:, 0], uncertainty[:, 0] = actions, -torch.inf  # of the first action nothing is uncertain
+        uncertainty = torch.full_like(rewards, -torch.inf)  # of an action that is not inferred nothing is uncertain
+        if all_actions is None:
+            inferred = self.inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
+            all_actions, disagreement = (part.unflatten(0, ends.shape).clone() for part in inferred)
+            all_actions[:, 0], uncertainty[:, 1:] = actions, disagreement[:, 1:]
         nothing = torch.zeros_like(rewards)
         drawn = Drawn(path, all_actions, after, rewards, ends, ends, uncertainty, nothing, nothing)
         if self.labels == "imagined" and self.max_inconsistency is None and self.max_forward_disagreement is None:

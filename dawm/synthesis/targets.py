@@ -16,7 +16,16 @@ from dawm.errors import require
 from dawm.nn.mlp import BatchedMLP
 from dawm.nn.normalizer import Normalizer
 
-__all__ = ["ConstantReturn", "FeasibleReturn", "LiftedReturn", "QuantileReturn", "Target", "TargetReturn", "own_return"]
+__all__ = [
+    "ConstantReturn",
+    "FeasibleReturn",
+    "LiftedReturn",
+    "QuantileReturn",
+    "ScaledReturn",
+    "Target",
+    "TargetReturn",
+    "own_return",
+]
 
 Target = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Targets, shape (B,), from the starts' ``s_t``, shape (B, O), ``a_t``, (B, A), and own recorded return-to-go, (B,)."""
@@ -73,6 +82,21 @@ class LiftedReturn(TargetReturn):
         """Each start's return-to-go plus the lift."""
         lift = self.lift * returns_to_go.std()
         return lambda observations, actions, own: own + lift
+
+
+class ScaledReturn(TargetReturn):
+    """Each start's own recorded return-to-go times a factor, as in GTA (arXiv 2405.16907).
+
+    Args:
+        factor: Above 1 aims higher; a negative return-to-go rises by as much as a positive one of its size.
+    """
+
+    def __init__(self, factor: float = 1.3) -> None:
+        self.factor = factor
+
+    def fit(self, transitions: Transitions, returns_to_go: Tensor, seed: int = 0) -> Target:
+        """Each start's return-to-go and (factor - 1) of its size."""
+        return lambda observations, actions, own: own + (self.factor - 1) * own.abs()
 
 
 class ConstantReturn(TargetReturn):

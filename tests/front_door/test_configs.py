@@ -25,7 +25,20 @@ def options(path: Path, overlay: Path | None) -> list[str]:
 
 def test_the_experiments_and_overlays_are_there():
     assert [path.stem for path in EXPERIMENTS] == ["d4rl-locomotion", "quickstart"]
-    names = ["aw", "dawm-plus", "dawm", "dwm-paper", "dwm", "ensemble", "iql", "penalty", "real"]
+    names = [
+        "aw",
+        "dawm-plus",
+        "dawm",
+        "dwm-paper",
+        "dwm",
+        "ensemble",
+        "gta",
+        "iql",
+        "joint",
+        "penalty",
+        "real",
+        "synther",
+    ]
     assert [path.stem for path in OVERLAYS] == names
     assert set(FOLDER.rglob("*.yaml")) == {*EXPERIMENTS, *OVERLAYS}
 
