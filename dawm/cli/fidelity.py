@@ -17,10 +17,10 @@ from dawm.cli.html import figures, section, table
 __all__ = ["draw_fidelity", "fidelity_section", "show_fidelity"]
 
 CHOICES = {
-    "real": "real", "real_unclipped": "real, state known", "before_filters": "imagined, unfiltered",
-    "after_filters": "imagined, filtered",
+    "real": "real", "real_unclipped": "real, state known", "before_filters": "unfiltered",
+    "after_filters": "filtered",
 }  # fmt: skip
-COLORS = {"real": "#777777", "real_unclipped": "#bbbbbb", "before_filters": "#ee6677", "after_filters": "#4477aa"}
+STYLES = {"real": ("#777777", "-"), "before_filters": ("#ee6677", "--"), "after_filters": ("#4477aa", "-")}
 UNIT = (
     "Steps 1 and later: squared error of s' over the variance of a real step's s' - s. Reward: over that of real "
     "rewards. Raw: squared error of s' as it is, over all steps. Ends: wrong terminations."
@@ -31,15 +31,15 @@ def show_fidelity(console: Console, fidelity: Mapping[str, Any]) -> None:
     """Prints the figures that one looks for first."""
     head = _head(fidelity)
     for heading, rows in _error_rows(fidelity):
-        first = Column(style="cyan", min_width=20)  # as wide in each table
-        steps = Table(first, title=escape(heading), title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        first = Column(style="cyan", min_width=17)  # as wide in each table
+        steps = Table(first, title=escape(heading), title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in head:
             steps.add_column(name, justify="right", min_width=6)
         for row in rows:
             steps.add_row(*row)
         console.print(steps)
     console.print(UNIT, style="dim", highlight=False)
-    others = Table(Column(style="cyan"), title="rows", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    others = Table(Column(style="cyan"), title="rows", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("real", "unfiltered", "filtered"):
         others.add_column(name, justify="right")
     for row in _row_figures(fidelity):
@@ -94,10 +94,9 @@ def _error_rows(fidelity: Mapping[str, Any]) -> Iterator[tuple[str, list[list[st
 
 def _row_figures(fidelity: Mapping[str, Any]) -> list[list[str]]:
     """Label, then the figures of real, unfiltered and filtered rows."""
-    choices = ("real", "before_filters", "after_filters")
 
     def row(label: str, group: Mapping[str, Any], key: str) -> list[str]:
-        return [label, *(_figure(group[choice][key]) for choice in choices)]
+        return [label, *(_figure(group[choice][key]) for choice in STYLES)]
 
     edge, targets = fidelity["edge"], fidelity["td_targets"]
     rows = [
@@ -152,10 +151,10 @@ def _drawings(fidelity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _draw_errors(axis: Any, title: str, choices: Mapping[str, Any]) -> None:
-    for choice, label in CHOICES.items():
+    for choice, (color, style) in STYLES.items():
         if choice in choices:
-            values = choices[choice]["observation"]
-            axis.plot(range(1, len(values) + 1), _drawn(values), marker=".", label=label, color=COLORS[choice])
+            values, label = choices[choice]["observation"], CHOICES[choice]
+            axis.plot(range(1, len(values) + 1), _drawn(values), style, marker=".", label=label, color=color)
     axis.set_yscale("log")
     axis.set(title=title, xlabel="step of the horizon")
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -164,9 +163,9 @@ def _draw_errors(axis: Any, title: str, choices: Mapping[str, Any]) -> None:
 
 def _draw_columns(axis: Any, fidelity: Mapping[str, Any]) -> None:
     names = fidelity["columns"]
-    for choice in ("real", "before_filters", "after_filters"):
+    for choice, (color, _) in STYLES.items():
         values = fidelity["distributions"][choice]["marginal"]
-        axis.plot(range(len(names)), _drawn(values), ".", label=CHOICES[choice], color=COLORS[choice])
+        axis.plot(range(len(names)), _drawn(values), ".", label=CHOICES[choice], color=color)
     shown = range(0, len(names), max(1, len(names) // 20))
     axis.set_xticks(list(shown), [names[place] for place in shown], rotation=90, fontsize="x-small")
     axis.set(title="marginals", ylim=(0, None))

@@ -206,7 +206,8 @@ def td_targets(agent: Any, groups: Mapping[str, Transitions], discount: float) -
         batch, actions = agent.prepare(rows), agent.act(rows.next_observations)
         observations = batch.next_observations.expand(*actions.shape[:-1], -1)
         values = agent.target_critics(torch.cat([observations, actions], dim=-1)).squeeze(-1).amin(dim=-2)
-        targets = td_target(batch.rewards, batch.terminations, values, discount).flatten()
+        rewards, ends = batch.rewards.expand_as(values), batch.terminations.expand_as(values)  # the same for each seed
+        targets = td_target(rewards, ends, values, discount).flatten()
         if len(targets):
             high = targets.kthvalue(max(1, round(0.99 * len(targets)))).values
             found[name] = {"mean": targets.mean(), "std": targets.std(correction=0), "quantile_99": high}

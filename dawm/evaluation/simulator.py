@@ -79,8 +79,9 @@ class Simulator:
         """
         lead, flat = observations.shape[:-1], actions.reshape(-1, 1, actions.shape[-1])
         found = self.open_loop(observations.reshape(-1, observations.shape[-1]), flat)
+        rewards, terminations = found.rewards.reshape(lead), found.terminations.reshape(lead)
         following = found.next_observations.reshape(observations.shape)
-        return Outcome(following, *(part.reshape(lead) for part in found[1:3]), found.played.reshape(lead))
+        return Outcome(following, rewards, terminations, found.played.reshape(lead))
 
     def open_loop(self, observations: NDArray, actions: NDArray) -> Outcome:
         """The truth of action sequences: the state is set once, shape (B, O), then H actions are played, (B, H, A).
