@@ -2,7 +2,7 @@
 
     python -m benchmarks.world_model_step            # some 3 minutes
 
-Contestants: DAWM's world model (denoising loss, clipping, averaged weights, without the regression baseline) with its
+Contestants: DAWM's world model (denoising loss, clipping, averaged weights, without forward models) with its
 networks, the default one and wider ones; and a residual MLP of 1024x6 on single transitions with EDM's loss in a plain
 loop, the network of SynthER (arXiv 2303.06614), with and without the matmuls that DAWM's commands choose. An update of
 DAWM's learns H transitions of each segment of its batch at once, one of SynthER's a single one.
@@ -32,7 +32,7 @@ NETWORKS: dict[str, Callable[..., Denoiser]] = {
 
 
 def ours(network: Callable[..., Denoiser], horizon: int, batch: int, updates: int = 4) -> Callable[[], int]:
-    model = DiffusionWorldModel(OBSERVATIONS, ACTIONS, horizon, network=network, regression_baseline=False)
+    model = DiffusionWorldModel(OBSERVATIONS, ACTIONS, horizon, network=network, forward_members=0)
     model.trainer = L.Trainer(max_steps=100_000, accelerator="cpu", logger=False, enable_checkpointing=False)
     segments = Segments(
         torch.randn(batch, horizon + 1, OBSERVATIONS),

@@ -1,13 +1,22 @@
 """RegenerateRollouts: fresh imagined transitions for the agent, every N updates."""
 
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
 import lightning as L
+import torch
+from torch import Tensor
 
 from dawm.callbacks.every_n_updates import EveryNUpdates
 from dawm.data.module import TransitionDataModule
+from dawm.data.transitions import Transitions
+from dawm.data.weights import RowWeights
 from dawm.errors import UserError, require
 from dawm.inverse_dynamics import InverseDynamics
-from dawm.synthesis.guards import DataStatistics, Watch
-from dawm.synthesis.rollouts import Synthesizer
+from dawm.synthesis.guards import DataStatistics, Watch, forward_quantiles
+from dawm.synthesis.rollouts import Labels, Rollouts, Synthesizer
+from dawm.synthesis.starts import FirstAction, Policy, Starts, policy_of
 from dawm.synthesis.targets import LiftedReturn, TargetReturn
 from dawm.world_model import DiffusionWorldModel
 
@@ -19,7 +28,8 @@ class RegenerateRollouts(EveryNUpdates):
 
     Each rank imagines rollouts of its own, from random real starts; together the ranks hold ``world_size`` times
     ``rollouts`` of them. What is drawn depends on the seed, the rank and the update alone, so a resumed run imagines
-    again exactly what the interrupted one trained on.
+    again exactly what the interrupted one trained on; first actions of the policy, which has learnt on since, are kept
+    in the checkpoint for that.
 
     Imagined steps that cannot be trusted are dropped (`dawm.synthesis.rollouts.Rollouts` names the reasons). Every
     refill logs how many steps met which fate, and what those kept are like: ``synthetic/rejected_fraction``,
@@ -35,13 +45,24 @@ class RegenerateRollouts(EveryNUpdates):
 
     Args:
         every_n_steps: Updates between two refills; a multiple of the data's ``updates_per_step``.
-        rollouts: Rollouts imagined per refill and rank; each gives up to ``horizon`` transitions.
+        rollouts: Rollouts imagined per refill and rank, for each agent that has its own; each gives up to ``horizon``
+            transitions.
+        starts: How often rollouts start from each real row, by weight; None draws uniformly.
+        first_action: Of each rollout: the ``recorded`` one, or that of the ``policy`` as it is at the refill. Agents
+            trained side by side share the rollouts with the first, and have each their own with the second.
+        first_action_noise: Standard deviation of Gaussian noise on the policy's first actions, which are in [-1, 1].
         target_return: Which return-to-go the rollouts aim at; None aims at each start's own.
         guidance: Weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
+        labels: Whose next observation, reward and termination a step gets: the world model's (``imagined``), or the
+            ``forward`` models', given the imagined observation and the action.
         margin: Imagined observations and rewards may lie outside the data's range by this fraction of the range; more
             is dropped.
         max_disagreement: Drop steps whose inferred actions disagree by more (standard deviation over the ensemble,
             actions in [-1, 1]); None keeps all.
+        max_inconsistency: Drop steps that lie further from the forward models' prediction than this quantile, in
+            (0, 1], of held-out real transitions; None keeps all.
+        max_forward_disagreement: Drop steps on which the forward models disagree more than on this quantile, in (0, 1],
+            of held-out real transitions; None keeps all.
         max_rejected: Warn if more than this fraction of the imagined steps is dropped, in [0, 1]. Steps after an
             imagined termination do not count: there is nothing to imagine there.
         max_reward_drift: Warn if the mean imagined reward is further from the data's than so many standard deviations
@@ -55,10 +76,16 @@ class RegenerateRollouts(EveryNUpdates):
         self,
         every_n_steps: int = 5000,
         rollouts: int = 10_000,
+        starts: RowWeights | None = None,
+        first_action: FirstAction = "recorded",
+        first_action_noise: float = 0.1,
         target_return: TargetReturn | None = None,
         guidance: float = 1.0,
+        labels: Labels = "imagined",
         margin: float = 0.1,
         max_disagreement: float | None = None,
+        max_inconsistency: float | None = None,
+        max_forward_disagreement: float | None = None,
         max_rejected: float = 0.5,
         max_reward_drift: float = 1.0,
         max_termination_drift: float = 0.02,
@@ -68,26 +95,45 @@ class RegenerateRollouts(EveryNUpdates):
         drifts = {"max_reward_drift": max_reward_drift, "max_termination_drift": max_termination_drift}
         require(f"{self.key}.rollouts", rollouts, rollouts >= 1, "at least 1")
         require(f"{self.key}.max_rejected", max_rejected, 0 <= max_rejected <= 1, "from 0 to 1")
-        for name, value in {"margin": margin, **drifts}.items():
+        for name, value in {"margin": margin, "first_action_noise": first_action_noise, **drifts}.items():
             require(f"{self.key}.{name}", value, value >= 0, "at least 0")
-        self.rollouts, self.seed = rollouts, seed
+        quantiles = {"max_inconsistency": max_inconsistency, "max_forward_disagreement": max_forward_disagreement}
+        for name, quantile in quantiles.items():
+            require(f"{self.key}.{name}", quantile, quantile is None or 0 < quantile <= 1, "above 0 and at most 1")
+        self.rollouts, self.seed, self.labels = rollouts, seed, labels
+        self.starts, self.first_action, self.first_action_noise = starts, first_action, first_action_noise
         self.target_return = LiftedReturn() if target_return is None else target_return
         self.guidance, self.margin, self.max_disagreement = guidance, margin, max_disagreement
+        self.max_inconsistency, self.max_forward_disagreement = max_inconsistency, max_forward_disagreement
         self.limits = {"max_rejected": max_rejected, **drifts}
         self._models: tuple[DiffusionWorldModel, InverseDynamics] | None = None
+        self._first_actions: tuple[int, Tensor] | None = None  # update, and of each rank and agent, shape (W, S, B, A)
 
     def connect(self, world_model: DiffusionWorldModel, inverse_dynamics: InverseDynamics) -> None:
-        """Names the trained models to imagine with."""
+        """Names the models to imagine with."""
+        asked = {"labels": self.labels == "forward", "max_inconsistency": self.max_inconsistency is not None,
+                 "max_forward_disagreement": self.max_forward_disagreement is not None}  # fmt: skip
+        for name in (name for name, holds in asked.items() if holds):
+            expected = f"at least 1, as {self.key}.{name} asks the forward models"
+            has = getattr(world_model, "forward_model", None) is not None
+            require("world_model.forward_members", 0, has, expected, "set it, and train the world model with it")
         self._models = world_model.eval(), inverse_dynamics.eval()
 
-    def synthesizer(self, statistics: DataStatistics) -> Synthesizer:
-        """What imagines: the connected models with these settings."""
+    def synthesizer(self, data: TransitionDataModule, statistics: DataStatistics) -> Synthesizer:
+        """What imagines: the connected models with these settings; the first actions are the recorded ones."""
         if self._models is None:
             raise UserError(
                 f"--{self.key}: got no models, expected a world model and inverse dynamics; call `connect` first"
             )
-        bounds = statistics.bounds(self.margin)
-        return Synthesizer(*self._models, self.target_return, self.guidance, bounds, self.max_disagreement)
+        starts = Starts.of(data, self.target_return, self.starts, f"{self.key}.starts")
+        starts = replace(starts, noise=self.first_action_noise)
+        inconsistency, disagreement = forward_quantiles(
+            self._models[0], data, self.max_inconsistency, self.max_forward_disagreement
+        )
+        return Synthesizer(
+            *self._models, starts, self.guidance, self.labels, statistics.bounds(self.margin), self.max_disagreement,
+            inconsistency, disagreement,
+        )  # fmt: skip
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The first refill; in a resumed run, the refill that was in use when the checkpoint was written."""
@@ -95,9 +141,9 @@ class RegenerateRollouts(EveryNUpdates):
         data: TransitionDataModule = trainer.datamodule  # type: ignore[attr-defined]
         statistics = DataStatistics.of(data.episodes)
         self._watch = Watch(statistics, self.limits, self.key)
-        self._synthesizer = self.synthesizer(statistics)
         for model in self._models or ():
             model.to(trainer.strategy.root_device)
+        self._synthesizer = self.synthesizer(data, statistics)
         self.refill(trainer, self.last_step or 0)
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -108,11 +154,55 @@ class RegenerateRollouts(EveryNUpdates):
     def refill(self, trainer: L.Trainer, step: int) -> None:
         """Imagines for an update, hands the transitions to the data module, and logs what they are like."""
         data: TransitionDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        made = self._synthesizer.rollouts(data, self.rollouts, self.seed, trainer.global_rank, step)
-        made.require_some(f"{self.key}.margin")
-        transitions = made.transitions()
-        data.refill(transitions)
-        measured = {**made.counts, **self._watch.measure(transitions, made.counts)}
+        blocks, counts = [], Counter[str]()
+        for number, synthesizer in enumerate(self._synthesizers(trainer, step)):
+            made = synthesizer.rollouts(data, self.rollouts, self.seed, trainer.global_rank, step, number)
+            made.require_some(f"{self.key}.margin")
+            blocks.append(made)
+            counts.update(made.counts)
+        transitions = [made.transitions() for made in blocks]
+        data.refill(*transitions)
+        if self.first_action == "policy":
+            self._keep_first_actions(trainer, step, blocks)
+        measured = {**counts, **self._watch.measure(Transitions.cat(transitions), counts)}
         metrics = {f"synthetic/{key}": float(value) for key, value in measured.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
+
+    def _synthesizers(self, trainer: L.Trainer, step: int) -> list[Synthesizer]:
+        """One for all agents, or one for each that takes its first actions from its policy, or from what is kept."""
+        if self.first_action == "recorded":
+            return [self._synthesizer]
+        starts, agent = self._synthesizer.starts, trainer.lightning_module
+        last, kept = self._first_actions or (None, ())
+        if last == step and len(kept) == trainer.world_size:  # resumed: the policy has learnt on since
+            chosen = [replace(starts, policy=_repeating(actions), noise=0.0) for actions in kept[trainer.global_rank]]
+        else:
+            chosen = [replace(starts, policy=policy_of(agent, seed)) for seed in range(getattr(agent, "seeds", 1))]
+        return [replace(self._synthesizer, starts=one) for one in chosen]
+
+    def _keep_first_actions(self, trainer: L.Trainer, step: int, blocks: list[Rollouts]) -> None:
+        """Keeps those of all ranks for the checkpoint, which the first rank writes."""
+        actions = torch.stack([made.actions[:, 0] for made in blocks])
+        gathered = trainer.strategy.all_gather(actions)
+        assert isinstance(gathered, Tensor)
+        self._first_actions = step, gathered.cpu().view(trainer.world_size, *actions.shape)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets an earlier training."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._first_actions = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The update of the last refill, and the first actions that the policy chose for it."""
+        return {**super().state_dict(), "first_actions": self._first_actions}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        super().load_state_dict(state_dict)
+        self._first_actions = state_dict["first_actions"]
+
+
+def _repeating(actions: Tensor) -> Policy:
+    return lambda observations: actions

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dawm.baseline import OneStepRegression
 from dawm.data.batches import BatchLoader
 from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Segments
@@ -25,6 +24,7 @@ from dawm.diffusion.denoisers import Denoiser, ResidualMLP
 from dawm.diffusion.preconditioning import EDM, Preconditioning, denoising_loss, guided
 from dawm.diffusion.samplers import DPMSolverPP2M, Sampler
 from dawm.errors import require
+from dawm.forward_model import ForwardEnsemble
 from dawm.nn.normalizer import Normalizer
 from dawm.training.metrics import HorizonErrors
 from dawm.training.updates import UpdateModule
@@ -48,7 +48,8 @@ class DiffusionWorldModel(UpdateModule):
         warmup_steps: Updates of linear warm-up, then cosine decay to 0.
         max_gradient_norm: Gradient-norm clipping; None disables it.
         ema_decay: EMA decay per update; samples come from the EMA weights.
-        regression_baseline: Train a one-step regression on the same batches, to have its error beside the model's.
+        forward_members: Forward models in the ensemble that is trained on the same batches. Its error is given beside
+            the model's, and synthesis can relabel and filter by it; 0 trains none.
     """
 
     name = "world_model"
@@ -70,11 +71,12 @@ class DiffusionWorldModel(UpdateModule):
         warmup_steps: int = 200,
         max_gradient_norm: float | None = 1.0,
         ema_decay: float = 0.9967,
-        regression_baseline: bool = True,
+        forward_members: int = 5,
     ) -> None:
         require("world_model.horizon", horizon, horizon >= 1, "at least 1")
         require("world_model.return_dropout", return_dropout, 0 <= return_dropout <= 1, "from 0 to 1")
         require("world_model.ema_decay", ema_decay, 0 <= ema_decay <= 1, "from 0 to 1")
+        require("world_model.forward_members", forward_members, forward_members >= 0, "at least 0")
         super().__init__()
         self.save_hyperparameters()
         self.horizon = horizon
@@ -94,10 +96,10 @@ class DiffusionWorldModel(UpdateModule):
         self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.ema.requires_grad_(False)
         self.optimizer = Adam(self.network.parameters(), lr=learning_rate, fused=True)
-        self.baseline: OneStepRegression | None = None
-        if regression_baseline:
-            self.baseline = OneStepRegression(observation_size, action_size, self.codec.features, learning_rate)
-        self.validation_errors, self.regression_errors = HorizonErrors(horizon), HorizonErrors(horizon)
+        self.forward_model: ForwardEnsemble | None = None
+        if forward_members:
+            self.forward_model = ForwardEnsemble(observation_size, action_size, forward_members, learning_rate)
+        self.validation_errors, self.forward_errors = HorizonErrors(horizon), HorizonErrors(horizon)
 
     @property
     def observation_normalizer(self) -> Normalizer:
@@ -105,8 +107,8 @@ class DiffusionWorldModel(UpdateModule):
         return self.codec.observation_normalizer
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """The denoiser's optimiser and, with a baseline, the baseline's."""
-        return [self.optimizer] if self.baseline is None else [self.optimizer, self.baseline.optimizer]
+        """The denoiser's optimiser and, where there are forward models, theirs."""
+        return [self.optimizer] if self.forward_model is None else [self.optimizer, self.forward_model.optimizer]
 
     def fit_normalizers(self, data: TransitionDataModule) -> None:
         """Takes the codec's statistics from the training episodes."""
@@ -122,7 +124,7 @@ class DiffusionWorldModel(UpdateModule):
         return data.validation_segment_loader(rank, world_size)
 
     def update(self, batch: Segments) -> dict[str, Tensor]:
-        """One step on the denoising loss, and one of the regression baseline, on segments (B, H, ...)."""
+        """One step on the denoising loss, and one of the forward models, on segments (B, H, ...)."""
         start, x = batch.observations[:, 0], self.codec.encode(batch)
         keep = (torch.rand(len(start), device=start.device) >= self.return_dropout).to(start)
         condition = self.codec.condition(start, batch.actions[:, 0], batch.returns_to_go, keep)
@@ -132,14 +134,14 @@ class DiffusionWorldModel(UpdateModule):
         self.minimize(loss, self.optimizer, self.max_gradient_norm)
         self.ema.update_parameters(self.network)
         metrics["loss"] = loss.detach()
-        if self.baseline is not None:
-            regression_loss = self.baseline.loss(self.codec, batch, x)
-            self.minimize(regression_loss, self.baseline.optimizer, self.max_gradient_norm)
-            metrics["regression_loss"] = regression_loss.detach()
+        if self.forward_model is not None:
+            forward_loss = self.forward_model.loss(self.codec, batch)
+            self.minimize(forward_loss, self.forward_model.optimizer, self.max_gradient_norm)
+            metrics["forward_loss"] = forward_loss.detach()
         return metrics
 
     def learning_rates(self, index: int) -> list[float]:
-        """Linear warm-up, then cosine decay to 0 at the stage's last update; the same for the baseline."""
+        """Linear warm-up, then cosine decay to 0 at the stage's last update; the same for the forward models."""
         warmup = min(1.0, (index + 1) / max(self.warmup_steps, 1))
         total = self.trainer.max_steps
         rate = self.learning_rate * warmup * (0.5 * (1 + math.cos(math.pi * index / total)) if total > 0 else 1.0)
@@ -182,14 +184,14 @@ class DiffusionWorldModel(UpdateModule):
         """Squared errors per step of imagined futures against the recorded ones.
 
         Observation and reward errors are in units of the data's variance; the termination error is the fraction of
-        wrong answers. The later actions, which matter too, are seen by the baseline but not by the world model. The
-        batch's number seeds the noise, so that every validation uses the same.
+        wrong answers. The later actions, which matter too, are seen by the forward models but not by the world model.
+        The batch's number seeds the noise, so that every validation uses the same.
         """
         generator = torch.Generator(self.device).manual_seed(batch_idx)
         start, action = batch.observations[:, 0], batch.actions[:, 0]
         self._record(self.validation_errors, self.imagine(start, action, batch.returns_to_go, 1.0, generator), batch)
-        if self.baseline is not None:
-            self._record(self.regression_errors, self.baseline.roll_out(self.codec, batch), batch)
+        if self.forward_model is not None:
+            self._record(self.forward_errors, self.forward_model.roll_out(self.codec, batch), batch)
 
     def _record(self, errors: HorizonErrors, imagined: Imagined, batch: Segments) -> None:
         difference = (imagined.observations - batch.observations)[:, 1:] / self.observation_normalizer.std
@@ -198,15 +200,15 @@ class DiffusionWorldModel(UpdateModule):
         errors.update(difference.square(), reward_error.square(), wrong.float(), batch.valid)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs every error at every step, and the first step's ratio to the baseline."""
+        """Logs every error at every step, and the first step's ratio to the forward models'."""
         self.log("step", float(self.trainer.global_step))  # the x-axis, in updates
         sources = {"validation": self.validation_errors.compute_and_reset()}
-        if self.baseline is not None:
-            sources["regression"] = self.regression_errors.compute_and_reset()
+        if self.forward_model is not None:
+            sources["forward"] = self.forward_errors.compute_and_reset()
         for source, errors in sources.items():
             for key, values in errors.items():
                 self.log_dict({f"world_model/{source}_{key}_error/step_{k + 1}": v for k, v in enumerate(values)})
         first = {source: float(errors["observation"][0]) for source, errors in sources.items()}
         self.log("world_model/validation_error", first["validation"], prog_bar=True)
-        if "regression" in first:
-            self.log("world_model/first_step_error_ratio", first["validation"] / max(first["regression"], 1e-12))
+        if "forward" in first:
+            self.log("world_model/first_step_error_ratio", first["validation"] / max(first["forward"], 1e-12))

@@ -16,6 +16,7 @@ from dawm.data.module import TransitionDataModule
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.synthesis.guards import DataStatistics
 from dawm.synthesis.rollouts import Synthesizer
+from dawm.synthesis.starts import Starts
 from dawm.synthesis.targets import LiftedReturn
 from dawm.world_model import DiffusionWorldModel
 
@@ -55,7 +56,7 @@ L.Trainer(max_steps=3000).fit(inverse_dynamics, datamodule=data)
 synthesizer = Synthesizer(
     world_model.eval(),
     inverse_dynamics.eval(),
-    target_return=LiftedReturn(0.5),
+    Starts.of(data, LiftedReturn(0.5)),
     bounds=DataStatistics.of(data.episodes).bounds(margin=0.1),
 )
 rollouts = synthesizer.rollouts(data, 10_000, seed=0)

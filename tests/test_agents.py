@@ -145,6 +145,71 @@ def test_td3_bc_actor_loss_is_the_paper_s():
     torch.testing.assert_close(loss, expected)
 
 
+def mixed(seeds: int = 1) -> Transitions:
+    """24 rows, of which the last 8 are synthetic; with a leading dimension for several seeds."""
+    batch = replace(uniform(24), rewards=torch.randn(24), terminations=torch.zeros(24))
+    batch = replace(batch, real=(torch.arange(24) < 16).float())
+    return (
+        batch if seeds == 1 else Transitions(*(values.expand(seeds, *values.shape) for values in vars(batch).values()))
+    )
+
+
+def actor_gradient(agent: OfflineAgent, batch: Transitions) -> torch.Tensor:
+    loss = agent.actor_loss(batch)[0] if isinstance(agent, TD3BC) else agent.total_loss(batch)[0]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), list(agent.actor.parameters()))])
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize(
+    ("make", "only", "rest"),
+    [(TD3BC, {"clone_real_only": True}, True), (IQL, {"actor_on_real": True}, False)],
+    ids=["td3_bc", "iql"],
+)
+def test_a_cloned_action_is_a_real_row_s(make, only, rest, seeds):
+    """Synthetic rows reach TD3+BC's actor by the value term, and IQL's not at all."""
+    batch, noise = mixed(seeds), torch.rand(24, 1)
+    foreign = replace(batch, actions=torch.where(batch.real.unsqueeze(-1) == 1, batch.actions, noise))
+    elsewhere = batch.observations + (1 - batch.real.unsqueeze(-1))
+    for settings, equal in ((only, True), ({}, False)):
+        agent = make(1, 1, **SETTINGS, seeds=seeds, **settings)
+        gradient = actor_gradient(agent, batch)
+        assert torch.equal(gradient, actor_gradient(agent, foreign)) == equal
+        assert torch.equal(gradient, actor_gradient(agent, replace(batch, observations=elsewhere))) == (
+            equal and not rest
+        )
+
+
+def test_td3_bc_scales_by_the_real_rows_values():
+    batch = mixed()
+    agent = TD3BC(1, 1, **SETTINGS, alpha=1.5, scale_on_real=True)
+    actions = agent.actor(batch.observations).tanh()
+    values = agent.critics(torch.cat([batch.observations, actions], dim=1))[0, :, 0]
+    expected = -1.5 / values[:16].abs().mean() * values.mean() + (actions - batch.actions).square().mean()
+    torch.testing.assert_close(agent.actor_loss(batch)[0], expected)
+
+
+@pytest.mark.parametrize("real", [None, torch.ones(64)], ids=["not said", "all"])
+@pytest.mark.parametrize(
+    ("make", "settings"), [(TD3BC, ("clone_real_only", "scale_on_real")), (IQL, ("actor_on_real",))]
+)
+def test_losses_over_real_rows_change_no_bit_where_all_are_real(make, settings, real):
+    agents = []
+    for value in (True, False):
+        torch.manual_seed(3)
+        agent = make(1, 1, **SETTINGS, **dict.fromkeys(settings, value))
+        update_each(agent, [replace(uniform(64), rewards=torch.randn(64), real=real if value else None)] * 4)
+        agents.append(agent)
+    assert equal_weights(*agents)
+
+
+def test_losses_over_real_rows_need_some(dataset):
+    for agent, fraction in ((TD3BC(2, 1, clone_real_only=True), 1.0), (IQL(2, 1, actor_on_real=True), 0.95)):
+        data = TransitionDataModule(dataset, horizon=2, batch_size=8, synthetic_fraction=fraction)
+        with pytest.raises(UserError, match=r"--data.synthetic_fraction: got .*, expected one that leaves real rows"):
+            agent.train_loader(data, 1, 0)
+    assert len(TD3BC(2, 1).train_loader(data, 1, 0)) == 1
+
+
 def test_td3_bc_actor_step_leaves_the_critics_alone():
     agent = TD3BC(1, 1, **SETTINGS)
     batch = agent.prepare(uniform(64))

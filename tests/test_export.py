@@ -20,6 +20,7 @@ def make_rollouts(lengths, terminations):
         observations=(10 * b + k).unsqueeze(-1),
         actions=((b - k) / 4)[:, :3].unsqueeze(-1),
         rewards=(100 * b + k)[:, :3],
+        next_observations=(10 * b + k)[:, 1:].unsqueeze(-1),
         terminations=torch.tensor(terminations),
         lengths=torch.tensor(lengths),
         counts=Counter(kept=sum(lengths)),

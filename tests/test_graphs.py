@@ -8,6 +8,7 @@ import torch
 
 from dawm.agents import IQL, TD3BC
 from dawm.data.module import TransitionDataModule
+from dawm.data.transitions import Transitions
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.training import graphs
 from dawm.training.graphs import CUDAGraphs, reason_against
@@ -45,8 +46,8 @@ def single(rate: float) -> float:
     return float(torch.tensor(rate))
 
 
-def trained(make, dataset, make_trainer, cuda_graphs, max_steps=50, callbacks=()):
-    data = TransitionDataModule(dataset, horizon=2, batch_size=8, updates_per_step=4, synthetic_fraction=0.0)
+def trained(make, dataset, make_trainer, cuda_graphs, max_steps=50, callbacks=(), fraction=0.0):
+    data = TransitionDataModule(dataset, horizon=2, batch_size=8, updates_per_step=4, synthetic_fraction=fraction)
     data.setup()
     torch.manual_seed(0)
     module = make(data.observation_size, data.action_size)
@@ -72,6 +73,35 @@ def test_a_graph_learns_what_updates_one_by_one_learn(make, max_steps, dataset, 
     assert trainer.callback_metrics["agent/critic_loss"].isfinite()
     assert graphed.update_graph is None
     assert all(isinstance(group["lr"], float) and not group["capturable"] for group in graphed.parameter_groups())
+
+
+class FirstRefill(L.Callback):
+    """Makes the first synthetic rows when the graph was recorded long ago."""
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step == 24:
+            data = trainer.datamodule
+            data.refill(data.episodes.transitions[:5])
+
+
+def test_a_graph_is_told_anew_which_rows_are_real(dataset, make_trainer, repeated):
+    def make(*sizes):
+        return TD3BC(*sizes, **HIDDEN, clone_real_only=True)
+
+    states = [
+        trained(make, dataset, make_trainer, graph, 48, [FirstRefill()], 0.5)[0].state_dict() for graph in (False, True)
+    ]
+    assert Repeated.launches == 48 // 4 - graphs.WARM_UP
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_a_batch_that_does_not_say_which_rows_are_real_is_recorded_too(repeated):
+    module, batches = TD3BC(1, 1, **HIDDEN), Transitions.unpack(torch.rand(4, 8, 5), 1, 1)
+    graphed = CUDAGraphs()
+    graphed.on_fit_start(SimpleNamespace(), module)
+    for step in range(4):
+        graphed.run_updates(batches, 4 * step, [None] * 4)
+    assert Repeated.launches == 2
 
 
 def test_a_checkpoint_made_in_between_has_no_trace_of_the_graph(dataset, make_trainer, repeated, tmp_path):

@@ -10,7 +10,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "dawm").rglob("*.py"), *(ROOT / "callbacks").glob("*.py")])
 ROOMS = {
-    *("world_model.py", "inverse_dynamics.py", "baseline.py", "agents", "diffusion", "synthesis", "evaluation", "data"),
+    *(
+        "world_model.py",
+        "inverse_dynamics.py",
+        "forward_model.py",
+        "agents",
+        "diffusion",
+        "synthesis",
+        "evaluation",
+        "data",
+    ),
     *("training", "nn", "cli", "errors.py", "files.py"),
 }
 FLOORS = (
@@ -18,7 +27,7 @@ FLOORS = (
     ("nn",),
     ("data",),
     ("training",),
-    ("diffusion", "baseline", "world_model", "inverse_dynamics", "agents"),
+    ("diffusion", "forward_model", "world_model", "inverse_dynamics", "agents"),
     ("synthesis",),
     ("evaluation",),
     ("callbacks",),

@@ -39,6 +39,22 @@ def test_behaviour_cloning_loss_averages_over_rows_and_dimensions():
     assert loss.item() == pytest.approx(0.5)
 
 
+def test_a_mask_takes_the_mean_over_its_rows_alone():
+    values, mask = torch.tensor([-1.0, 100.0, 3.0]), torch.tensor([1.0, 0.0, 1.0])
+    assert losses.policy_improvement_weight(values, alpha=2.5, mask=mask).item() == pytest.approx(1.25)
+    actions = torch.tensor([[1.0, 0.0], [9.0, 9.0], [0.0, 0.0]])
+    loss = losses.behaviour_cloning_loss(actions, torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 2.0]]), mask)
+    assert loss.item() == pytest.approx((1 + 4) / 4)
+    seeds = losses.masked(torch.stack([values, values]), torch.stack([mask, 1 - mask])).mean(dim=-1)
+    assert seeds.tolist() == pytest.approx([1, 100])
+
+
+def test_a_mask_of_all_rows_changes_no_bit_and_one_of_none_leaves_nothing():
+    values = torch.randn(37, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(losses.masked(values, torch.ones(37)), values)
+    assert not losses.masked(values, torch.zeros(37)).any()
+
+
 def test_expectile_loss_weighs_the_two_signs():
     # 0.7 * 2^2 for the positive error, 0.3 * 1^2 for the negative one
     assert losses.expectile_loss(torch.tensor([2.0, -1.0]), expectile=0.7).item() == pytest.approx((2.8 + 0.3) / 2)
@@ -79,6 +95,7 @@ def test_cosine_decay_falls_from_one_to_zero():
         lambda row, column: losses.smoothed_actions(row, column, 0.5),
         lambda row, column: losses.behaviour_cloning_loss(row[:, None], column.expand(4, 2)),
         lambda row, column: losses.gaussian_log_likelihood(column, column, row),
+        lambda row, column: losses.policy_improvement_weight(row, 2.5, column),
     ],
 )
 def test_a_column_is_refused_where_a_row_is_meant(call):

@@ -3,6 +3,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import Recorder
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from dawm.callbacks import RegenerateRollouts
@@ -108,7 +109,7 @@ def refills(callback, monkeypatch):
 
 def imagine(callback, data, rank=0, step=0):
     """What the callback imagines."""
-    synthesizer = callback.synthesizer(DataStatistics.of(data.episodes))
+    synthesizer = callback.synthesizer(data, DataStatistics.of(data.episodes))
     return synthesizer.rollouts(data, callback.rollouts, callback.seed, rank, step).transitions()
 
 
@@ -165,6 +166,56 @@ def test_a_resumed_run_trains_on_the_same_batches(dataset, make_trainer, recorde
     assert steps == [4, 8, 12]
     assert torch.equal(rest, whole[6:])
     assert trainer.logger.rows == logged[1:]
+
+
+class Acting(Recorder):
+    """Its policy follows its one weight, which every update changes; of two seeds the second's is the opposite."""
+
+    def __init__(self, seeds=1):
+        super().__init__()
+        self.seeds = seeds
+
+    def act(self, observations):
+        actions = torch.tanh((self.weight.detach() - 1) / 10).expand(*observations.shape[:-1], 1)
+        return actions if self.seeds == 1 else actions * torch.tensor([1.0, -1.0]).view(2, 1, 1)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("stop", [4, 6, 8])
+def test_a_resumed_run_starts_from_the_policy_of_the_last_refill(dataset, make_trainer, tmp_path, stop, seeds):
+    """And not from that of the checkpoint, which has learnt on; whether it stopped at a refill or between two."""
+
+    def start(max_steps, ckpt_path=None):
+        data = TransitionDataModule(dataset, horizon=HORIZON, batch_size=6, updates_per_step=2)
+        agent, callback = Acting(seeds), regenerate(first_action="policy", first_action_noise=0.01)
+        trainer = make_trainer(max_steps, callbacks=[callback])
+        trainer.fit(agent, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return trainer, torch.stack([batch.pack() for batch in agent.batches])
+
+    _, whole = start(14)
+    trainer, _ = start(stop)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    _, rest = start(14, tmp_path / "half.ckpt")
+    assert torch.equal(rest, whole[stop:])
+    chosen = [whole[k][whole[k][..., 3] < 0][:, 2] for k in (0, 4, 8)]  # actions of synthetic rows, first or not
+    firsts = [actions[actions != 0.5].abs().mean() for actions in chosen]
+    assert firsts[0] < 0.05 < firsts[1] < firsts[2], "the policy moves from refill to refill"
+
+
+def test_each_agent_draws_the_rollouts_of_its_own_policy(data, make_trainer):
+    """Agents that train side by side; the recorded actions of the data are at most 0.025."""
+    agent = Acting(seeds=2)
+    with torch.no_grad():
+        agent.weight.fill_(11.0)
+    callback = regenerate(first_action="policy", first_action_noise=0.0)
+    make_trainer(2, callbacks=[callback]).fit(agent, datamodule=data)
+    for batch in agent.batches[:2]:
+        for own, sign in ((0, 1), (1, -1)):
+            actions = batch.actions[own, 3:, 0]
+            first = actions[actions != 0.5]
+            assert torch.allclose(first, sign * torch.tensor(1.0).tanh())
+    assert len(data.synthetic) == 2 * 20 * HORIZON
+    assert not torch.equal(data.synthetic.observations[:40], data.synthetic.observations[40:])
 
 
 # What
@@ -323,6 +374,8 @@ def test_what_the_guards_measure_is_logged(data, make_trainer, recorder):
             "non_finite": 0,
             "out_of_range": 20,
             "uncertain": 0,
+            "inconsistent": 0,
+            "unfamiliar": 0,
             "rejected_fraction": 20 / 35,
             "mean_reward": mean,
             "reward_drift": (mean - 12.75) / 7.5,
@@ -362,9 +415,20 @@ def test_without_models_it_says_what_is_missing(data, make_trainer, recorder):
 
 
 @pytest.mark.parametrize(
+    "setting", [{"labels": "forward"}, {"max_inconsistency": 1.0}, {"max_forward_disagreement": 1}]
+)
+def test_what_asks_forward_models_needs_some(setting):
+    with pytest.raises(
+        UserError, match=f"forward_members: got 0, expected at least 1, as .*{next(iter(setting))} asks"
+    ):
+        regenerate(**setting)
+
+
+@pytest.mark.parametrize(
     "setting",
     [{"every_n_steps": 0}, {"rollouts": 0}, {"margin": -0.1}, {"max_rejected": 1.1}, {"max_rejected": -0.1},
-     {"max_rejected": NAN}, {"max_reward_drift": -1.0}, {"max_termination_drift": -0.1}],
+     {"max_rejected": NAN}, {"max_reward_drift": -1.0}, {"max_termination_drift": -0.1}, {"first_action_noise": -0.1},
+     {"max_inconsistency": 0.0}, {"max_forward_disagreement": 1.1}],
 )  # fmt: skip
 def test_mistakes_name_the_setting(setting):
     with pytest.raises(UserError, match=next(iter(setting))):

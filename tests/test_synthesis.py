@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from dawm.callbacks import RegenerateRollouts
 from dawm.data.module import TransitionDataModule
+from dawm.data.transitions import Transitions
 from dawm.errors import UserError
 from dawm.inverse_dynamics import InferredActions
 from dawm.synthesis import guards
@@ -11,15 +13,16 @@ from dawm.synthesis.rollouts import Synthesizer
 from dawm.synthesis.targets import ConstantReturn, LiftedReturn, QuantileReturn
 from dawm.world_model import Imagined
 
-FATES = {"kept", "after_end", "non_finite", "out_of_range", "uncertain"}
+FATES = {"kept", "after_end", "non_finite", "out_of_range", "uncertain", "inconsistent", "unfamiliar"}
 
 
-class Counting:
+class Counting(torch.nn.Module):
     """Imagines s, s + 1, s + 2, ...; the reward is the observation before, and parts of it can be replaced."""
 
     device = torch.device("cpu")
 
     def __init__(self, horizon=4, observations=None, rewards=None, terminations=None):
+        super().__init__()
         self.horizon = horizon
         self.replacements = {"observations": observations, "rewards": rewards, "terminations": terminations}
         self.asked = []
@@ -40,7 +43,7 @@ class Counting:
         return Imagined(**parts)
 
 
-class Inverse:
+class Inverse(torch.nn.Module):
     """Infers the observation before, over 100; its disagreement is the observation after."""
 
     def infer(self, observations, next_observations):
@@ -165,6 +168,7 @@ def test_every_step_is_counted_once_under_the_first_reason():
     )
     assert states(rollouts) == [0, 1, 10, 20, 21]
     expected = {"kept": 5, "after_end": 2, "non_finite": 2, "out_of_range": 1, "uncertain": 2}
+    expected |= {"inconsistent": 0, "unfamiliar": 0}
     assert rollouts.counts == expected
     assert rollouts.counts.total() == 3 * 4
 
@@ -210,9 +214,10 @@ def test_nothing_left_is_an_error_that_says_why():
 def test_targets_are_chosen_over_the_rows_that_statistics_are_taken_from(dataset, monkeypatch):
     """Of 26 rows only the first two count: whoever asks, the same return is aimed at."""
     data, world_model = TransitionDataModule(dataset, horizon=1), Counting(horizon=1)
-    monkeypatch.setattr(type(data.episodes), "sample_rows", lambda self: torch.tensor([0, 1]))
-    synthesizer = Synthesizer(world_model, Inverse(), QuantileReturn(1.0))
-    synthesizer.rollouts(data, 5, seed=0)
+    monkeypatch.setattr(type(data.episodes), "sample_rows", lambda self, *episodes: torch.tensor([0, 1]))
+    callback = RegenerateRollouts(target_return=QuantileReturn(1.0), margin=100.0)
+    callback.connect(world_model, Inverse())
+    callback.synthesizer(data, DataStatistics.of(data.episodes)).rollouts(data, 5, seed=0)
     assert world_model.asked[0][2].unique() == data.returns_to_go[:2].max() < data.returns_to_go.max()
 
 
@@ -235,7 +240,9 @@ OWN = torch.tensor([2.0, -6.0])
     ],
 )
 def test_target_returns_by_hand(policy, expected):
-    torch.testing.assert_close(policy(OWN, DATA), torch.tensor(expected))
+    rows = Transitions(torch.zeros(5, 1), torch.zeros(5, 1), torch.zeros(5), torch.zeros(5, 1), torch.zeros(5))
+    target = policy.fit(rows, DATA)
+    torch.testing.assert_close(target(torch.zeros(2, 1), torch.zeros(2, 1), OWN), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("quantile", [-0.1, 1.1])

@@ -135,7 +135,7 @@ def test_learns_a_deterministic_system(make_trainer):
     data, held_out = accelerating(4000, 3), accelerating(500, 3)
     world_model = DiffusionWorldModel(
         2, 1, horizon=3, network=partial(ResidualMLP, width=64, depth=1), learning_rate=4e-3, warmup_steps=20,
-        ema_decay=0.98, regression_baseline=False,
+        ema_decay=0.98, forward_members=0,
     )  # fmt: skip
     fit_normalizers(world_model, data)
     make_trainer(500).fit(world_model, looping(data, 500, 128))
@@ -203,7 +203,7 @@ def test_learning_rate_rises_then_falls(make_trainer):
             seen.append(self.optimizer.param_groups[0]["lr"])
             return metrics
 
-    world_model = Spy(2, 1, 2, network=TINY, warmup_steps=5, learning_rate=1.0, regression_baseline=False)
+    world_model = Spy(2, 1, 2, network=TINY, warmup_steps=5, learning_rate=1.0, forward_members=0)
     make_trainer(20).fit(world_model, looping(accelerating(50, 2), 20, 8))
     assert seen[0] == pytest.approx(0.2)
     assert seen[10] == pytest.approx(0.5)
@@ -218,7 +218,7 @@ def test_the_papers_parts_train_and_sample(make_trainer):
         2, 1, horizon=3, network=partial(TemporalUNet, width=16, multipliers=(1, 2), kernel_size=3),
         preconditioning=NoisePrediction(5), sampler=DDIM(3, eta=1.0, temperature=0.5, clip=2.0),
         codec=InpaintedAbsolute, learning_rate=8e-3, warmup_steps=20, ema_decay=0.98,
-        regression_baseline=False,
+        forward_members=0,
     )  # fmt: skip
     fit_normalizers(world_model, data)
     make_trainer(160).fit(world_model, looping(data, 160, 64))

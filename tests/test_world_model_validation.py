@@ -1,4 +1,4 @@
-"""The world model's validation, the baseline beside it, and both under a plain Trainer."""
+"""The world model's validation, the forward models beside it, and both under a plain Trainer."""
 
 from dataclasses import replace
 
@@ -40,21 +40,22 @@ def test_errors_per_step_by_hand_without_invalid_steps(make_trainer, monkeypatch
     assert metrics["world_model/validation_error"] == pytest.approx(1 / 8)
 
 
-def test_the_baseline_is_rolled_out_by_hand(make_trainer, monkeypatch):
-    """The regression predicts one step at a time from its own last observation and the recorded action."""
+def test_the_forward_models_are_rolled_out_by_hand(make_trainer, monkeypatch):
+    """Their mean predicts one step at a time from its own last observation and the recorded action."""
     world_model, asked = model(), []
 
-    def predict(codec, observations, actions):
+    def forward(codec, observations, actions):
         asked.append((observations.tolist(), actions.tolist()))
-        return torch.tensor([[1.0, 1.0, 1.0, 1.0]])  # difference (1, 2), reward 5, terminated
+        # of two members; in the mean a difference of (1, 2), reward 5, terminated
+        return torch.tensor([[[0.0, 1.0, 1.0, 1.0]], [[2.0, 1.0, 1.0, 1.0]]])
 
-    monkeypatch.setattr(world_model.baseline, "forward", predict)
+    monkeypatch.setattr(world_model.forward_model, "forward", forward)
     recorded = replace(SEGMENT, valid=torch.ones(1, 2))
     metrics = make_trainer(1).validate(world_model, FixedBatches([recorded]), verbose=False)[0]
-    assert metrics["world_model/regression_observation_error/step_1"] == 0
-    assert metrics["world_model/regression_observation_error/step_2"] == ((1 / 2) ** 2 + (2 / 4) ** 2) / 2
-    assert metrics["world_model/regression_reward_error/step_1"] == 0
-    assert metrics["world_model/regression_termination_error/step_1"] == 0
+    assert metrics["world_model/forward_observation_error/step_1"] == 0
+    assert metrics["world_model/forward_observation_error/step_2"] == ((1 / 2) ** 2 + (2 / 4) ** 2) / 2
+    assert metrics["world_model/forward_reward_error/step_1"] == 0
+    assert metrics["world_model/forward_termination_error/step_1"] == 0
     torch.testing.assert_close(torch.tensor(asked[1][0]), torch.tensor([[1.0, 2.0]]))
     assert asked[1][1] == SEGMENT.actions[:, 1].tolist()
 

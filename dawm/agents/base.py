@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dawm.agents.losses import cosine_decay
+from dawm.data.batches import BatchLoader
 from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Transitions
 from dawm.errors import require
@@ -46,6 +47,8 @@ class OfflineAgent(UpdateModule):
     """
 
     name = "agent"
+    needs_real_rows = False
+    """Whether a loss is taken over the real rows of a batch alone."""
     reward_scale: Tensor
 
     def __init__(
@@ -78,6 +81,14 @@ class OfflineAgent(UpdateModule):
             span = episodes.episode_returns.max() - episodes.episode_returns.min()
             # episodes that all return the same say nothing about the scale
             self.reward_scale.fill_(EPISODE_RETURN_RANGE / span if span > 0 else 1.0)
+
+    def train_loader(self, data: TransitionDataModule, updates: int, rank: int) -> BatchLoader:
+        """The mixture of real and synthetic transitions."""
+        synthetic = round(data.batch_size * data.synthetic_fraction)
+        holds = not self.needs_real_rows or synthetic < data.batch_size
+        expected = "one that leaves real rows in a batch, as the agent's settings take a loss over these alone"
+        require("data.synthetic_fraction", data.synthetic_fraction, holds, expected, "lower it")
+        return data.mixed_loader(updates, rank, seeds=self.seeds)
 
     def prepare(self, batch: Transitions) -> Transitions:
         """The batch as the networks see it: normalised observations, scaled rewards."""

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from dawm.agents.base import OfflineAgent
-from dawm.agents.losses import advantage_weights, critic_loss, expectile_loss, gaussian_log_likelihood, td_target
+from dawm.agents.losses import (
+    advantage_weights,
+    critic_loss,
+    expectile_loss,
+    gaussian_log_likelihood,
+    masked,
+    td_target,
+)
 from dawm.data.transitions import Transitions
 from dawm.errors import require
 
@@ -41,6 +48,7 @@ class IQL(OfflineAgent):
         expectile: Expectile of Q that V stands for, in (0, 1).
         beta: Inverse temperature of the actor's weights.
         max_weight: Largest weight of a row in the actor's loss.
+        actor_on_real: Let the actor clone real rows alone. Synthetic rows then teach value network and critics.
         deterministic_actor: Regress on the actions by squared error instead of by a Gaussian's likelihood.
         actor_dropout: Fraction of the actor's hidden units dropped in training, in [0, 1).
     """
@@ -59,6 +67,7 @@ class IQL(OfflineAgent):
         expectile: float = 0.7,
         beta: float = 3.0,
         max_weight: float = 100.0,
+        actor_on_real: bool = False,
         deterministic_actor: bool = False,
         actor_dropout: float = 0.0,
         seeds: int = 1,
@@ -78,6 +87,7 @@ class IQL(OfflineAgent):
         self.discount, self.tau = discount, tau
         self.expectile, self.beta, self.max_weight = expectile, beta, max_weight
         self.deterministic_actor = deterministic_actor
+        self.actor_on_real = self.needs_real_rows = actor_on_real
         self.actor = self.mlp(observation_size, hidden, action_size, dropout=actor_dropout)
         self.log_std = nn.Parameter(torch.zeros(*self.seed_shape, action_size), requires_grad=not deterministic_actor)
         self.value = self.mlp(observation_size, hidden, 1)
@@ -104,7 +114,7 @@ class IQL(OfflineAgent):
         else:
             errors = -gaussian_log_likelihood(batch.actions, means, self.log_std.clamp(*LOG_STD_RANGE))
         weights = advantage_weights(advantages, self.beta, self.max_weight)
-        loss = (weights * errors).mean(dim=-1)
+        loss = masked(weights * errors, batch.real if self.actor_on_real else None).mean(dim=-1)
         return loss, {"actor_loss": loss.detach(), "actor_weight": weights.mean()}
 
     def total_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:

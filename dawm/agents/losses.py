@@ -23,6 +23,7 @@ __all__ = [
     "critic_loss",
     "expectile_loss",
     "gaussian_log_likelihood",
+    "masked",
     "policy_improvement_weight",
     "smoothed_actions",
     "td_target",
@@ -50,16 +51,19 @@ def smoothed_actions(actions: Tensor, noise: Tensor, noise_clip: float) -> Tenso
     return (actions + noise.clamp(-noise_clip, noise_clip)).clamp(-1, 1)
 
 
-def policy_improvement_weight(values: Tensor, alpha: float) -> Tensor:
-    """Weight of TD3+BC's value term (equation 5), shape (...): ``alpha / mean |Q(s, pi(s))|``, without gradient."""
+def policy_improvement_weight(values: Tensor, alpha: float, mask: Tensor | None = None) -> Tensor:
+    """Weight of TD3+BC's value term (equation 5), shape (...): ``alpha / mean |Q(s, pi(s))|``, without gradient.
+
+    The mean is over the rows of a ``mask``, or over all.
+    """
     # the bound only matters where every value is 0, as on the first update of a critic that starts at 0
-    return alpha / values.detach().abs().mean(dim=-1).clamp(min=1e-8)
+    return alpha / masked(values.detach().abs(), mask).mean(dim=-1).clamp(min=1e-8)
 
 
-def behaviour_cloning_loss(policy_actions: Tensor, actions: Tensor) -> Tensor:
-    """Mean squared distance of ``pi(s)`` from the data's actions, over rows and dimensions."""
+def behaviour_cloning_loss(policy_actions: Tensor, actions: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared distance of ``pi(s)`` from the data's actions, over dimensions and the rows of a mask, or all."""
     _require_equal_shapes(policy_actions=policy_actions, actions=actions)
-    return (policy_actions - actions).square().mean(dim=(-2, -1))
+    return masked((policy_actions - actions).square(), mask).mean(dim=(-2, -1))
 
 
 def expectile_loss(errors: Tensor, expectile: float) -> Tensor:
@@ -89,6 +93,19 @@ def gaussian_log_likelihood(actions: Tensor, means: Tensor, log_std: Tensor) -> 
     log_std = log_std.unsqueeze(-2)
     squared = ((actions - means) * (-log_std).exp()).square()
     return (-0.5 * squared - log_std - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+
+
+def masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Values, shape (..., B) or (..., B, A), whose mean over all rows is that over the rows in the mask, (..., B).
+
+    The mask is 1 for a row in it, else 0. None, or one with all rows in it, changes nothing; with no row all are 0.
+    """
+    if mask is None:
+        return values
+    by_row = values.dim() > mask.dim()
+    _require_equal_shapes(values_of_a_dimension=values[..., 0] if by_row else values, mask=mask)
+    weights = mask / mask.mean(dim=-1, keepdim=True).clamp(min=1e-9)  # a bound below one row of any batch
+    return values * (weights.unsqueeze(-1) if by_row else weights)
 
 
 def cosine_decay(step: int, total: int) -> float:

@@ -30,6 +30,9 @@ class TD3BC(OfflineAgent):
         tau: Polyak coefficient of the targets per actor update, in (0, 1].
         alpha: Strength of the value term against behaviour cloning. Its weight ``lambda`` is taken over the rows of one
             batch, under DDP each process's own.
+        clone_real_only: Clone the actions of real rows alone. Synthetic rows then teach the critics and, by the value
+            term, the actor.
+        scale_on_real: Take the value term's weight ``lambda`` over the real rows alone.
         policy_noise: Standard deviation of the noise on the target's actions, actions being in [-1, 1].
         noise_clip: Largest absolute noise on the target's actions.
         policy_every: Critic updates per update of the actor and the targets.
@@ -48,6 +51,8 @@ class TD3BC(OfflineAgent):
         discount: float = 0.99,
         tau: float = 0.005,
         alpha: float = 2.5,
+        clone_real_only: bool = False,
+        scale_on_real: bool = False,
         policy_noise: float = 0.2,
         noise_clip: float = 0.5,
         policy_every: int = 2,
@@ -63,6 +68,8 @@ class TD3BC(OfflineAgent):
         super().__init__(observation_size, action_size, seeds, normalize_observations)
         self.save_hyperparameters()
         self.discount, self.tau, self.alpha = discount, tau, alpha
+        self.clone_real_only, self.scale_on_real = clone_real_only, scale_on_real
+        self.needs_real_rows = clone_real_only or scale_on_real
         self.policy_noise, self.noise_clip = policy_noise, noise_clip
         self.policy_every = self.update_period = policy_every
         self.learning_rate = learning_rate
@@ -93,8 +100,9 @@ class TD3BC(OfflineAgent):
         actions = self.actor(batch.observations).tanh()
         # of the first critic alone, whose weights are constants here
         values = self.critics.head(torch.cat([batch.observations, actions], dim=-1), 0).squeeze(-1)
-        value_loss = -losses.policy_improvement_weight(values, self.alpha) * values.mean(dim=-1)
-        cloning_loss = losses.behaviour_cloning_loss(actions, batch.actions)
+        scaled, cloned = (batch.real if only else None for only in (self.scale_on_real, self.clone_real_only))
+        value_loss = -losses.policy_improvement_weight(values, self.alpha, scaled) * values.mean(dim=-1)
+        cloning_loss = losses.behaviour_cloning_loss(actions, batch.actions, cloned)
         loss = value_loss + cloning_loss
         return loss, {"actor_loss": loss.detach(), "cloning_loss": cloning_loss.detach()}
 

@@ -17,7 +17,15 @@ __all__ = ["draw_curves", "imagined_figures", "learning_figures", "picture", "re
 Curve = tuple[list[int], list[float]]  # updates, and the metric's value at each
 Draw = Callable[[Any], None]  # onto an axis of matplotlib
 
-FATES = ("kept", "after_end", "out_of_range", "uncertain", "non_finite")  # of imagined steps
+FATES = (
+    "kept",
+    "after_end",
+    "out_of_range",
+    "uncertain",
+    "inconsistent",
+    "unfamiliar",
+    "non_finite",
+)  # of imagined steps
 COLORS = ("#bbbbbb", "#ee6677", "#ccbb44", "#aa3377")  # that the colour-blind can tell apart
 DRIFTS = (
     ("rejected_fraction", "max_rejected", "Fraction of the steps up to the imagined end that were rejected."),
@@ -29,7 +37,7 @@ DRIFTS = (
 """What a refill logs: metric, the callback's limit of it, description."""
 REQUIRED = {"kept", *(name for name, _, _ in DRIFTS)}
 HELD_OUT = {
-    "world_model": ("validation_observation_error/step_1", "regression_observation_error/step_1"),
+    "world_model": ("validation_observation_error/step_1", "forward_observation_error/step_1"),
     "inverse_dynamics": ("validation_error",),
 }
 CAPTIONS = {

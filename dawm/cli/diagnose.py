@@ -149,15 +149,15 @@ def _against_simulator(
 
 def _against_forward_model(model: DiffusionWorldModel, groups: tuple[Paths, ...], units: Units) -> Any:
     """Errors against the world model's forward model; None where it was trained without."""
-    codec, forward = model.codec, model.baseline
-    if forward is None:
+    forward_model = model.forward_model
+    if forward_model is None:
         return None
 
     @torch.no_grad()
     def predict(observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         observations, actions = observations.to(model.device), actions.to(model.device)
-        told = codec.decode(observations, forward(codec, observations, actions).unsqueeze(1))
-        return told.observations[:, 1].cpu(), told.rewards[:, 0].cpu(), told.terminations[:, 0].cpu()
+        told = forward_model.predict(model.codec, observations, actions)
+        return told.next_observations.cpu(), told.rewards.cpu(), told.terminations.cpu()
 
     found: dict[str, Any] = {}
     for paths in groups:

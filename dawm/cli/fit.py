@@ -47,9 +47,13 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
         loggers = [build_logger(description) for description in settings.plain["logger"]]
     experiment = Experiment(data, settings.plain, output_dir, environment, loggers, console)
     _say_what_is_left_out(settings.plain, console)
+    built: dict[str, L.LightningModule] = {}
     for stage in stages:  # a mistake in the agent shows now, not when the world model is trained
         with as_user_error(stage.name):
-            experiment.build(stage)
+            stage.connect(built)
+            built[stage.name] = module = experiment.build(stage)
+            if (ask := getattr(module, "train_loader", None)) is not None:  # as does one in what it asks of the data
+                ask(data, 1, 0)
         for callback in stage.callbacks:
             plain(callback.state_dict(), ("callbacks", type(callback).__name__))
     for logger in loggers:

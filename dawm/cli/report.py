@@ -94,7 +94,7 @@ def _with_interval(value: Mapping[str, float]) -> str:
 
 HELD_OUT = (
     ("world model: first-step observation error", "world_model/validation_observation_error/step_1", "world_model"),
-    ("  one-step regression's, same training", "world_model/regression_observation_error/step_1", "world_model"),
+    ("  forward models', same training", "world_model/forward_observation_error/step_1", "world_model"),
     ("world model: first-step reward error", "world_model/validation_reward_error/step_1", "world_model"),
     ("world model: first-step termination error", "world_model/validation_termination_error/step_1", "world_model"),
     ("inverse dynamics: squared action error", "inverse_dynamics/best_validation_error", "inverse_dynamics"),

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger
 
 # Imported so that configs can name these classes without their module.
 import dawm.callbacks
+import dawm.data.weights
 import dawm.diffusion.codecs
 import dawm.diffusion.denoisers
 import dawm.diffusion.preconditioning

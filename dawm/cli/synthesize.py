@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -28,28 +29,39 @@ from dawm.data.sources.catalog import dataset_folder
 from dawm.data.sources.minari import SOURCE
 from dawm.data.store.minari_writer import EpisodeColumns, write_dataset
 from dawm.data.store.staging import check_output, progress_bar
+from dawm.data.weights import RowWeights
 from dawm.errors import UserError, first_line, require
 from dawm.files import expanded
 from dawm.synthesis.guards import DataStatistics, list_fates
-from dawm.synthesis.rollouts import CHUNK, Rollouts, Synthesizer
+from dawm.synthesis.rollouts import CHUNK, Labels, Rollouts, Synthesizer
+from dawm.synthesis.starts import FirstAction, policy_of
 from dawm.synthesis.targets import TargetReturn
-from dawm.training.build import restore_module
+from dawm.training.build import load_module, restore_module
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
 
 __all__ = ["load_synthesizer", "synthesize_dataset"]
 
+SETTINGS = (
+    *("starts", "first_action", "first_action_noise", "target_return", "guidance", "labels", "margin"),
+    *("max_disagreement", "max_inconsistency", "max_forward_disagreement"),
+)
+"""What the metadata say of `RegenerateRollouts`."""
 FEWEST = 256  # starts of a chunk: the last ones, which make up for dropped steps, are not worth making smaller
 
 
 def synthesize_dataset(
     console: Console, run: Path, output: str, transitions: int = 1_000_000, target_return: TargetReturn | None = None,
     guidance: float | None = None, margin: float | None = None, max_disagreement: float | None = None,
-    num_steps: int | None = None, seed: int = 0, device: str = "auto", overwrite: bool = False,
+    max_inconsistency: float | None = None, max_forward_disagreement: float | None = None,
+    labels: Labels | None = None, starts: RowWeights | None = None, first_action: FirstAction | None = None,
+    first_action_noise: float | None = None, num_steps: int | None = None, seed: int = 0, device: str = "auto",
+    overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Write transitions imagined by a run's world model as a Minari data set.
 
     Without further options they are what the run's agent learnt from. Each episode is a rollout from a random real
-    start, up to ``horizon`` steps long: it ends with an imagined termination, or is truncated.
+    start, up to ``horizon`` steps long: it ends with an imagined termination, or is truncated. Steps labelled by the
+    forward models do not lead on to the next imagined observation, so each is an episode of its own.
 
     Args:
         console: Where to draw.
@@ -62,6 +74,15 @@ def synthesize_dataset(
             is dropped. None keeps the run's.
         max_disagreement: Drop steps whose inferred actions disagree by more (standard deviation over the ensemble,
             actions in [-1, 1]); None keeps the run's, 2 drops none.
+        max_inconsistency: Drop steps further from the forward models' prediction than this quantile of held-out real
+            ones; None keeps the run's.
+        max_forward_disagreement: Drop steps on which the forward models disagree more than on this quantile of held-out
+            real ones; None keeps the run's.
+        labels: Whose next observation, reward and termination a step gets, ``imagined`` or ``forward``; None keeps the
+            run's.
+        starts: How often rollouts start from each real row, by weight; None keeps the run's.
+        first_action: The ``recorded`` one, or that of the run's trained ``policy``; None keeps the run's.
+        first_action_noise: Standard deviation of the noise on the policy's actions; None keeps the run's.
         num_steps: Steps of the sampler; None keeps the run's.
         seed: Seed of starts and noise; the same seed gives the same data.
         device: Where to imagine: cpu, cuda, ...; auto takes a GPU if there is one.
@@ -69,8 +90,10 @@ def synthesize_dataset(
     """
     require("transitions", transitions, transitions >= 1, "at least 1")
     check_output(output, overwrite)
-    options = {"target_return": target_return, "guidance": guidance, "margin": margin,
-               "max_disagreement": max_disagreement}  # fmt: skip
+    options = {"target_return": target_return, "guidance": guidance, "margin": margin, "labels": labels,
+               "max_disagreement": max_disagreement, "max_inconsistency": max_inconsistency,
+               "max_forward_disagreement": max_forward_disagreement, "starts": starts, "first_action": first_action,
+               "first_action_noise": first_action_noise}  # fmt: skip
     data, synthesizer, described = load_synthesizer(expanded(run), options, num_steps, device)
     episodes, horizon = data.episodes, synthesizer.world_model.horizon
     others = [part.strip() for part in episodes.name.split("+")]
@@ -87,7 +110,7 @@ def synthesize_dataset(
             env_spec=episodes.env_spec, observation_space=episodes.observation_space,
             action_space=episodes.action_space, metadata=metadata, algorithm_name="DAWM world model",
             description=f"Imagined by a diffusion world model trained on {episodes.name}: rollouts of up to {horizon} "
-            "steps from random real observations and actions; all later actions are inferred from the observations.",
+            "steps from random real observations; all actions but the first are inferred from the observations.",
             overwrite=overwrite, report=lambda done: bar.update(bar.task_ids[0], completed=done),
         )  # fmt: skip
     console.print(Text(f"{output}: {count:,} episodes, {steps:,} transitions in {dataset_folder(output)}"))
@@ -102,8 +125,12 @@ def load_synthesizer(
     ``options`` are arguments of `RegenerateRollouts`, None where the run's setting stays; ``num_steps`` is the
     sampler's.
     """
-    for key, number, least in (("num_steps", num_steps, 1), ("margin", options.get("margin"), 0)):
+    for key, number, least in (("num_steps", num_steps, 1), ("margin", options.get("margin"), 0),
+                               ("first_action_noise", options.get("first_action_noise"), 0)):  # fmt: skip
         require(key, number, number is None or number >= least, f"at least {least}")
+    for key in ("max_inconsistency", "max_forward_disagreement"):
+        quantile = options.get(key)
+        require(key, quantile, quantile is None or 0 < quantile <= 1, "above 0 and at most 1")
     place = _device(device)
     stages = read_results(run)["stages"]
     data, callback, unchosen = _read_settings(run / "config.yaml")
@@ -112,17 +139,19 @@ def load_synthesizer(
         setattr(callback, key, value)
     models, hashes = _load_models(run, stages, data.episodes.fingerprint, place)
     callback.connect(**models)
-    synthesizer = callback.synthesizer(DataStatistics.of(data.episodes))
+    synthesizer = callback.synthesizer(data, DataStatistics.of(data.episodes))
+    if callback.first_action == "policy":
+        agent = load_module(Path(stages["agent"]["checkpoint"])).to(place)
+        synthesizer = replace(synthesizer, starts=replace(synthesizer.starts, policy=policy_of(agent)))
     sampler = synthesizer.world_model.sampler
     sampler.num_steps = num_steps or sampler.num_steps
     described = {
         **{"dawm": __version__, "run": str(run), "dataset": data.episodes.name},
         **{"fingerprint": data.episodes.fingerprint, **hashes},
         **{"horizon": synthesizer.world_model.horizon, "device": place.type},
-        **{key: getattr(callback, key) for key in options},
-        "target_return": _described(callback.target_return),
+        **{key: _described(getattr(callback, key)) for key in SETTINGS},
         "sampler": _described(sampler),
-        "chosen_by": {key: "option" if key in chosen else unchosen for key in options}
+        "chosen_by": {key: "option" if key in chosen else unchosen for key in SETTINGS}
         | {"num_steps": "run" if num_steps is None else "option"},
     }
     return data, synthesizer, described
@@ -138,7 +167,8 @@ def _read_settings(path: Path) -> tuple[TransitionDataModule, RegenerateRollouts
                 parser = ArgumentParser(exit_on_error=False)
                 parser.add_subclass_arguments(RegenerateRollouts, "callback")
                 callback, chosen_by = parser.instantiate(parser.parse_object({"callback": entry})).callback, "run"
-        return TransitionDataModule(**settings["data"]), callback, chosen_by
+        # weights, which only the agent's batches are drawn by, are still a description here
+        return TransitionDataModule(**settings["data"] | {"real_weights": None}), callback, chosen_by
     except UserError:
         raise
     except Exception as error:  # whatever YAML, imports and constructors raise
@@ -180,8 +210,10 @@ def _device(name: str) -> torch.device:
         raise UserError(f"--device: got {name!r} ({reason}), expected one of this machine; set cpu") from None
 
 
-def _described(part: object) -> dict[str, Any]:
-    """Class and settings of a target return or a sampler, as plain values."""
+def _described(part: Any) -> Any:
+    """A plain value as it is; of a target return, weights or a sampler class and settings, as plain values."""
+    if part is None or isinstance(part, (str, float, int)):
+        return part
     values = json.loads(json.dumps(vars(part), default=str))
     return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", **values}
 
@@ -198,6 +230,8 @@ def _imagine(
         number = min(CHUNK, max(FEWEST, math.ceil(missing / synthesizer.world_model.horizon)))
         rollouts = synthesizer.rollouts(data, number, seed, rank=chunk).cpu()
         rollouts.require_some("margin")
+        if synthesizer.labels == "forward":
+            rollouts = rollouts.single_steps()
         columns = _columns(rollouts, data.episodes.action_space, missing)
         surplus = rollouts.counts["kept"] - len(columns.rewards)
         counts.update(rollouts.counts)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["BatchLoader", "FixedBatches", "Ranges", "RowStream", "derive_seed", "take"]
+__all__ = ["BatchLoader", "FixedBatches", "Ranges", "RowStream", "WeightedRows", "derive_seed", "take"]
 
 SKIP_CHUNK = 1 << 22
 
@@ -26,20 +26,43 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])
 
 
-class RowStream:
-    """An endless stream of uniform row numbers."""
+class WeightedRows:
+    """Rows drawn as often as their weights say, shape (N,), float64, at least 0 and not all 0.
 
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    The weights are kept as runs of equal ones, such as the rows of an episode, so that a search among few runs finds a
+    row, and rows beyond memory do not bring weights beyond memory.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights, self._counts = weights.unique_consecutive(return_counts=True)
+        self._starts = self._counts.cumsum(0) - self._counts
+        self._stops = (self._weights * self._counts).cumsum(0)  # of the runs, in cumulative weight
+
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Row numbers of a shape; each takes one number in double precision from the generator."""
+        places = torch.rand(*shape, dtype=torch.float64, generator=generator) * self._stops[-1]
+        run = torch.searchsorted(self._stops, places, right=True)  # a run of weight 0 stops where it starts
+        count, weight = self._counts[run], self._weights[run]
+        row = ((places - self._stops[run]) / weight + count).long()
+        return self._starts[run] + row.clamp(min=0).minimum(count - 1)  # rounding may lead out of the run
+
+
+class RowStream:
+    """An endless stream of row numbers, uniform, or drawn by weight."""
+
+    def __init__(self, seed: int, weighted: WeightedRows | None = None) -> None:
+        self._generator, self._weighted = torch.Generator().manual_seed(seed), weighted
 
     def draw(self, high: int, updates: int, batch_size: int) -> Tensor:
         """The next row numbers in [0, high), shape (K, B)."""
+        if self._weighted is not None:
+            return self._weighted.draw((updates, batch_size), self._generator)
         return torch.randint(high, (updates, batch_size), generator=self._generator)
 
     def skip(self, count: int) -> None:
         """Passes over row numbers already used."""
         for start in range(0, count, SKIP_CHUNK):
-            torch.randint(2, (min(SKIP_CHUNK, count - start),), generator=self._generator)
+            self.draw(2, 1, min(SKIP_CHUNK, count - start))
 
 
 class Ranges:

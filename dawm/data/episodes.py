@@ -14,14 +14,14 @@ than rounding. One further out than half the Box's width was recorded in other u
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gymnasium as gym
 import torch
 from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
-from dawm.data.batches import Ranges
+from dawm.data.batches import Ranges, derive_seed
 from dawm.data.returns import returns_to_go
 from dawm.data.sources.catalog import EMBEDDED, dataset_folder
 from dawm.data.sources.d4rl import D4RLSource, is_d4rl_name
@@ -91,11 +91,11 @@ class Episodes(Table):
         observed[self.ends - 1] = self.end_observed
         return observed
 
-    def returns_to_go(self, discount: float, window: int | None = None) -> Tensor:
+    def returns_to_go(self, discount: float, window: int | None = None, end_values: Tensor | None = None) -> Tensor:
         """Return-to-go of every row, shape (N,), as `dawm.data.returns.returns_to_go`; mapped where the rows are."""
         if self.cache is not None:
-            return mapped_returns_to_go(self.cache, self.ends, discount, window)
-        return returns_to_go(self.transitions.rewards, self.ends, discount, window)
+            return mapped_returns_to_go(self.cache, self.ends, discount, window, end_values)
+        return returns_to_go(self.transitions.rewards, self.ends, discount, window, end_values)
 
     def sample_rows(self, episode_ids: Tensor | None = None) -> Tensor:
         """Row numbers of some episodes (None: all) to take statistics from, ascending, shape (n,): always the same.
@@ -110,6 +110,23 @@ class Episodes(Table):
             generator = torch.Generator().manual_seed(0)
             numbers = torch.randint(len(ranges), (STATISTICS_ROWS,), generator=generator).sort()[0]
         return ranges.find(numbers)[0]
+
+    def subset(self, fraction: float, seed: int) -> "Episodes":
+        """A random fraction of the episodes, at least one, copied into memory; the same seed draws the same.
+
+        Of two fractions with one seed the smaller's episodes are among the larger's.
+        """
+        order = torch.randperm(len(self.ends), generator=torch.Generator().manual_seed(derive_seed(seed, "episodes")))
+        chosen = order[: max(1, round(fraction * len(order)))].sort()[0]
+        ranges = Ranges(self.starts[chosen], self.lengths[chosen])
+        rows = self.rows[ranges.find(torch.arange(len(ranges)))[0]]
+        low, high = rows[:, : self.sizes[0]].aminmax(dim=0)
+        return replace(
+            self, rows=rows, ends=self.lengths[chosen].cumsum(0), terminated=self.terminated[chosen],
+            end_observed=self.end_observed[chosen], episode_returns=self.episode_returns[chosen],
+            observation_low=low, observation_high=high, cache=None,
+            fingerprint=f"{self.fingerprint}-{derive_seed(*chosen.tolist()):x}",
+        )  # fmt: skip
 
 
 def load_episodes(

@@ -4,26 +4,29 @@ Symbols: N real rows, M synthetic rows, D columns of a packed row, K batches dra
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dawm.data.batches import BatchLoader, RowStream, derive_seed, take
+from dawm.data.batches import BatchLoader, RowStream, WeightedRows, derive_seed, take
 from dawm.data.transitions import Transitions
 
 __all__ = ["Mixture"]
 
-_KINDS = ("real", "synthetic")
-
 
 class Mixture:
-    """Packed rows (N, D) to draw from, on the training device; if they are a mapped file, gathered on the CPU."""
+    """Packed rows (N, D) to draw from, on the training device; if they are a mapped file, gathered on the CPU.
 
-    def __init__(self, real: Tensor, sizes: tuple[int, int], mapped: bool) -> None:
+    The real rows are drawn by ``weights``, shape (N,), float64; None draws uniformly.
+    """
+
+    def __init__(self, real: Tensor, sizes: tuple[int, int], mapped: bool, weights: Tensor | None = None) -> None:
         self.real, self._sizes, self._mapped = real, sizes, mapped
+        self._weighted = None if weights is None else WeightedRows(weights)
         self.device = torch.device("cpu")
         self._synthetic = real.new_empty(0, real.shape[1])
-        self._count = 0
+        self._counts: Sequence[int] = ()  # synthetic rows of each block; the blocks follow one another
 
     def to(self, device: torch.device | str) -> None:
         """Moves what is drawn from to a device."""
@@ -32,22 +35,34 @@ class Mixture:
         if not self._mapped:
             self.real = self.real.to(device)
 
-    def refill(self, transitions: Transitions) -> None:
-        """Replaces the synthetic rows in place."""
-        rows = transitions.pack().to(self.device)
+    def refill(self, *blocks: Transitions) -> None:
+        """Replaces the synthetic rows in place: one block for all agents, or one for each."""
+        rows = torch.cat([block.pack() for block in blocks]).to(self.device)
         if len(self._synthetic) < len(rows):
             self._synthetic = torch.empty_like(rows)
         self._synthetic[: len(rows)].copy_(rows)
-        self._count = len(rows)
+        self._counts = [len(block) for block in blocks]
+
+    def _blocks(self, agents: int) -> list[tuple[int, int]]:
+        """First row and number of the synthetic rows that each agent draws from."""
+        if len(self._counts) not in (0, 1, agents):
+            raise ValueError(f"one block of synthetic rows or {agents} are needed, got {len(self._counts)}")
+        blocks = [(sum(self._counts[:index]), count) for index, count in enumerate(self._counts)] or [(0, 0)]
+        return blocks if len(blocks) == agents else blocks * agents
 
     @property
     def synthetic(self) -> Transitions:
         """The synthetic rows now in use (views), fields of shape (M, ...)."""
-        return Transitions.unpack(self._synthetic[: self._count], *self._sizes)
+        return Transitions.unpack(self._synthetic[: sum(self._counts)], *self._sizes)
 
     def gather(self, rows: Tensor) -> Transitions:
         """Real rows by number, on the training device, fields of shape (*rows.shape, ...)."""
-        return Transitions.unpack(take(self.real, rows).to(self.device), *self._sizes)
+        return self._unpack(take(self.real, rows).to(self.device), rows.shape[-1])
+
+    def _unpack(self, rows: Tensor, real: int) -> Transitions:
+        """Batches of packed rows, shape (..., B, D), the first so many of each batch real."""
+        first = (torch.arange(rows.shape[-2], device=self.device) < real).float()
+        return replace(Transitions.unpack(rows, *self._sizes), real=first.expand(rows.shape[:-1]))
 
     def loader(
         self, batch_size: int, fraction: float, updates: int, updates_per_step: int | None, seeds: Sequence[tuple]
@@ -55,26 +70,32 @@ class Mixture:
         """Batches of ``round(batch_size * fraction)`` synthetic rows, the rest real; all real until the first refill.
 
         ``updates_per_step`` None draws single batches, fields of shape (B, ...). ``seeds`` say what sets the draws of
-        each agent apart; several agents get fields of shape (K, S, B, ...).
+        each agent apart; several agents get fields of shape (K, S, B, ...). The real rows come first.
         """
-        streams = [[RowStream(derive_seed(*parts[:2], kind, *parts[2:])) for kind in _KINDS] for parts in seeds]
+        kinds = {"real": self._weighted, "synthetic": None}
+        streams = [
+            [RowStream(derive_seed(*parts[:2], kind, *parts[2:]), weighted) for kind, weighted in kinds.items()]
+            for parts in seeds
+        ]
         synthetic_size = round(batch_size * fraction)
         drawn = batch_size, max(synthetic_size, 1)
 
         def draw(count: int) -> Transitions:
             # Each stream gives as many numbers per update whatever the mixture, so that resuming can skip them and
             # the real rows of a run do not depend on its synthetic ones.
-            real, synthetic = (
-                torch.stack([pair[kind].draw(high, count, drawn[kind]) for pair in streams], dim=1)
-                for kind, high in enumerate((len(self.real), max(self._count, 1)))
+            blocks = self._blocks(len(seeds))
+            real = torch.stack([pair[0].draw(len(self.real), count, drawn[0]) for pair in streams], dim=1)
+            synthetic = torch.stack(
+                [first + pair[1].draw(max(rows, 1), count, drawn[1]) for pair, (first, rows) in zip(streams, blocks)],
+                dim=1,
             )
-            mixed = synthetic_size if self._count else 0
+            mixed = synthetic_size if all(rows for _, rows in blocks) else 0
             rows = take(self.real, real[..., : batch_size - mixed]).to(self.device)
             if mixed:
                 rows = torch.cat([rows, take(self._synthetic, synthetic)], dim=-2)
             rows = rows.squeeze(1) if len(seeds) == 1 else rows
             rows = rows.squeeze(0) if updates_per_step is None else rows
-            return Transitions.unpack(rows, *self._sizes)
+            return self._unpack(rows, batch_size - mixed)
 
         counted = [(stream, size) for pair in streams for stream, size in zip(pair, drawn)]
         return BatchLoader(draw, counted, updates, updates_per_step or 1)

@@ -17,12 +17,14 @@ from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
 from dawm.data.batches import BatchLoader, FixedBatches, Ranges, RowStream, derive_seed
+from dawm.data.bootstrap import bootstrapped_returns_to_go, can_bootstrap
 from dawm.data.episodes import Episodes, load_episodes
 from dawm.data.mixture import Mixture
 from dawm.data.segments import SegmentTable
 from dawm.data.sources.scores import ReferenceScores
 from dawm.data.store.cache import MEMORY_LIMIT
 from dawm.data.transitions import Transitions
+from dawm.data.weights import RowWeights, checked
 from dawm.errors import require
 
 __all__ = ["TransitionDataModule"]
@@ -46,9 +48,13 @@ class TransitionDataModule(L.LightningDataModule):
         horizon: Steps of a segment H, in environment steps.
         discount: Discount of the return-to-go.
         return_window: Rewards summed in the return-to-go; None sums to the episode's end.
+        bootstrap_truncated: Add to the return-to-go what is expected after a truncated end; None does so where it can:
+            with truncated episodes, a discount between 0 and 1, and no window.
         batch_size: Transitions per update and per rank (agent and inverse dynamics).
         segment_batch_size: Segments per update and per rank (world model).
         synthetic_fraction: Fraction of synthetic rows in an agent's batch, in [0, 1]. 0 trains on real data alone.
+        real_weights: How often each real row is drawn, for the agent alone; None draws uniformly.
+        episode_fraction: Fraction of the data set's episodes to use, for everything, in (0, 1]; ``seed`` draws them.
         updates_per_step: Batches drawn at once K. Saves Lightning's cost per step; results do not depend on it.
         validation_fraction: Fraction of the episodes held out from world model and inverse dynamics, in (0, 1).
         seed: Seed of the split and of all draws; ranks draw different rows from it.
@@ -65,9 +71,12 @@ class TransitionDataModule(L.LightningDataModule):
         horizon: int = 8,
         discount: float = 0.99,
         return_window: int | None = None,
+        bootstrap_truncated: bool | None = None,
         batch_size: int = 256,
         segment_batch_size: int = 256,
         synthetic_fraction: float = 0.5,
+        real_weights: RowWeights | None = None,
+        episode_fraction: float = 1.0,
         updates_per_step: int = 20,
         validation_fraction: float = 0.1,
         seed: int = 0,
@@ -79,9 +88,11 @@ class TransitionDataModule(L.LightningDataModule):
         self.dataset, self.env_id = dataset, env_id
         self.horizon, self.discount, self.return_window = horizon, discount, return_window
         self.batch_size, self.segment_batch_size = batch_size, segment_batch_size
-        self.synthetic_fraction, self.updates_per_step = synthetic_fraction, updates_per_step
-        self.validation_fraction, self.seed = validation_fraction, seed
-        self.cache_dir, self.memory_limit, self.max_episode_steps = cache_dir, memory_limit, max_episode_steps
+        self.bootstrap_truncated = bootstrap_truncated
+        self.synthetic_fraction, self.real_weights, self.seed = synthetic_fraction, real_weights, seed
+        self.episode_fraction, self.validation_fraction = episode_fraction, validation_fraction
+        self.updates_per_step, self.max_episode_steps = updates_per_step, max_episode_steps
+        self.cache_dir, self.memory_limit = cache_dir, memory_limit
         _check(self)
         self._episodes: Episodes | None = None
         # agents are scored in their environment, and Lightning warns where there is no validation
@@ -91,18 +102,13 @@ class TransitionDataModule(L.LightningDataModule):
         """Loads the data set once, and splits off the held-out episodes."""
         if self._episodes is not None:
             return
-        episodes = load_episodes(self.dataset, self.env_id, self.cache_dir, self.memory_limit)
-        longest = int(episodes.lengths.max())
-        expected = f"at most {longest}, the steps of the longest episode of {self.dataset}"
-        require("data.horizon", self.horizon, self.horizon <= longest, expected, "set --horizon")
-        self._episodes = episodes
-        self._mixture = Mixture(episodes.rows, episodes.sizes, mapped=episodes.cache is not None)
-        self.returns_to_go = episodes.returns_to_go(self.discount, self.return_window)
-        order = torch.randperm(len(episodes.ends), generator=torch.Generator().manual_seed(self.seed))
-        held_out = min(max(1, round(self.validation_fraction * len(order))), len(order) - 1)
-        self.validation_episodes, self.training_episodes = order[:held_out].sort()[0], order[held_out:].sort()[0]
-        if held_out == 0:  # a single episode: nothing to hold out, validate on what is there
-            self.validation_episodes = self.training_episodes
+        self._episodes = episodes = _load(self)
+        weights = None if self.real_weights is None else checked(self.real_weights(episodes), len(episodes))
+        self._mixture = Mixture(episodes.rows, episodes.sizes, episodes.cache is not None, weights)
+        goal = self.discount, self.return_window, self.bootstrap_truncated
+        self.returns_to_go = bootstrapped_returns_to_go(episodes, *goal)
+        split = _split(len(episodes.ends), self.validation_fraction, self.seed)
+        self.validation_episodes, self.training_episodes = split
 
     @property
     def episodes(self) -> Episodes:
@@ -163,11 +169,11 @@ class TransitionDataModule(L.LightningDataModule):
 
     def segment_loader(self, updates: int, rank: int = 0) -> BatchLoader:
         """Random segments of the training episodes: `Segments` with fields of shape (K, B, ...)."""
-        return self._loader(self._segments(self.training_episodes), "segments", self.segment_batch_size, updates, rank)
+        return _drawn(self, self._segments(self.training_episodes), "segments", self.segment_batch_size, updates, rank)
 
     def validation_segment_loader(self, rank: int = 0, world_size: int = 1) -> FixedBatches:
         """A fixed sample of held-out segments, a part for each rank."""
-        return self._validation_loader(self._segments(self.validation_episodes), rank, world_size)
+        return _sampled(self, self._segments(self.validation_episodes), rank, world_size)
 
     def _segments(self, episode_ids: Tensor) -> tuple[int, Gather]:
         table = SegmentTable(self.episodes, episode_ids, self._mixture.real, self.returns_to_go, self.horizon)
@@ -179,11 +185,11 @@ class TransitionDataModule(L.LightningDataModule):
 
     def transition_loader(self, updates: int, rank: int = 0) -> BatchLoader:
         """Random real transitions of the training episodes: `Transitions` with fields of shape (K, B, ...)."""
-        return self._loader(self._pairs(self.training_episodes), "transitions", self.batch_size, updates, rank)
+        return _drawn(self, self._pairs(self.training_episodes), "transitions", self.batch_size, updates, rank)
 
     def validation_transition_loader(self, rank: int = 0, world_size: int = 1) -> FixedBatches:
         """A fixed sample of held-out transitions, a part for each rank."""
-        return self._validation_loader(self._pairs(self.validation_episodes), rank, world_size)
+        return _sampled(self, self._pairs(self.validation_episodes), rank, world_size)
 
     def _pairs(self, episode_ids: Tensor) -> tuple[int, Gather]:
         """Rows whose next observation was recorded: without it nothing can be learnt of the action."""
@@ -192,21 +198,6 @@ class TransitionDataModule(L.LightningDataModule):
         expected = "recorded next observations in the episodes chosen for training and for validation"
         require("data.dataset", self.dataset, len(rows) > 0, expected, "record them, or add episodes")
         return len(rows), lambda numbers: self._mixture.gather(rows.find(numbers)[0])
-
-    def _loader(self, source: tuple[int, Gather], kind: str, size: int, updates: int, rank: int) -> BatchLoader:
-        count, gather = source
-        stream = RowStream(derive_seed(self.seed, rank, kind))
-
-        def draw(batches: int) -> Any:
-            return gather(stream.draw(count, batches, size))
-
-        return BatchLoader(draw, [(stream, size)], updates, self.updates_per_step)
-
-    def _validation_loader(self, source: tuple[int, Gather], rank: int, world_size: int) -> FixedBatches:
-        """A sample that is drawn once and divided among the ranks."""
-        count, gather = source
-        numbers = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[:VALIDATION_ROWS]
-        return FixedBatches([gather(part) for part in numbers[rank::world_size].split(VALIDATION_BATCH)])
 
     # Real and synthetic transitions for the agent
 
@@ -222,10 +213,13 @@ class TransitionDataModule(L.LightningDataModule):
         chunk = None if squeeze else self.updates_per_step
         return self._mixture.loader(self.batch_size, self.synthetic_fraction, updates, chunk, parts)
 
-    def refill(self, transitions: Transitions) -> None:
-        """Replaces the synthetic rows in place, fields of shape (M, ...); the next batch draws from them."""
+    def refill(self, *blocks: Transitions) -> None:
+        """Replaces the synthetic rows in place, fields of shape (M, ...); the next batch draws from them.
+
+        Given one block for each of the agents trained side by side, each draws from its own.
+        """
         self.setup()
-        self._mixture.refill(transitions)
+        self._mixture.refill(*blocks)
 
     @property
     def synthetic(self) -> Transitions:
@@ -234,15 +228,62 @@ class TransitionDataModule(L.LightningDataModule):
         return self._mixture.synthetic
 
 
+def _drawn(
+    data: TransitionDataModule, source: tuple[int, Gather], kind: str, size: int, updates: int, rank: int
+) -> BatchLoader:
+    """Batches of a size, for so many updates."""
+    count, gather = source
+    stream = RowStream(derive_seed(data.seed, rank, kind))
+
+    def draw(batches: int) -> Any:
+        return gather(stream.draw(count, batches, size))
+
+    return BatchLoader(draw, [(stream, size)], updates, data.updates_per_step)
+
+
+def _sampled(data: TransitionDataModule, source: tuple[int, Gather], rank: int, world_size: int) -> FixedBatches:
+    """A sample that is drawn once and divided among the ranks."""
+    count, gather = source
+    numbers = torch.randperm(count, generator=torch.Generator().manual_seed(data.seed))[:VALIDATION_ROWS]
+    return FixedBatches([gather(part) for part in numbers[rank::world_size].split(VALIDATION_BATCH)])
+
+
+def _load(data: TransitionDataModule) -> Episodes:
+    """The episodes to use, checked to be long enough."""
+    episodes = load_episodes(data.dataset, data.env_id, data.cache_dir, data.memory_limit)
+    if data.episode_fraction < 1:
+        size = data.episode_fraction * episodes.rows.nbytes / 2**30
+        expected = f"at least {size:.2g}, the GiB of the fraction of {data.dataset} that is copied into memory"
+        remedy = "raise it, or lower --data.episode_fraction"
+        require("data.memory_limit", data.memory_limit, size <= data.memory_limit, expected, remedy)
+        episodes = episodes.subset(data.episode_fraction, data.seed)
+    longest = int(episodes.lengths.max())
+    expected = f"at most {longest}, the steps of the longest episode of {data.dataset}"
+    require("data.horizon", data.horizon, data.horizon <= longest, expected, "set --horizon")
+    return episodes
+
+
+def _split(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the episodes to validate on, and of those to train on, each ascending."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held_out = min(max(1, round(fraction * count)), count - 1)
+    training = order[held_out:].sort()[0]
+    # of a single episode nothing can be held out: validate on what is there
+    return (order[:held_out].sort()[0] if held_out else training), training
+
+
 def _check(data: TransitionDataModule) -> None:
     """Raises a UserError for a setting that is out of its range."""
     for key, holds, expected in (
         ("synthetic_fraction", 0 <= data.synthetic_fraction <= 1, "a number from 0 to 1"),
+        ("episode_fraction", 0 < data.episode_fraction <= 1, "a number above 0 and at most 1"),
         ("validation_fraction", 0 < data.validation_fraction < 1, "a number between 0 and 1"),
         ("memory_limit", data.memory_limit >= 0, "a number of GiB, at least 0"),
         ("discount", 0 <= data.discount <= 1, "a number from 0 to 1"),
     ):
         require(f"data.{key}", getattr(data, key), holds, expected)
+    holds = data.bootstrap_truncated is not True or can_bootstrap(data.discount, data.return_window)
+    require("data.bootstrap_truncated", True, holds, "a discount between 0 and 1, and no return_window", "leave it out")
     counts = "horizon", "batch_size", "segment_batch_size", "updates_per_step", "return_window", "max_episode_steps"
     for key in counts:
         value = getattr(data, key)

@@ -1,8 +1,8 @@
 """Returns: discounted sums of rewards.
 
 Symbols: N rows, E episodes, gamma the discount. The return-to-go of step t of an episode that ends after step T - 1 is
-``g_t = r_t + gamma r_{t+1} + ... + gamma^(T-1-t) r_{T-1}``. Nothing is added after a truncated end, as in D4RL's
-loaders; the window form sums only the next ``window`` rewards (the two forms in DWM, arXiv 2402.03570).
+``g_t = r_t + gamma r_{t+1} + ... + gamma^(T-1-t) r_{T-1}``, and ``gamma^(T-t)`` times the value of the end where one is
+given; the window form sums only the next ``window`` rewards (the two forms in DWM, arXiv 2402.03570).
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,9 @@ __all__ = ["returns_in_blocks", "returns_to_go"]
 BLOCK = 1 << 18  # rows to sum at once, if not one episode has more: bounds the memory, and fits into a cache
 
 
-def returns_to_go(rewards: Tensor, ends: Tensor, discount: float, window: int | None = None) -> Tensor:
+def returns_to_go(
+    rewards: Tensor, ends: Tensor, discount: float, window: int | None = None, end_values: Tensor | None = None
+) -> Tensor:
     """Return-to-go at every step, never summing across an episode's end, shape (N,), in the rewards' dtype.
 
     Args:
@@ -23,30 +25,40 @@ def returns_to_go(rewards: Tensor, ends: Tensor, discount: float, window: int | 
         ends: Exclusive end row of each episode, ascending, shape (E,).
         discount: Gamma, in [0, 1].
         window: Sum only this many rewards; None sums to the episode's end.
+        end_values: Value of what comes after the end of each episode, shape (E,); None for nothing.
     """
     if rewards.ndim != 1 or ends.ndim != 1:
         raise ValueError(f"rewards and ends must have one dimension, got {rewards.ndim} and {ends.ndim}")
-    blocks = returns_in_blocks(lambda start, stop: rewards[start:stop], ends, discount, window)
+    blocks = returns_in_blocks(lambda start, stop: rewards[start:stop], ends, discount, window, end_values)
     return torch.cat([block.to(rewards.dtype) for block in blocks])
 
 
 def returns_in_blocks(
-    read: Callable[[int, int], Tensor], ends: Tensor, discount: float, window: int | None = None
+    read: Callable[[int, int], Tensor],
+    ends: Tensor,
+    discount: float,
+    window: int | None = None,
+    end_values: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """As `returns_to_go` of the rewards ``read(start, stop)``, some whole episodes at a time, in double precision."""
     first, start = 0, 0
     while first < len(ends):
         after = max(first + 1, int(torch.searchsorted(ends, start + BLOCK, right=True)))
         stop = int(ends[after - 1])
-        yield _sums(read(start, stop), ends[first:after] - start, discount, window)
+        rewards = read(start, stop).double()
+        if end_values is not None:  # as if the last reward brought it
+            rewards = rewards.index_add(
+                0, ends[first:after] - start - 1, discount * end_values[first:after].to(rewards)
+            )
+        yield _sums(rewards, ends[first:after] - start, discount, window)
         first, start = after, stop
 
 
 def _sums(rewards: Tensor, ends: Tensor, discount: float, window: int | None) -> Tensor:
-    """Return-to-go of some whole episodes in double precision, shape (N,)."""
+    """Return-to-go of some whole episodes, shape (N,), from rewards in double precision."""
     lengths = torch.diff(ends, prepend=ends.new_zeros(1))
     left = torch.repeat_interleave(ends, lengths) - torch.arange(len(rewards), device=rewards.device)
-    totals = rewards.double()
+    totals = rewards.clone()
     # Each pass doubles how many rewards a row has summed: its own `reach`, and those of the row after them.
     reach, longest = 1, int(lengths.max())
     while reach < longest and discount**reach > 0:

@@ -12,7 +12,7 @@ and the next observation ``s_{t+1}``. Three conventions hold everywhere:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -38,26 +38,31 @@ class _Batch:
         return self._apply(lambda values: values.to(device))
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> Self:
-        return type(self)(*(function(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
+        return type(self)(**{name: None if v is None else function(v) for name, v in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Transitions(_Batch):
-    """A batch of one-step transitions; every field shares its leading dimensions."""
+    """A batch of one-step transitions; every field shares its leading dimensions.
+
+    ``real`` is for losses that tell real rows from synthetic ones. Mixed batches have it; None counts as all real.
+    """
 
     observations: Tensor  # s_t, shape (N, O)
     actions: Tensor  # a_t in [-1, 1], shape (N, A)
     rewards: Tensor  # r_t, shape (N,)
     next_observations: Tensor  # s_{t+1}, shape (N, O)
     terminations: Tensor  # 1 where the task ended at s_{t+1}, else 0, shape (N,), float32
+    real: Tensor | None = None  # 1 for a recorded row, 0 for a synthetic one, shape (N,), float32
 
     @classmethod
     def cat(cls, parts: Sequence["Transitions"]) -> "Transitions":
         """Rows of several parts, one after the other."""
+        parts = [replace(p, real=torch.ones_like(p.rewards)) if p.real is None else p for p in parts]
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
     def pack(self) -> Tensor:
-        """All fields side by side, so that one gather fetches a whole row, shape (N, 2 O + A + 2)."""
+        """All fields but ``real`` side by side: one gather fetches a whole row, shape (N, 2 O + A + 2)."""
         rewards, terminations = self.rewards.unsqueeze(-1), self.terminations.unsqueeze(-1)
         return torch.cat([self.observations, self.actions, rewards, self.next_observations, terminations], dim=-1)
 

@@ -12,10 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dawm.data.episodes import Episodes
+from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Transitions
 from dawm.nn.normalizer import Normalizer
+from dawm.world_model import DiffusionWorldModel
 
-__all__ = ["Bounds", "DataStatistics", "Watch", "list_fates"]
+__all__ = ["Bounds", "DataStatistics", "Watch", "forward_quantiles", "list_fates"]
 
 BLOCK = 1 << 20  # rewards read at once: those of a large data set are held in a mapped file
 
@@ -82,6 +84,29 @@ def _widened(low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     constant = extent <= 1e-6 * torch.maximum(low.abs(), high.abs()).clamp(min=1e-6)
     slack = margin * torch.where(constant, torch.ones_like(extent), extent)
     return low - slack, high + slack
+
+
+@torch.no_grad()
+def forward_quantiles(
+    model: DiffusionWorldModel, data: TransitionDataModule, inconsistency: float | None, disagreement: float | None
+) -> tuple[float | None, float | None]:
+    """What held-out real transitions reach against the forward models, as limits for imagined ones.
+
+    Quantiles, in (0, 1], of their inconsistency and of the forward models' disagreement on them; of None it is None.
+    """
+    if inconsistency is None and disagreement is None:
+        return None, None
+    forward_model, codec = model.forward_model, model.codec
+    assert forward_model is not None
+    reached = []
+    for batch in data.validation_transition_loader():
+        held_out = batch.to(model.device)
+        predicted = forward_model.predict(codec, held_out.observations, held_out.actions)
+        distance = forward_model.inconsistency(codec, predicted, held_out.next_observations)
+        reached.append(torch.stack([distance, predicted.disagreement]))
+    both = zip(torch.cat(reached, dim=1), (inconsistency, disagreement))
+    first, second = (None if q is None else float(values.quantile(q)) for values, q in both)
+    return first, second
 
 
 class Watch:

@@ -1,14 +1,15 @@
 """Synthesis: complete imagined transitions from the world model and the inverse dynamics.
 
-The world model imagines observations and rewards from real starts (s_t, a_t) and a target return; the inverse dynamics
-infers every action but the first, which is the real a_t; steps that cannot be trusted are dropped and counted.
+The world model imagines observations and rewards from starts (s_t, a_t) and a target return; the inverse dynamics
+infers every action but the first; the forward models may say again what each step leads to, now that its action is
+known; steps that cannot be trusted are dropped and counted.
 
 Symbols: B starts, H horizon, O observation size, A action size, M steps kept.
 """
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,13 @@ from dawm.data.transitions import Transitions
 from dawm.errors import UserError
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.synthesis.guards import Bounds, list_fates
-from dawm.synthesis.targets import LiftedReturn, TargetReturn
+from dawm.synthesis.starts import Starts
 from dawm.world_model import DiffusionWorldModel
 
-__all__ = ["CHUNK", "Rollouts", "Synthesizer"]
+__all__ = ["CHUNK", "Labels", "Rollouts", "Synthesizer"]
+
+Labels = Literal["imagined", "forward"]
+"""Who says what a step leads to: the world model, or the forward models."""
 
 CHUNK = 4096  # starts imagined at once: bounds the memory, and is past the point where larger is faster
 
@@ -32,12 +36,14 @@ class Rollouts(NamedTuple):
 
     The last step kept of a rollout is a truncation: it bootstraps. Only an imagined termination sets ``terminations``.
     ``counts`` holds the steps by fate: ``kept``, ``after_end`` (after an imagined termination), ``non_finite``,
-    ``out_of_range`` and ``uncertain``; a rollout's steps after a bad one are dropped with it.
+    ``out_of_range``, ``uncertain`` (the inferred action), ``inconsistent`` (with the forward models' prediction) and
+    ``unfamiliar`` (the forward models disagree); a rollout's steps after a bad one are dropped with it.
     """
 
-    observations: Tensor  # s_t (real) and s_{t+1} .. s_{t+H}, shape (B, H + 1, O)
-    actions: Tensor  # a_t (real) and a_{t+1} .. a_{t+H-1} in [-1, 1], shape (B, H, A)
+    observations: Tensor  # the path imagined: s_t (real) and s_{t+1} .. s_{t+H}, shape (B, H + 1, O)
+    actions: Tensor  # a_t (given) and a_{t+1} .. a_{t+H-1} in [-1, 1], shape (B, H, A)
     rewards: Tensor  # r_t .. r_{t+H-1}, shape (B, H)
+    next_observations: Tensor  # where each step leads: on along the path, or as relabelled, shape (B, H, O)
     terminations: Tensor  # 1 where the task is imagined to end, shape (B, H)
     lengths: Tensor  # steps kept of each rollout, shape (B,), int64
     counts: Counter[str]
@@ -48,7 +54,7 @@ class Rollouts(NamedTuple):
 
     def steps(self) -> Transitions:
         """All steps, kept or not, fields of shape (B, H, ...)."""
-        before, after = self.observations[:, :-1], self.observations[:, 1:]
+        before, after = self.observations[:, :-1], self.next_observations
         return Transitions(before, self.actions, self.rewards, after, self.terminations)
 
     @property
@@ -60,6 +66,19 @@ class Rollouts(NamedTuple):
         """The steps kept, rollout by rollout, fields of shape (M, ...)."""
         return self.steps()[self.kept]
 
+    def single_steps(self) -> "Rollouts":
+        """The steps kept as M rollouts of one step each, where they do not lead on along the path."""
+        kept, path = self.kept, torch.stack([self.observations[:, :-1], self.next_observations], dim=2)
+        return Rollouts(
+            observations=path[kept],
+            actions=self.actions[kept].unsqueeze(1),
+            rewards=self.rewards[kept].unsqueeze(1),
+            next_observations=self.next_observations[kept].unsqueeze(1),
+            terminations=self.terminations[kept].unsqueeze(1),
+            lengths=torch.ones(int(kept.sum()), dtype=torch.int64, device=kept.device),
+            counts=self.counts,
+        )
+
     def require_some(self, margin: str) -> None:
         """Raises a UserError where no step is left; it names the setting that widens the range to accept."""
         if not self.counts["kept"]:
@@ -69,6 +88,20 @@ class Rollouts(NamedTuple):
             )
 
 
+class _Drawn(NamedTuple):
+    """What the models say of some rollouts, before anything is judged."""
+
+    path: Tensor  # shape (B, H + 1, O)
+    actions: Tensor  # shape (B, H, A)
+    next_observations: Tensor  # as labelled, shape (B, H, O)
+    rewards: Tensor  # as labelled, shape (B, H)
+    ends: Tensor  # as labelled, around 0 or 1, shape (B, H)
+    imagined_ends: Tensor  # by the world model, around 0 or 1, shape (B, H)
+    uncertainty: Tensor  # disagreement of the inverse dynamics, shape (B, H)
+    inconsistency: Tensor  # distance of the path from the forward models' prediction, shape (B, H)
+    unfamiliarity: Tensor  # disagreement of the forward models, shape (B, H)
+
+
 @dataclass(frozen=True)
 class Synthesizer:
     """Makes imagined transitions from real starts.
@@ -76,67 +109,92 @@ class Synthesizer:
     Args:
         world_model: Imagines observations, rewards and terminations.
         inverse_dynamics: Infers the actions after the first.
-        target_return: Which return-to-go the futures aim at; by default each start's own.
+        starts: Draws where futures begin and what they aim at.
         guidance: Weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
+        labels: ``forward`` takes each step's next observation, reward and termination from the forward models, given
+            the imagined observation and the action; ``imagined`` takes the world model's.
         bounds: Range that imagined observations and rewards have to stay in; None accepts all.
         max_disagreement: Largest disagreement of the inverse dynamics to accept; None accepts all.
+        max_inconsistency: Largest distance from the forward models' prediction to accept; None accepts all.
+        max_forward_disagreement: Largest disagreement of the forward models to accept; None accepts all.
     """
 
     world_model: DiffusionWorldModel
     inverse_dynamics: InverseDynamics
-    target_return: TargetReturn = LiftedReturn()
+    starts: Starts = Starts()
     guidance: float = 1.0
+    labels: Labels = "imagined"
     bounds: Bounds | None = None
     max_disagreement: float | None = None
+    max_inconsistency: float | None = None
+    max_forward_disagreement: float | None = None
 
-    def rollouts(self, data: TransitionDataModule, count: int, seed: int, rank: int = 0, step: int = 0) -> Rollouts:
-        """B rollouts from random real starts; what is drawn depends on the three last arguments alone.
+    def rollouts(
+        self, data: TransitionDataModule, count: int, seed: int, rank: int = 0, step: int = 0, block: int = 0
+    ) -> Rollouts:
+        """B rollouts from random real starts; what is drawn depends on the last four arguments alone.
 
-        They are the seed, the process (or another number that sets these rollouts apart) and the update they are for.
+        They are the seed, the process (or another number that sets these rollouts apart), the update they are for, and
+        the number of the agent they are for, where agents that train side by side have each their own.
         """
-        seed = derive_seed(seed, rank, step, "rollouts")
+        seed = derive_seed(seed, rank, step, "rollouts", *((block,) if block else ()))
         generator = torch.Generator(self.world_model.device).manual_seed(seed)
         return self.imagine(*self.starts(data, count, seed), generator)
-
-    def starts(self, data: TransitionDataModule, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """B random real ``s_t`` and ``a_t``, and the return-to-go to aim at from there, shape (B,)."""
-        real, returns, device = data.episodes.transitions, data.returns_to_go, self.world_model.device
-        rows = torch.randint(len(real), (count,), generator=torch.Generator().manual_seed(seed))
-        targets = self.target_return(returns[rows], returns[data.episodes.sample_rows()])
-        return real.observations[rows].to(device), real.actions[rows].to(device), targets.to(device)
 
     @torch.no_grad()
     def imagine(
         self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None = None
     ) -> Rollouts:
-        """One rollout from each real ``s_t`` and ``a_t``, with the return-to-go to aim at, shape (B,)."""
-        chunks = zip(observations.split(CHUNK), actions.split(CHUNK), returns_to_go.split(CHUNK))
-        parts = zip(*(self._complete(*chunk, generator) for chunk in chunks))
-        path, inferred, rewards, ends, disagreement = (torch.cat(part) for part in parts)
-        after, terminations = path[:, 1:], (ends > 0.5).float()
-        inferred[:, 0], disagreement[:, 0] = actions, -torch.inf  # of the first action nothing is uncertain
+        """One rollout from each ``s_t`` and ``a_t``, with the return-to-go to aim at, shape (B,)."""
+        start = (part.to(self.world_model.device).split(CHUNK) for part in (observations, actions, returns_to_go))
+        parts = [self._complete(o, a, g, generator) for o, a, g in zip(*start)]
+        drawn = _Drawn(*(torch.cat(part) for part in zip(*parts)))
+        following, rewards, ends = drawn.next_observations, drawn.rewards, drawn.ends
+        after, over = drawn.path[:, 1:], ((ends > 0.5) | (drawn.imagined_ends > 0.5)).float()
 
-        kept = all_good = torch.ones_like(ends, dtype=torch.bool)
-        bounds, limit, counts = self.bounds, self.max_disagreement, Counter[str]()
+        def within(values: Tensor, limit: float | None) -> Tensor:
+            return torch.ones_like(values, dtype=torch.bool) if limit is None else values <= limit
+
+        kept, bounds, counts = within(ends, None), self.bounds, Counter[str]()
+        if bounds is not None:
+            bounds = bounds.to(after.device)
         good = {
-            "after_end": terminations.cumsum(dim=1) - terminations == 0,
-            "non_finite": after.isfinite().all(-1) & rewards.isfinite() & ends.isfinite(),
-            "out_of_range": all_good if bounds is None else bounds.to(after.device).contain(after, rewards),
-            "uncertain": all_good if limit is None else disagreement <= limit,
+            "after_end": over.cumsum(dim=1) - over == 0,
+            "non_finite": (after.isfinite() & following.isfinite()).all(-1) & rewards.isfinite() & ends.isfinite(),
+            "out_of_range": kept
+            if bounds is None
+            else bounds.contain(after, rewards) & bounds.contain(following, rewards),
+            "uncertain": within(drawn.uncertainty, self.max_disagreement),
+            "inconsistent": within(drawn.inconsistency, self.max_inconsistency),
+            "unfamiliar": within(drawn.unfamiliarity, self.max_forward_disagreement),
         }
         for fate, fine in good.items():  # a step is counted under the first reason that drops it
             fine = fine.cumprod(dim=1).bool()  # and takes the later ones along, so that a beginning is kept
             counts[fate] = int((kept & ~fine).sum())
             kept = kept & fine
         counts["kept"] = int(kept.sum())
-        return Rollouts(path, inferred, rewards, terminations, kept.sum(dim=1), counts)
+        terminations = (ends > 0.5).float()
+        return Rollouts(drawn.path, drawn.actions, rewards, following, terminations, kept.sum(dim=1), counts)
 
     def _complete(
         self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, ...]:
-        """Observations, actions, rewards, terminations and disagreements of one chunk, as they were imagined."""
-        imagined = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator)
-        before, after = imagined.observations[:, :-1], imagined.observations[:, 1:]
+    ) -> _Drawn:
+        """One chunk."""
+        path, rewards, ends = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator)
+        before, after = path[:, :-1], path[:, 1:]
         inferred = self.inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
-        inferred_actions, disagreement = (part.unflatten(0, before.shape[:2]) for part in inferred)
-        return imagined.observations, inferred_actions, imagined.rewards, imagined.terminations, disagreement
+        all_actions, uncertainty = (part.unflatten(0, ends.shape).clone() for part in inferred)
+        all_actions[:, 0], uncertainty[:, 0] = actions, -torch.inf  # of the first action nothing is uncertain
+        nothing = torch.zeros_like(rewards)
+        drawn = _Drawn(path, all_actions, after, rewards, ends, ends, uncertainty, nothing, nothing)
+        if self.labels == "imagined" and self.max_inconsistency is None and self.max_forward_disagreement is None:
+            return drawn
+        forward_model, codec = self.world_model.forward_model, self.world_model.codec
+        assert forward_model is not None
+        predicted = forward_model.predict(codec, before.flatten(0, 1), all_actions.flatten(0, 1))
+        distance = forward_model.inconsistency(codec, predicted, after.flatten(0, 1)).unflatten(0, ends.shape)
+        following, rewards, ends, disagreement = (part.unflatten(0, ends.shape) for part in predicted)
+        drawn = drawn._replace(inconsistency=distance, unfamiliarity=disagreement)
+        if self.labels == "imagined":
+            return drawn
+        return drawn._replace(next_observations=following, rewards=rewards, ends=ends)

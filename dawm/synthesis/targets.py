@@ -1,26 +1,40 @@
 """The return-to-go that imagined futures aim at.
 
-Symbols: B starts, N recorded rows.
+Symbols: B starts, N recorded rows, O observation size, A action size.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim import Adam
 
+from dawm.agents.losses import cosine_decay, expectile_loss
+from dawm.data.transitions import Transitions
 from dawm.errors import require
+from dawm.nn.mlp import BatchedMLP
+from dawm.nn.normalizer import Normalizer
 
-__all__ = ["ConstantReturn", "LiftedReturn", "QuantileReturn", "TargetReturn"]
+__all__ = ["ConstantReturn", "FeasibleReturn", "LiftedReturn", "QuantileReturn", "Target", "TargetReturn", "own_return"]
+
+Target = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Targets, shape (B,), from the starts' ``s_t``, shape (B, O), ``a_t``, (B, A), and own recorded return-to-go, (B,)."""
+
+
+def own_return(observations: Tensor, actions: Tensor, returns_to_go: Tensor) -> Tensor:
+    """Each start's own recorded return-to-go, shape (B,)."""
+    return returns_to_go
 
 
 class TargetReturn(ABC):
     """Chooses the return-to-go that each imagined future aims at."""
 
     @abstractmethod
-    def __call__(self, returns_to_go: Tensor, data_returns_to_go: Tensor) -> Tensor:
-        """Targets from each start's own recorded return-to-go, (B,) -> (B,).
+    def fit(self, transitions: Transitions, returns_to_go: Tensor, seed: int = 0) -> Target:
+        """What gives the targets, from N recorded rows and their returns-to-go, shape (N,), on the CPU.
 
-        ``data_returns_to_go``, shape (N,), are those of the rows that statistics are taken from.
+        The same rows and seed give the same targets.
         """
 
 
@@ -35,11 +49,12 @@ class QuantileReturn(TargetReturn):
         require("target_return.quantile", quantile, 0 <= quantile <= 1, "a number from 0 to 1")
         self.quantile = quantile
 
-    def __call__(self, returns_to_go: Tensor, data_returns_to_go: Tensor) -> Tensor:
-        """The quantile, shape (B,)."""
-        place = round(self.quantile * (len(data_returns_to_go) - 1))
+    def fit(self, transitions: Transitions, returns_to_go: Tensor, seed: int = 0) -> Target:
+        """The quantile."""
+        place = round(self.quantile * (len(returns_to_go) - 1))
         # torch.quantile refuses more than 16 million values
-        return data_returns_to_go.kthvalue(place + 1).values.expand_as(returns_to_go)
+        value = returns_to_go.kthvalue(place + 1).values
+        return lambda observations, actions, own: value.expand_as(own)
 
 
 class LiftedReturn(TargetReturn):
@@ -54,9 +69,10 @@ class LiftedReturn(TargetReturn):
     def __init__(self, lift: float = 0.0) -> None:
         self.lift = lift
 
-    def __call__(self, returns_to_go: Tensor, data_returns_to_go: Tensor) -> Tensor:
-        """Each start's return-to-go plus the lift, shape (B,)."""
-        return returns_to_go + self.lift * data_returns_to_go.std()
+    def fit(self, transitions: Transitions, returns_to_go: Tensor, seed: int = 0) -> Target:
+        """Each start's return-to-go plus the lift."""
+        lift = self.lift * returns_to_go.std()
+        return lambda observations, actions, own: own + lift
 
 
 class ConstantReturn(TargetReturn):
@@ -69,6 +85,49 @@ class ConstantReturn(TargetReturn):
     def __init__(self, value: float) -> None:
         self.value = value
 
-    def __call__(self, returns_to_go: Tensor, data_returns_to_go: Tensor) -> Tensor:
-        """The value, shape (B,)."""
-        return torch.full_like(returns_to_go, self.value)
+    def fit(self, transitions: Transitions, returns_to_go: Tensor, seed: int = 0) -> Target:
+        """The value."""
+        return lambda observations, actions, own: torch.full_like(own, self.value)
+
+
+class FeasibleReturn(TargetReturn):
+    """A high return-to-go that the data show to be within reach of each start.
+
+    It is the larger of the start's own return-to-go and an expectile of the return-to-go given ``(s_t, a_t)``, which a
+    network learns from the data by IQL's asymmetric regression (arXiv 2110.06169, equation 5). It takes some seconds.
+
+    Args:
+        expectile: In [0.5, 1); 0.5 is the mean, and near 1 the best return seen from there.
+    """
+
+    updates, batch_size, learning_rate = 3000, 256, 1e-3
+
+    def __init__(self, expectile: float = 0.9) -> None:
+        require("target_return.expectile", expectile, 0.5 <= expectile < 1, "a number from 0.5 to below 1")
+        self.expectile = expectile
+
+    def fit(self, transitions: Transitions, returns_to_go: Tensor, seed: int = 0) -> Target:
+        """The network's expectile, or the own return-to-go where that is more."""
+        inputs = torch.cat([transitions.observations, transitions.actions], dim=-1)
+        scale_in, scale_out = Normalizer(inputs.shape[1]), Normalizer(1)
+        scale_in.fit(inputs)
+        scale_out.fit(returns_to_go.unsqueeze(-1))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # the random numbers of training are left as they are
+            torch.default_generator.manual_seed(seed)
+            network = BatchedMLP((), inputs.shape[1], (256, 256), 1)
+        optimizer = Adam(network.parameters(), lr=self.learning_rate, fused=True)
+        for index in range(self.updates):
+            rows = torch.randint(len(inputs), (self.batch_size,), generator=generator)
+            errors = scale_out(returns_to_go[rows].unsqueeze(-1)) - network(scale_in(inputs[rows]))
+            optimizer.param_groups[0]["lr"] = self.learning_rate * cosine_decay(index, self.updates)
+            optimizer.zero_grad()
+            expectile_loss(errors.squeeze(-1), self.expectile).backward()
+            optimizer.step()
+
+        @torch.no_grad()
+        def target(observations: Tensor, actions: Tensor, own: Tensor) -> Tensor:
+            values = network(scale_in(torch.cat([observations, actions], dim=-1)))
+            return torch.maximum(scale_out.inverse(values).squeeze(-1), own)
+
+        return target

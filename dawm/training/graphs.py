@@ -66,8 +66,8 @@ class CUDAGraphs(L.Callback):
                     f"cuda_graphs: the updates cannot be recorded ({first_line(error)}); they run one by one"
                 )
                 return self.module.run_updates(batches, first, rates)
-        for field in fields(batches):
-            getattr(self._batches, field.name).copy_(getattr(batches, field.name))
+        for name, values in given(batches):
+            getattr(self._batches, name).copy_(values)
         if self._rates is not None:
             self._rates.copy_(torch.tensor(rates))
         metrics = self._launch()
@@ -95,7 +95,7 @@ class CUDAGraphs(L.Callback):
     def _recorded(self, batches: Any, first: int, rates: list[list[float] | None]) -> Work:
         groups = self.module.parameter_groups()
         device = groups[0]["params"][0].device
-        self._batches = replace(batches, **{f.name: getattr(batches, f.name).clone() for f in fields(batches)})
+        self._batches = replace(batches, **{name: values.clone() for name, values in given(batches)})
         self._rates = None if rates[0] is None else torch.tensor(rates, device=device)
         for group in groups:
             group["capturable"], group["lr"] = True, torch.tensor(group["lr"], device=device)
@@ -104,6 +104,11 @@ class CUDAGraphs(L.Callback):
         if not all(isinstance(group["lr"], Tensor) for group in groups):
             raise ValueError("`update` sets learning rates itself; give them by `learning_rates`")
         return launch
+
+
+def given(batches: Any) -> list[tuple[str, Tensor]]:
+    """The fields of a dataclass of tensors, without those that are None."""
+    return [(f.name, value) for f in fields(batches) if (value := getattr(batches, f.name)) is not None]
 
 
 def reason_against(module: L.LightningModule, trainer: L.Trainer) -> str | None:

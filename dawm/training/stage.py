@@ -97,7 +97,7 @@ class WorldModelStage(Stage):
     """Stage 1, on segments of the real data."""
 
     name = "world_model"
-    no_matter = frozenset({"env_id", "max_episode_steps", "batch_size", "synthetic_fraction"})
+    no_matter = frozenset({"env_id", "max_episode_steps", "batch_size", "synthetic_fraction", "real_weights"})
 
 
 @dataclass
@@ -106,7 +106,7 @@ class InverseDynamicsStage(Stage):
 
     name = "inverse_dynamics"
     no_matter = frozenset({"env_id", "max_episode_steps", "horizon", "discount", "return_window", "segment_batch_size",
-                           "synthetic_fraction"})  # fmt: skip
+                           "synthetic_fraction", "real_weights", "bootstrap_truncated"})  # fmt: skip
 
 
 @dataclass

@@ -100,7 +100,8 @@ def draw(rng: random.Random) -> str:
         return broken(text, rng)
     config = yaml.safe_load(text)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        mutate(config, rng)
+        if config:  # of a short overlay nothing may be left
+            mutate(config, rng)
     return yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
 
 

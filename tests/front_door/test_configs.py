@@ -25,7 +25,7 @@ def options(path: Path, overlay: Path | None) -> list[str]:
 
 def test_the_experiments_and_overlays_are_there():
     assert [path.stem for path in EXPERIMENTS] == ["d4rl-locomotion", "quickstart"]
-    assert [path.stem for path in OVERLAYS] == ["dwm-paper", "iql", "real-only"]
+    assert [path.stem for path in OVERLAYS] == ["aw", "dwm-paper", "iql", "real"]
     assert set(FOLDER.rglob("*.yaml")) == {*EXPERIMENTS, *OVERLAYS}
 
 
@@ -44,7 +44,10 @@ def test_it_parses(combination):
                     if name in value.get("init_args", {}):
                         assert config[key].init_args[name] == value["init_args"][name]
             elif key == "data":
+                weights = value.pop("real_weights", {"class_path": "None"})
                 assert {name: config.data[name] for name in value} == value
+                chosen = config.data.real_weights
+                assert str(chosen and chosen.class_path).split(".")[-1] == weights["class_path"]
 
 
 def test_the_quickstart_mixes():

@@ -50,7 +50,7 @@ def test_fit_trains_all_stages_and_leaves_what_it_promises(smoke, tmp_path, caps
     assert read_curve(agent_folder, "synthetic/kept")[0] == [0, 10, 20, 30]
     assert read_curve(agent_folder, "agent/critic_loss")[0][-1] == 40
     wm_folder = Path(results["stages"]["world_model"]["checkpoint"]).parent
-    assert read_curve(wm_folder, "world_model/regression_observation_error/step_3")[0] == [10, 20]
+    assert read_curve(wm_folder, "world_model/forward_observation_error/step_3")[0] == [10, 20]
 
     # each stage's checkpoint loads alone, ours and Lightning's way
     agent = load_module(Path(results["stages"]["agent"]["checkpoint"]))
@@ -102,6 +102,38 @@ def test_fraction_zero_is_the_real_only_agent(smoke, tmp_path):
     bare = ["--output_dir", str(tmp_path / "bare"), "--stages.agent.callbacks", "[]", *options]
     assert main(["fit", "--config", str(smoke), *bare]) == 0
     assert equal(weights(tmp_path / "zero", "agent"), weights(tmp_path / "bare", "agent"))
+
+
+def test_rows_by_weight_and_losses_on_real_rows_concern_the_agent_alone_and_episodes_all(smoke, tmp_path):
+    run = tmp_path / "run"
+    options = [
+        "fit",
+        "--config",
+        str(smoke),
+        "--data.real_weights",
+        "AdvantageWeights",
+        "--agent.clone_real_only",
+        "true",
+    ]
+    assert main([*options, "--agent.scale_on_real", "true", "--data.real_weights.temperature", "0.5"]) == 0
+    before = weights(run, "agent")
+    assert main([*options, "--data.real_weights.temperature", "5"]) == 0
+    reused = {name: stage["reused"] for name, stage in results_of(run)["stages"].items()}
+    assert reused == {"world_model": True, "inverse_dynamics": True, "agent": False}
+    assert not equal(before, weights(run, "agent"))
+    whole = results_of(run)["data"]
+    assert main([*options, "--data.episode_fraction", "0.5"]) == 0
+    assert not any(stage["reused"] for stage in results_of(run)["stages"].values())
+    assert results_of(run)["data"]["episodes"] == round(whole["episodes"] / 2)
+    output = ["--output", "imagined/hopper/half-v0", "--transitions", "100", "--margin", "10"]
+    assert main(["synthesize", "--run", str(run), *output]) == 0
+
+
+def test_a_loss_over_real_rows_without_any_is_refused_before_anything_is_trained(smoke, tmp_path, capsys):
+    options = ["--agent.clone_real_only", "true", "--data.synthetic_fraction", "1"]
+    assert main(["fit", "--config", str(smoke), *options]) == 2
+    assert "--data.synthetic_fraction: got 1.0, expected one that leaves real rows" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "world_model").exists()
 
 
 @pytest.mark.parametrize("fraction", ["0.5", "1.0"])

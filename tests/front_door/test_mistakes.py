@@ -1,5 +1,6 @@
 """Users' mistakes end in one line that names the setting and the mend, with exit code 2 and no traceback."""
 
+import json
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from dawm.cli.main import main
+
+RELABELLING = {"class_path": "RegenerateRollouts", "init_args": {"every_n_steps": 10, "labels": "forward"}}
 
 
 @pytest.fixture
@@ -57,6 +60,13 @@ def test_wrong_setting(mistake, options, named):
     line = mistake(*options)
     for part in named:
         assert part in line
+
+
+def test_labels_that_no_model_will_give_are_refused_before_the_world_model_is_trained(mistake, tmp_path):
+    line = mistake("--world_model.forward_members", "0", "--stages.agent.callbacks", json.dumps([RELABELLING]))
+    assert "--world_model.forward_members: got 0" in line
+    assert "RegenerateRollouts.labels" in line
+    assert not (tmp_path / "run" / "world_model").exists()
 
 
 def write_minari(dataset_id: str, observation_space, action_space, observation, action) -> None:

@@ -20,6 +20,7 @@ from dawm.cli.synthesize import synthesize_dataset
 from dawm.data.episodes import load_episodes
 from dawm.data.module import TransitionDataModule
 from dawm.data.sources.catalog import dataset_folder, local_datasets
+from dawm.data.weights import TopShare
 from dawm.errors import UserError
 from dawm.synthesis.guards import Bounds
 from dawm.synthesis.rollouts import Synthesizer
@@ -123,40 +124,55 @@ def test_an_interrupted_command_leaves_nothing_and_starts_again(hopper, finished
 
 AIMING = {"class_path": "dawm.synthesis.targets.QuantileReturn", "init_args": {"quantile": 0.95}}
 LEARNT_FROM = {"target_return": AIMING, "guidance": 1.5, "margin": 10.0, "max_disagreement": 0.3, "seed": 0}
+RELABELLED = {
+    **{"first_action": "policy", "first_action_noise": 0.2, "labels": "forward"},
+    **{"max_inconsistency": 1.0, "max_forward_disagreement": 1.0},
+    "starts": {"class_path": "dawm.data.weights.TopShare", "init_args": {"share": 0.5}},
+}
 
 
-@pytest.fixture
-def aiming_run(finished_run, tmp_path):
+@pytest.fixture(params=[{}])
+def aiming_run(finished_run, tmp_path, request):
     """The finished run, with a callback in its config as `fit` writes it."""
     run = tmp_path / "aiming"
     shutil.copytree(finished_run, run)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    callback = {"class_path": "dawm.callbacks.RegenerateRollouts", "init_args": {"every_n_steps": 5, **LEARNT_FROM}}
+    callback = {
+        "class_path": "dawm.callbacks.RegenerateRollouts",
+        "init_args": {"every_n_steps": 5, **LEARNT_FROM, **request.param},
+    }
     config["stages"]["agent"]["callbacks"] = [callback]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     return run
 
 
-def test_by_default_it_makes_what_the_runs_agent_learnt_from(hopper, aiming_run):
-    """The same settings and the same transitions as the refill before training, bit for bit."""
-    output, count = "imagined/same-v0", 334  # three steps each
+@pytest.mark.parametrize("aiming_run", [{}, RELABELLED], indirect=True, ids=["plain", "relabelled"])
+def test_by_default_it_makes_what_the_runs_agent_learnt_from(hopper, aiming_run, request):
+    """The same settings and the same transitions as a refill by the trained agent, bit for bit."""
+    more = request.node.callspec.params["aiming_run"]
+    output, count = f"imagined/same-{request.node.callspec.id}-v0", 334  # three steps each
     synthesize_dataset(Console(quiet=True), aiming_run, output, transitions=1000)
     written, reported = load_episodes(output).transitions, local_datasets()[output]["synthesis"]
     assert reported["target_return"] == {"class_path": AIMING["class_path"], **AIMING["init_args"]}
-    assert {key: reported[key] for key in ("guidance", "margin", "max_disagreement")} == {
-        key: LEARNT_FROM[key] for key in ("guidance", "margin", "max_disagreement")
+    plain = {"guidance": 1.5, "margin": 10.0, "max_disagreement": 0.3} | {
+        k: v for k, v in more.items() if k != "starts"
     }
+    assert {key: reported[key] for key in plain} == plain
+    assert reported["starts"] == (more and {"class_path": "dawm.data.weights.TopShare", "share": 0.5} or None)
     assert reported["sampler"]["num_steps"] == 6
     assert set(reported["chosen_by"].values()) == {"run"}
     assert {"uncertain", "out_of_range"} < reported["counts"].keys()
 
     stages = json.loads((aiming_run / "results.json").read_text())["stages"]
     models = [load_module(Path(stages[name]["checkpoint"])) for name in ("world_model", "inverse_dynamics")]
-    callback = RegenerateRollouts(5, count, **LEARNT_FROM | {"target_return": QuantileReturn(0.95)})
+    objects = {"target_return": QuantileReturn(0.95), "starts": TopShare(0.5) if more else None}
+    callback = RegenerateRollouts(5, count, **LEARNT_FROM | more | objects)
     callback.connect(*models)
     data = TransitionDataModule(hopper, horizon=3, updates_per_step=5)
-    trainer = SimpleNamespace(datamodule=data, global_step=0, global_rank=0, max_steps=10, loggers=[],
-                              strategy=SimpleNamespace(root_device="cpu"))  # fmt: skip
+    agent = load_module(Path(stages["agent"]["checkpoint"]))
+    trainer = SimpleNamespace(datamodule=data, global_step=0, global_rank=0, world_size=1, max_steps=10, loggers=[],
+                              lightning_module=agent,
+                              strategy=SimpleNamespace(root_device="cpu", all_gather=lambda x: x))  # fmt: skip
     callback.on_train_start(trainer, None)
     refilled = data.synthetic
     assert 100 < len(refilled) < 1000, "some steps are dropped"
@@ -169,14 +185,29 @@ def test_options_override_the_runs_settings_and_the_metadata_say_so(hopper, aimi
     monkeypatch.setenv("HOME", str(aiming_run.parent))
     monkeypatch.setenv("RUN", aiming_run.name)
     command = ["synthesize", "--run", "~/$RUN", "--output", "imagined/over-v0", "--transitions", "20"]
-    options = ["--guidance", "1", "--max_disagreement", "2", "--num_steps", "2", "--target_return", "ConstantReturn"]
+    options = [
+        "--labels",
+        "forward",
+        "--first_action",
+        "policy",
+        "--guidance",
+        "1",
+        "--max_disagreement",
+        "2",
+        "--num_steps",
+        "2",
+        "--target_return",
+        "ConstantReturn",
+    ]
     assert main([*command, *options, "--target_return.value", "9"]) == 0
     reported = local_datasets()["imagined/over-v0"]["synthesis"]
     assert reported["target_return"] == {"class_path": "dawm.synthesis.targets.ConstantReturn", "value": 9}
     assert (reported["guidance"], reported["max_disagreement"], reported["margin"]) == (1, 2, 10)
     assert reported["sampler"]["num_steps"] == 2
-    chosen = dict.fromkeys(("target_return", "guidance", "max_disagreement", "num_steps"), "option")
-    assert reported["chosen_by"] == {**chosen, "margin": "run"}
+    chosen = {key for key, by in reported["chosen_by"].items() if by == "option"}
+    assert chosen == {"target_return", "guidance", "max_disagreement", "num_steps", "labels", "first_action"}
+    assert (reported["labels"], reported["first_action"]) == ("forward", "policy")
+    assert {reported["chosen_by"][key] for key in ("margin", "starts", "max_inconsistency")} == {"run"}
 
 
 def test_a_run_without_the_callback_gives_what_the_callback_makes_by_default(hopper, finished_run):
@@ -184,9 +215,9 @@ def test_a_run_without_the_callback_gives_what_the_callback_makes_by_default(hop
     reported = local_datasets()[dataset.spec.dataset_id]["synthesis"]
     assert (reported["guidance"], reported["max_disagreement"]) == (1, None)
     assert reported["target_return"] == {"class_path": "dawm.synthesis.targets.LiftedReturn", "lift": 0}
-    assert reported["chosen_by"] == dict.fromkeys(("target_return", "guidance", "max_disagreement"), "default") | {
-        "margin": "option", "num_steps": "run",
-    }  # fmt: skip
+    others = {by for key, by in reported["chosen_by"].items() if key not in ("margin", "num_steps")}
+    assert others == {"default"}
+    assert (reported["chosen_by"]["margin"], reported["chosen_by"]["num_steps"]) == ("option", "run")
 
 
 def test_seed_and_sampler_decide_what_is_imagined(hopper, finished_run):

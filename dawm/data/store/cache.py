@@ -8,7 +8,8 @@ bounds and of all else that the rows depend on, but not of their place. (A hash 
 reading them.) A changed file has another key, and what was cached of its earlier content is removed. A folder holds in
 ``data`` the packed rows (``rows.f32``, float32 in the machine's byte order), their rewards once more, to sum without a
 walk through all rows (``rewards.f32``), what is known of the episodes (``episodes.npz``), ``meta.json``, written last,
-and returns-to-go, a file for each discount and window. ``data`` is staged beside its place and put there by one rename.
+and returns-to-go, a file for each discount, window and value of the ends. ``data`` is staged beside its place and put
+there by one rename.
 All of the cache can be deleted at any time; who has it mapped keeps it until the process ends.
 
 Symbols: N rows, E episodes, D columns of a packed row.
@@ -69,14 +70,18 @@ def load_table(sources: Sequence[Source], cache_dir: str | None = None, memory_l
         raise _unusable(root, size, error) from error
 
 
-def mapped_returns_to_go(folder: Path, ends: Tensor, discount: float, window: int | None) -> Tensor:
+def mapped_returns_to_go(
+    folder: Path, ends: Tensor, discount: float, window: int | None, end_values: Tensor | None = None
+) -> Tensor:
     """As `dawm.data.returns.returns_to_go`, of mapped rows and mapped too; computed at the first time."""
-    path, count = folder / "data" / f"returns-{discount!r}-{window}.f32", int(ends[-1])
+    values = "" if end_values is None else f"-{hashlib.blake2b(end_values.numpy().data, digest_size=8).hexdigest()}"
+    path, count = folder / "data" / f"returns-{discount!r}-{window}{values}.f32", int(ends[-1])
     try:
         if not path.is_file() or path.stat().st_size != 4 * count:
             rewards = _mapped(folder / "data" / "rewards.f32", (count,))
             with whole(path) as file:
-                for block in returns_in_blocks(lambda start, stop: rewards[start:stop], ends, discount, window):
+                read = lambda start, stop: rewards[start:stop]  # noqa: E731
+                for block in returns_in_blocks(read, ends, discount, window, end_values):
                     file.write(block.float().numpy().data)
         return _mapped(path, (count,))
     except OSError as error:

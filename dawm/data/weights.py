@@ -1,0 +1,94 @@
+"""Row weights: how often each recorded row is drawn.
+
+Symbols: N rows, E episodes, O observation size; ``G`` the return of an episode, undiscounted, ``s_0`` its first
+observation.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from dawm.data.episodes import Episodes
+from dawm.errors import require
+
+__all__ = ["AdvantageWeights", "RowWeights", "TopShare", "checked", "linear_regression"]
+
+
+class RowWeights(ABC):
+    """Says how often each recorded row is drawn."""
+
+    @abstractmethod
+    def __call__(self, episodes: Episodes) -> Tensor:
+        """Weights of all rows, at least 0 and with a mean of 1, shape (N,), float64."""
+
+
+class AdvantageWeights(RowWeights):
+    """Rows of better episodes more often (AW; Hong et al. 2023, arXiv 2306.13085).
+
+    An episode's advantage is its return minus a linear baseline in its first observation, ``A = G - V(s_0)``. Each of
+    its rows has the weight ``exp(A / temperature)``, with ``A`` scaled to [0, 1] over the episodes.
+
+    Args:
+        temperature: Above 0; the best episode's rows are drawn ``exp(1 / temperature)`` times as often as the worst's.
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        require("AdvantageWeights.temperature", temperature, temperature > 0, "a number above 0")
+        self.temperature = temperature
+
+    def __call__(self, episodes: Episodes) -> Tensor:
+        """The weights, shape (N,)."""
+        returns = episodes.episode_returns.double()
+        firsts = episodes.transitions.observations[episodes.starts].double()
+        advantages = returns - linear_regression(firsts, returns, firsts)
+        extent = float(advantages.max() - advantages.min()) or 1.0  # 0 where all are the same
+        return _over_rows(((advantages - advantages.max()) / (extent * self.temperature)).exp(), episodes.lengths)
+
+
+class TopShare(RowWeights):
+    """The rows of the best episodes alone, all alike.
+
+    Args:
+        share: In (0, 1]; the best episodes by return that together have at least this fraction of the rows.
+    """
+
+    def __init__(self, share: float = 0.1) -> None:
+        require("TopShare.share", share, 0 < share <= 1, "above 0 and at most 1")
+        self.share = share
+
+    def __call__(self, episodes: Episodes) -> Tensor:
+        """The weights, shape (N,)."""
+        order = episodes.episode_returns.argsort(descending=True, stable=True)
+        lengths = episodes.lengths[order]
+        chosen = torch.zeros(len(order), dtype=torch.float64)
+        chosen[order[lengths.cumsum(0) - lengths < self.share * len(episodes)]] = 1.0
+        return _over_rows(chosen, episodes.lengths)
+
+
+def checked(weights: Tensor, rows: int, key: str = "data.real_weights") -> Tensor:
+    """The weights, shape (N,); a UserError where so many rows cannot be drawn by them."""
+    holds = weights.shape == (rows,) and bool((weights >= 0).all()) and 0 < float(weights.sum()) < torch.inf
+    expected = f"a finite weight of at least 0 for each of {rows} rows, not all of them 0"
+    require(key, tuple(weights.shape), holds, expected, "correct what the class returns")
+    return weights.double()
+
+
+def linear_regression(observations: Tensor, returns: Tensor, asked: Tensor) -> Tensor:
+    """Ridge regression with intercept of returns, shape (E,), on observations, (E, O): what it predicts for others.
+
+    Observations are standardised, and the penalty is O: nothing beside many episodes, while few are not fitted exactly,
+    as plain least squares would, which leaves advantages of rounding errors alone.
+    """
+    std, mean = torch.std_mean(observations, dim=0, correction=0)
+    scale = torch.where(std > 0, std, torch.inf)
+    inputs = (observations - mean) / scale
+    size, centre = inputs.shape[1], returns.mean()
+    covariance = inputs.T @ inputs + size * torch.eye(size, dtype=inputs.dtype)
+    return centre + (asked - mean) / scale @ torch.linalg.solve(covariance, inputs.T @ (returns - centre))
+
+
+def _over_rows(weights: Tensor, lengths: Tensor) -> Tensor:
+    """Weights of episodes, shape (E,), given to each of their rows, shape (N,), with a mean of 1."""
+    mean = (weights * lengths).sum() / lengths.sum()
+    return (weights / mean).repeat_interleave(lengths)
