@@ -1,15 +1,18 @@
 """Updates per second of TD3+BC and IQL, drawing included: batch 256, two hidden layers of 256, one thread.
 
-    python -m benchmarks.agent_update                # some 5 minutes on one core
+    python -m benchmarks.agent_update                # some 10 minutes on one core
     python -m benchmarks.agent_update --device cuda
 
-Contestants: a plain PyTorch loop as single-file research code writes it (`plain_agents`); the same networks and losses
-in naive Lightning (a DataLoader over single transitions, one update per training step, progress bar and log); d3rlpy
-where it is installed; DAWM's update called in a loop; DAWM in its Trainer with K updates per training step. DAWM's
-matmuls are computed as its commands compute them: by oneDNN on AMD processors with AVX-512, where PyTorch's default
-leaves AVX-512 unused; the plain loop is measured with that setting too.
+Each agent with and without layer norm in its critics. Contestants: compiled JAX, where installed (`jax_agents`, one
+`lax.scan` over the updates); a plain PyTorch loop as single-file research code writes it (`plain_agents`); the same
+networks and losses in naive Lightning (a DataLoader over single transitions, one update per training step, progress bar
+and log); d3rlpy where it is installed; DAWM's update called in a loop; DAWM in its Trainer with K updates per training
+step. DAWM's matmuls are computed as its commands compute them; the plain loop is measured with oneDNN's, too, which
+AMD processors with AVX-512 need.
 
-"seeds" counts the updates of all agents trained side by side.
+"bf16" rounds the factors of the MLPs' matmuls. "seeds" counts the updates of all agents trained side by side. Each
+round of the contestants in a Trainer starts a Trainer of its own, which takes some 30 ms. On a CPU the process is held
+on one core.
 """
 
 import argparse
@@ -17,21 +20,25 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
 
 import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.measure import interleave, ratio, report, rows, with_dawm_matmuls
+from benchmarks.measure import interleave, one_core, ratio, report, rows, with_dawm_matmuls
 from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
 from dawm.agents import IQL, TD3BC
 from dawm.data.batches import BatchLoader, RowStream, take
 from dawm.data.transitions import Transitions
+from dawm.nn.compiled import has_bf16
 from dawm.training.graphs import CUDAGraphs
 
 SHAPES = {"hopper": (11, 3), "halfcheetah": (17, 6)}
-BATCH, CHUNK = 256, 32
+BATCH, CHUNK = 256, 50
+JAX = "compiled JAX"
 
 
 def random_data(count: int, observation_size: int, action_size: int) -> Transitions:
@@ -85,11 +92,13 @@ def trainer(updates: int, device: str, folder: str, graphs: bool = False) -> L.T
     )
 
 
-def contestants(name: str, data: Transitions, updates: int, device: str, seeds: int, folder: str) -> dict:
+def contestants(
+    name: str, norm: bool, data: Transitions, updates: int, device: str, seeds: int, folder: str
+) -> dict[str, Callable[[], int]]:
     sizes = data.observations.shape[1], data.actions.shape[1]
     packed, buffer = data.pack().to(device), PlainBuffer(data, device)
     kind, plain_kind = {"TD3+BC": (TD3BC, PlainTD3BC), "IQL": (IQL, PlainIQL)}[name]
-    plain = plain_kind(*sizes, device)
+    plain, settings = plain_kind(*sizes, device, norm), {"critic_layer_norm": norm}
 
     def wait() -> None:
         if device != "cpu":
@@ -100,20 +109,20 @@ def contestants(name: str, data: Transitions, updates: int, device: str, seeds: 
             plain.train(buffer.sample(BATCH))
         return updates
 
-    def ours(count: int) -> Callable[[], int]:
-        agent = kind(*sizes, **({"seeds": count} if count > 1 else {})).to(device)
+    def ours(count: int, precision: str = "fp32") -> Callable[[], int]:
+        agent = kind(*sizes, seeds=count, **settings).to(device)
+        agent.matmul_precision = precision
 
         def work() -> int:
             for batches in loader(packed, sizes, updates, count):
-                for agent.update_index, batch in enumerate(batches):
-                    agent.update(batch)
+                agent.run_updates(batches)
             wait()
             return updates * count
 
         return work
 
     def in_trainer(graphs: bool) -> Callable[[], int]:
-        agent = kind(*sizes)
+        agent = kind(*sizes, **settings)
 
         def work() -> int:
             trainer(updates, device, folder, graphs).fit(agent, loader(packed, sizes, updates))
@@ -126,7 +135,7 @@ def contestants(name: str, data: Transitions, updates: int, device: str, seeds: 
 
     def naive() -> int:
         data_loader = DataLoader(fields, BATCH, shuffle=True)
-        trainer(updates, device, folder).fit(Naive(plain_kind(*sizes, device)), data_loader)
+        trainer(updates, device, folder).fit(Naive(plain_kind(*sizes, device, norm)), data_loader)
         return updates
 
     found = {
@@ -138,12 +147,27 @@ def contestants(name: str, data: Transitions, updates: int, device: str, seeds: 
     }
     if device != "cpu":
         found[f"DAWM, Trainer, K={CHUNK}, CUDA graph"] = in_trainer(graphs=True)
-    peer = _d3rlpy(name, data, device)
+    peer = None if norm else _d3rlpy(name, data, device)
     if peer is not None:
         found["d3rlpy"] = lambda: peer(updates)
     if seeds > 1:
         found[f"DAWM, {seeds} seeds side by side"] = with_dawm_matmuls(ours(seeds))
+    if device == "cpu" and has_bf16():
+        found["DAWM in a loop, bf16"] = with_dawm_matmuls(ours(1, "bf16"))
+    if device == "cpu":
+        found |= _jax(name, norm, buffer, updates, seeds)
     return found
+
+
+def _jax(name: str, norm: bool, buffer: PlainBuffer, updates: int, seeds: int) -> dict[str, Callable[[], int]]:
+    try:
+        from benchmarks import jax_agents
+    except ImportError as error:
+        print(f"JAX is left out ({error})")
+        return {}
+    fields = [field.squeeze(-1).numpy() for field in buffer.fields]
+    counts = {JAX: 1} | ({f"{JAX}, {seeds} seeds by vmap": seeds} if seeds > 1 else {})
+    return {label: jax_agents.contestant(name, fields, norm, updates, count) for label, count in counts.items()}
 
 
 def _d3rlpy(name: str, data: Transitions, device: str) -> Callable[[int], int] | None:
@@ -173,7 +197,7 @@ def _d3rlpy(name: str, data: Transitions, device: str) -> Callable[[int], int] |
 
 def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=256, help="updates of one round")
+    parser.add_argument("--updates", type=int, default=300, help="updates of one round")
     parser.add_argument("--rows", type=int, default=1_000_000, help="transitions to draw from")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seeds", type=int, default=5, help="agents of the contestant with several")
@@ -183,19 +207,25 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning)
-    tables, headlines = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("TD3+BC", "IQL"):
-            for shape in options.shapes:
-                data = random_data(options.rows, *SHAPES[shape])
-                entries = contestants(name, data, options.updates, options.device, options.seeds, folder)
-                results = interleave(entries, options.rounds)
-                references = [n for n in ("plain PyTorch loop", "naive Lightning", "d3rlpy") if n in entries]
-                header = ["contestant", "updates/s, median", "min to max", *(f"x {n}" for n in references)]
-                tables.append((f"{name}, {shape}", header, rows(results, references)))
-                for reference in references:
-                    what = f"{name} update, {shape}: DAWM in its Trainer x {reference}"
-                    headlines.append((what, ratio(results, f"DAWM, Trainer, K={CHUNK}", reference)))
+    tables: list = []
+    headlines, against_jax = [], []
+    with tempfile.TemporaryDirectory() as folder, one_core() if options.device == "cpu" else nullcontext():
+        for name, shape, norm in product(("TD3+BC", "IQL"), options.shapes, (False, True)):
+            data = random_data(options.rows, *SHAPES[shape])
+            entries = contestants(name, norm, data, options.updates, options.device, options.seeds, folder)
+            results = interleave(entries, options.rounds)
+            references = [n for n in ("plain PyTorch loop", "naive Lightning", "d3rlpy", JAX) if n in entries]
+            header = ["contestant", "updates/s, median", "min to max", *(f"x {n}" for n in references)]
+            title = f"{name}, {shape}{', layer norm' if norm else ''}"
+            tables.append((title, header, rows(results, references)))
+            ours = f"DAWM, Trainer, K={CHUNK}"
+            headlines += [(f"{title}: DAWM in its Trainer x {n}", ratio(results, ours, n)) for n in references]
+            if JAX in entries:
+                of_seeds = ratio(results, f"DAWM, {options.seeds} seeds side by side", JAX) if options.seeds > 1 else ""
+                against_jax.append([title, ratio(results, ours, JAX), of_seeds])
+    if against_jax:
+        head = ["case", f"DAWM in its Trainer / {JAX}", f"{options.seeds} seeds side by side / {JAX}, one seed"]
+        tables.insert(0, (f"DAWM against {JAX}", head, against_jax))
     command = f"python -m benchmarks.agent_update --updates {options.updates} --rounds {options.rounds}"
     notes = "Contestants" + __doc__.split("Contestants", 1)[1].rstrip()
     report("agent-update", f"{command} --device {options.device}", tables, notes)

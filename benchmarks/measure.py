@@ -5,11 +5,13 @@ Only ratios within one table mean anything: absolute rates drift with what else 
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from rich.table import Table
 from dawm.nn.matmul import prefer_onednn
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "lightning", "numpy", "gymnasium", "torchrl", "d3rlpy")
+PACKAGES = ("torch", "lightning", "numpy", "gymnasium", "torchrl", "d3rlpy", "jax")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,20 @@ def interleave(contestants: Mapping[str, Callable[[], int]], rounds: int) -> lis
             units = contestants[name]()
             rates[name].append(units / (time.perf_counter() - start))
     return [Rates(name, values) for name, values in rates.items()]
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Holds this process, and threads that it starts, on one core: JAX computes in a thread of its own."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def with_dawm_matmuls(work: Callable[[], int]) -> Callable[[], int]:

@@ -15,11 +15,14 @@ from torch.nn import functional
 from dawm.data.transitions import Transitions
 
 DISCOUNT, TAU = 0.99, 0.005
+Device = torch.device | str
 
 
-def mlp(in_size: int, out_size: int, hidden: int = 256, tanh: bool = False) -> nn.Sequential:
-    layers = [nn.Linear(in_size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out_size)]
-    return nn.Sequential(*layers, *([nn.Tanh()] if tanh else []))
+def mlp(in_size: int, out_size: int, hidden: int = 256, tanh: bool = False, norm: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for size in (in_size, hidden):
+        layers += [nn.Linear(size, hidden), *([nn.LayerNorm(hidden)] if norm else []), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, out_size), *([nn.Tanh()] if tanh else []))
 
 
 def soft_update(target: nn.Module, source: nn.Module) -> None:
@@ -47,10 +50,10 @@ class PlainBuffer:
 class PlainTD3BC:
     """TD3+BC (arXiv 2106.06860), one update per call."""
 
-    def __init__(self, observation_size: int, action_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, observation_size: int, action_size: int, device: Device = "cpu", norm: bool = False) -> None:
         self.actor = mlp(observation_size, action_size, tanh=True).to(device)
-        self.critic_1 = mlp(observation_size + action_size, 1).to(device)
-        self.critic_2 = mlp(observation_size + action_size, 1).to(device)
+        self.critic_1 = mlp(observation_size + action_size, 1, norm=norm).to(device)
+        self.critic_2 = mlp(observation_size + action_size, 1, norm=norm).to(device)
         self.actor_target = copy.deepcopy(self.actor)
         self.critic_1_target = copy.deepcopy(self.critic_1)
         self.critic_2_target = copy.deepcopy(self.critic_2)
@@ -100,10 +103,10 @@ class PlainTD3BC:
 class PlainIQL:
     """IQL (arXiv 2110.06169), one update per call."""
 
-    def __init__(self, observation_size: int, action_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, observation_size: int, action_size: int, device: Device = "cpu", norm: bool = False) -> None:
         self.value = mlp(observation_size, 1).to(device)
-        self.critic_1 = mlp(observation_size + action_size, 1).to(device)
-        self.critic_2 = mlp(observation_size + action_size, 1).to(device)
+        self.critic_1 = mlp(observation_size + action_size, 1, norm=norm).to(device)
+        self.critic_2 = mlp(observation_size + action_size, 1, norm=norm).to(device)
         self.critic_1_target = copy.deepcopy(self.critic_1)
         self.critic_2_target = copy.deepcopy(self.critic_2)
         self.actor = mlp(observation_size, action_size, tanh=True).to(device)

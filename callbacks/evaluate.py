@@ -25,7 +25,7 @@ class EvaluateInEnvironment(EveryNUpdates):
 
         callback = EvaluateInEnvironment(every_n_steps=1000, episodes=10)
         Trainer(max_steps=10_000, callbacks=[callback]).fit(agent, datamodule=data)
-        callback.history  # one entry per evaluation: step, return and, with reference scores, score and its bounds
+        callback.history  # of each evaluation: step, return, returns by seed, and with reference scores the score
 
     Args:
         every_n_steps: Updates between two evaluations; a multiple of the data's ``updates_per_step``.
@@ -47,7 +47,7 @@ class EvaluateInEnvironment(EveryNUpdates):
         require(f"{self.key}.episodes", episodes, episodes >= 1, "at least 1")
         require(f"{self.key}.num_envs", num_envs, num_envs >= 1, "at least 1")
         self.episodes, self.seed, self.num_envs, self.env_id = episodes, seed, num_envs, env_id
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks the settings, so that a mistake shows before the first update and not at the first evaluation."""
@@ -62,7 +62,8 @@ class EvaluateInEnvironment(EveryNUpdates):
         found = {name: getattr(evaluation, name) for name in ("score", "score_low", "score_high")}
         scores = {name: value for name, value in found.items() if value is not None}
         step, mean = trainer.global_step, evaluation.mean_return
-        self.history.append({"step": step, "return": mean, **scores})
+        by_seed = evaluation.returns.reshape(-1, self.episodes).mean(axis=1).tolist()
+        self.history.append({"step": step, "return": mean, "returns": by_seed, **scores})
         metrics = {"eval/return": mean} | {f"eval/normalized_{name}": value for name, value in scores.items()}
         # straight to the loggers: through `log` they would come at Lightning's own interval, or not at all
         for logger in trainer.loggers:

@@ -1,6 +1,9 @@
 """EveryNUpdates: the base of callbacks that do something every N updates."""
 
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -33,6 +36,7 @@ class EveryNUpdates(L.Callback, ABC):
         require(f"{self.key}.every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1")
         self.every_n_steps = every_n_steps
         self.last_step: int | None = None  # update of the last run, or that training began at
+        self.seconds = 0.0  # that all runs have taken
 
     @abstractmethod
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -45,7 +49,7 @@ class EveryNUpdates(L.Callback, ABC):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets an earlier training; Lightning restores a checkpoint's state after this."""
         if stage == "fit":
-            self.last_step = None
+            self.last_step, self.seconds = None, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks that runs fall on the ends of training steps."""
@@ -59,12 +63,20 @@ class EveryNUpdates(L.Callback, ABC):
         """Runs where it is due."""
         if self.should_run(trainer.global_step):
             self.last_step = trainer.global_step
-            self.run(trainer, pl_module)
+            with self.timed():
+                self.run(trainer, pl_module)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Counts what is done inside as this callback's time."""
+        start = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - start
 
     def state_dict(self) -> dict[str, Any]:
         """The update of the last run, so that a resumed training runs when an uninterrupted one would."""
-        return {"last_step": self.last_step}
+        return {"last_step": self.last_step, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
-        self.last_step = state_dict["last_step"]
+        self.last_step, self.seconds = state_dict["last_step"], state_dict["seconds"]

@@ -1,11 +1,11 @@
 """RegenerateRollouts: fresh imagined transitions for the agent, every N updates."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from dawm.callbacks.every_n_updates import EveryNUpdates
@@ -14,9 +14,10 @@ from dawm.data.transitions import Transitions
 from dawm.data.weights import RowWeights
 from dawm.errors import UserError, require
 from dawm.inverse_dynamics import InverseDynamics
+from dawm.synthesis.ensemble import EnsembleSynthesizer
 from dawm.synthesis.guards import DataStatistics, Watch, forward_quantiles
-from dawm.synthesis.rollouts import Labels, Rollouts, Synthesizer
-from dawm.synthesis.starts import FirstAction, Policy, Starts, policy_of
+from dawm.synthesis.rollouts import Imagination, Labels, Synthesizer
+from dawm.synthesis.starts import FirstAction, Starts, policy_of
 from dawm.synthesis.targets import LiftedReturn, TargetReturn
 from dawm.world_model import DiffusionWorldModel
 
@@ -28,8 +29,8 @@ class RegenerateRollouts(EveryNUpdates):
 
     Each rank imagines rollouts of its own, from random real starts; together the ranks hold ``world_size`` times
     ``rollouts`` of them. What is drawn depends on the seed, the rank and the update alone, so a resumed run imagines
-    again exactly what the interrupted one trained on; first actions of the policy, which has learnt on since, are kept
-    in the checkpoint for that.
+    again exactly what the interrupted one trained on. A policy that is asked has learnt on since: the checkpoint keeps
+    the agent's weights as they were at the refill.
 
     Imagined steps that cannot be trusted are dropped (`dawm.synthesis.rollouts.Rollouts` names the reasons). Every
     refill logs how many steps met which fate, and what those kept are like: ``synthetic/rejected_fraction``,
@@ -48,13 +49,19 @@ class RegenerateRollouts(EveryNUpdates):
         rollouts: Rollouts imagined per refill and rank, for each agent that has its own; each gives up to ``horizon``
             transitions.
         starts: How often rollouts start from each real row, by weight; None draws uniformly.
+        imagination: ``diffusion``: the world model draws futures and the inverse dynamics infers their actions.
+            ``ensemble``: the policy acts at every step, with ``first_action: policy`` and its noise, and the forward
+            models answer (`dawm.synthesis.ensemble`); target, guidance, labels and ``max_disagreement`` play no part.
         first_action: Of each rollout: the ``recorded`` one, or that of the ``policy`` as it is at the refill. Agents
             trained side by side share the rollouts with the first, and have each their own with the second.
-        first_action_noise: Standard deviation of Gaussian noise on the policy's first actions, which are in [-1, 1].
+        first_action_noise: Standard deviation of Gaussian noise on the policy's actions, which are in [-1, 1].
         target_return: Which return-to-go the rollouts aim at; None aims at each start's own.
         guidance: Weight of classifier-free guidance; 1 is the plain conditional model and the cheapest.
         labels: Whose next observation, reward and termination a step gets: the world model's (``imagined``), or the
             ``forward`` models', given the imagined observation and the action.
+        value_expansion: Make one row of each rollout, from its start to its last step kept, with the discounted sum of
+            the rewards between (DWM, arXiv 2402.03570), instead of one of each step.
+        discount: Of the rewards in that sum; the agent's.
         margin: Imagined observations and rewards may lie outside the data's range by this fraction of the range; more
             is dropped.
         max_disagreement: Drop steps whose inferred actions disagree by more (standard deviation over the ensemble,
@@ -77,11 +84,14 @@ class RegenerateRollouts(EveryNUpdates):
         every_n_steps: int = 5000,
         rollouts: int = 10_000,
         starts: RowWeights | None = None,
+        imagination: Imagination = "diffusion",
         first_action: FirstAction = "recorded",
         first_action_noise: float = 0.1,
         target_return: TargetReturn | None = None,
         guidance: float = 1.0,
         labels: Labels = "imagined",
+        value_expansion: bool = False,
+        discount: float = 0.99,
         margin: float = 0.1,
         max_disagreement: float | None = None,
         max_inconsistency: float | None = None,
@@ -101,17 +111,23 @@ class RegenerateRollouts(EveryNUpdates):
         for name, quantile in quantiles.items():
             require(f"{self.key}.{name}", quantile, quantile is None or 0 < quantile <= 1, "above 0 and at most 1")
         self.rollouts, self.seed, self.labels = rollouts, seed, labels
+        self.imagination = imagination
         self.starts, self.first_action, self.first_action_noise = starts, first_action, first_action_noise
         self.target_return = LiftedReturn() if target_return is None else target_return
+        self.value_expansion, self.discount = value_expansion, discount
         self.guidance, self.margin, self.max_disagreement = guidance, margin, max_disagreement
         self.max_inconsistency, self.max_forward_disagreement = max_inconsistency, max_forward_disagreement
         self.limits = {"max_rejected": max_rejected, **drifts}
         self._models: tuple[DiffusionWorldModel, InverseDynamics] | None = None
-        self._first_actions: tuple[int, Tensor] | None = None  # update, and of each rank and agent, shape (W, S, B, A)
+        self._asked: tuple[int, dict[str, Tensor]] | None = None  # update, and the agent's weights when it was asked
 
     def connect(self, world_model: DiffusionWorldModel, inverse_dynamics: InverseDynamics) -> None:
         """Names the models to imagine with."""
-        asked = {"labels": self.labels == "forward", "max_inconsistency": self.max_inconsistency is not None,
+        ensemble = self.imagination == "ensemble"
+        holds = not ensemble or self.first_action == "policy"
+        require(f"{self.key}.first_action", self.first_action, holds, "policy, whose actions the ensemble answers")
+        asked = {"imagination": ensemble, "labels": self.labels == "forward",
+                 "max_inconsistency": self.max_inconsistency is not None,
                  "max_forward_disagreement": self.max_forward_disagreement is not None}  # fmt: skip
         for name in (name for name, holds in asked.items() if holds):
             expected = f"at least 1, as {self.key}.{name} asks the forward models"
@@ -130,7 +146,8 @@ class RegenerateRollouts(EveryNUpdates):
         inconsistency, disagreement = forward_quantiles(
             self._models[0], data, self.max_inconsistency, self.max_forward_disagreement
         )
-        return Synthesizer(
+        kind = EnsembleSynthesizer if self.imagination == "ensemble" else Synthesizer
+        return kind(
             *self._models, starts, self.guidance, self.labels, statistics.bounds(self.margin), self.max_disagreement,
             inconsistency, disagreement,
         )  # fmt: skip
@@ -144,7 +161,8 @@ class RegenerateRollouts(EveryNUpdates):
         for model in self._models or ():
             model.to(trainer.strategy.root_device)
         self._synthesizer = self.synthesizer(data, statistics)
-        self.refill(trainer, self.last_step or 0)
+        with self.timed():
+            self.refill(trainer, self.last_step or 0)
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The refill that is due; none after the last update."""
@@ -154,55 +172,48 @@ class RegenerateRollouts(EveryNUpdates):
     def refill(self, trainer: L.Trainer, step: int) -> None:
         """Imagines for an update, hands the transitions to the data module, and logs what they are like."""
         data: TransitionDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        blocks, counts = [], Counter[str]()
+        blocks, steps, counts = [], [], Counter[str]()
         for number, synthesizer in enumerate(self._synthesizers(trainer, step)):
             made = synthesizer.rollouts(data, self.rollouts, self.seed, trainer.global_rank, step, number)
             made.require_some(f"{self.key}.margin")
-            blocks.append(made)
+            steps.append(made.transitions())
+            blocks.append(made.expansions(self.discount) if self.value_expansion else steps[-1])
             counts.update(made.counts)
-        transitions = [made.transitions() for made in blocks]
-        data.refill(*transitions)
-        if self.first_action == "policy":
-            self._keep_first_actions(trainer, step, blocks)
-        measured = {**counts, **self._watch.measure(Transitions.cat(transitions), counts)}
+        data.refill(*blocks)
+        measured = {**counts, **self._watch.measure(Transitions.cat(steps), counts)}
         metrics = {f"synthetic/{key}": float(value) for key, value in measured.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
 
-    def _synthesizers(self, trainer: L.Trainer, step: int) -> list[Synthesizer]:
-        """One for all agents, or one for each that takes its first actions from its policy, or from what is kept."""
+    def _synthesizers(self, trainer: L.Trainer, step: int) -> Iterator[Synthesizer]:
+        """One for all agents, or one for each that is asked for its actions, as it was at that update."""
         if self.first_action == "recorded":
-            return [self._synthesizer]
+            yield self._synthesizer
+            return
         starts, agent = self._synthesizer.starts, trainer.lightning_module
-        last, kept = self._first_actions or (None, ())
-        if last == step and len(kept) == trainer.world_size:  # resumed: the policy has learnt on since
-            chosen = [replace(starts, policy=_repeating(actions), noise=0.0) for actions in kept[trainer.global_rank]]
+        learnt = {name: weights.clone() for name, weights in agent.state_dict().items()}
+        last, weights = self._asked or (None, {})
+        if last == step:  # resumed: the policy has learnt on since
+            agent.load_state_dict(weights)
         else:
-            chosen = [replace(starts, policy=policy_of(agent, seed)) for seed in range(getattr(agent, "seeds", 1))]
-        return [replace(self._synthesizer, starts=one) for one in chosen]
-
-    def _keep_first_actions(self, trainer: L.Trainer, step: int, blocks: list[Rollouts]) -> None:
-        """Keeps those of all ranks for the checkpoint, which the first rank writes."""
-        actions = torch.stack([made.actions[:, 0] for made in blocks])
-        gathered = trainer.strategy.all_gather(actions)
-        assert isinstance(gathered, Tensor)
-        self._first_actions = step, gathered.cpu().view(trainer.world_size, *actions.shape)
+            self._asked = step, learnt
+        for seed in range(getattr(agent, "seeds", 1)):
+            yield replace(self._synthesizer, starts=replace(starts, policy=policy_of(agent, seed)))
+        agent.load_state_dict(learnt)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets an earlier training."""
         super().setup(trainer, pl_module, stage)
+        shift = getattr(pl_module, "reward_shift", 0.0)
+        require("agent.reward_shift", shift, not (self.value_expansion and shift), "0, as rows sum several rewards")
         if stage == "fit":
-            self._first_actions = None
+            self._asked = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The update of the last refill, and the first actions that the policy chose for it."""
-        return {**super().state_dict(), "first_actions": self._first_actions}
+        """The update of the last refill, and the agent's weights as they were then, where it was asked for actions."""
+        return {**super().state_dict(), "asked": self._asked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         super().load_state_dict(state_dict)
-        self._first_actions = state_dict["first_actions"]
-
-
-def _repeating(actions: Tensor) -> Policy:
-    return lambda observations: actions
+        self._asked = state_dict["asked"]

@@ -24,8 +24,8 @@ __all__ = ["ForwardEnsemble", "ForwardPrediction"]
 class ForwardPrediction(NamedTuple):
     """One predicted step of B observations and actions."""
 
-    next_observations: Tensor  # mean over the members, in the data's units, shape (B, O)
-    rewards: Tensor  # mean over the members, in the data's units, shape (B,)
+    next_observations: Tensor  # mean over the members, or one member's, in the data's units, shape (B, O)
+    rewards: Tensor  # likewise, shape (B,)
     terminations: Tensor  # how far the task is believed to end, around 0 or 1, shape (B,)
     disagreement: Tensor  # largest standard deviation over the members of any normalised difference, shape (B,)
 
@@ -57,7 +57,7 @@ class ForwardEnsemble(nn.Module):
         """
         members, batch = self.network.weights.shape[0], len(segments)
         recorded = segments.valid.sum(dim=1)  # absorbing rows come last
-        steps = (torch.rand(members, batch, device=recorded.device) * recorded).long()
+        steps = (torch.rand(batch, members, device=recorded.device).T * recorded).long()
         rows = torch.arange(batch, device=steps.device)
         before, after = segments.observations[rows, steps], segments.observations[rows, steps + 1]
         rewards, ends = segments.rewards[rows, steps], segments.terminations[rows, steps]
@@ -66,10 +66,16 @@ class ForwardEnsemble(nn.Module):
         return errors.square().mean(dim=(-2, -1))
 
     @torch.no_grad()
-    def predict(self, codec: Codec, observations: Tensor, actions: Tensor) -> ForwardPrediction:
-        """The step from ``s_t``, shape (B, O), by ``a_t`` in [-1, 1], shape (B, A)."""
+    def predict(
+        self, codec: Codec, observations: Tensor, actions: Tensor, members: Tensor | None = None
+    ) -> ForwardPrediction:
+        """The step from ``s_t``, shape (B, O), by ``a_t`` in [-1, 1], shape (B, A).
+
+        Given ``members``, shape (B,), each row is answered by the member of that number instead of by the mean.
+        """
         steps = self(codec, observations, actions)
-        mean, disagreement = steps.mean(dim=0), steps[..., :-2].std(dim=0, correction=0).amax(dim=-1)
+        disagreement = steps[..., :-2].std(dim=0, correction=0).amax(dim=-1)
+        mean = steps.mean(dim=0) if members is None else steps[members, torch.arange(len(members))]
         next_observations = observations + codec.difference_normalizer.inverse(mean[:, :-2])
         rewards = codec.reward_normalizer.inverse(mean[:, -2:-1]).squeeze(-1)
         return ForwardPrediction(next_observations, rewards, (mean[:, -1] + 1) / 2, disagreement)

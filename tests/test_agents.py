@@ -149,9 +149,7 @@ def mixed(seeds: int = 1) -> Transitions:
     """24 rows, of which the last 8 are synthetic; with a leading dimension for several seeds."""
     batch = replace(uniform(24), rewards=torch.randn(24), terminations=torch.zeros(24))
     batch = replace(batch, real=(torch.arange(24) < 16).float())
-    return (
-        batch if seeds == 1 else Transitions(*(values.expand(seeds, *values.shape) for values in vars(batch).values()))
-    )
+    return batch if seeds == 1 else batch._apply(lambda values: values.expand(seeds, *values.shape))
 
 
 def actor_gradient(agent: OfflineAgent, batch: Transitions) -> torch.Tensor:

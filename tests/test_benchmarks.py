@@ -1,5 +1,7 @@
 """Every benchmark runs, at its smallest size; what it measures there means nothing."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -99,3 +101,66 @@ def test_the_plain_loop_and_dawm_learn_the_same(plain_kind, kind):
     for network, other in singles:
         torch.testing.assert_close(other.weights, weights(network), atol=1e-8, rtol=1e-6)
     assert not torch.allclose(ours.critics.weights, pairs[0][0], atol=1e-3), "nothing was learnt"
+
+
+def test_compiled_jax_and_dawm_learn_the_same():
+    """In a process of its own, in which JAX may compute in double precision."""
+    pytest.importorskip("jax")
+    done = subprocess.run([sys.executable, "-c", JAX_SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+JAX_SCRIPT = """
+import itertools
+
+import numpy as np
+import torch
+
+from benchmarks import jax_agents
+import jax
+import jax.numpy as jnp
+from benchmarks.agent_update import random_data
+from dawm.agents import IQL, TD3BC
+
+jax.config.update("jax_enable_x64", True)
+data = random_data(2000, 5, 2)._apply(torch.Tensor.double)
+data = data.__class__(*[*list(vars(data).values())[:4], (data.rewards > 1).double()])
+for kind, norm in itertools.product((TD3BC, IQL), (False, True)):
+    torch.manual_seed(0)
+    ours = kind(5, 2, critic_layer_norm=norm).double()
+    if norm:
+        torch.nn.init.normal_(ours.critics.weights, std=0.2)
+        ours.target_critics.load_state_dict(ours.critics.state_dict())
+
+    def layers(network, ins, outs, norm=False, index=None):
+        weights = network.weights if index is None else network.weights[index]
+        return jax_agents.network(weights.detach().numpy().copy(), (ins, 256, 256, outs), norm)
+
+    actor, critics = layers(ours.actor, 5, 2), [layers(ours.critics, 7, 1, norm, i) for i in range(2)]
+    if kind is TD3BC:
+        state = jax_agents.td3_bc_state(actor, critics)
+    else:
+        state = jax_agents.iql_state(actor, layers(ours.value, 5, 1), critics, 2)
+    start = ours.critics.weights.detach().clone()
+    for index in range(6):
+        batch = data[torch.arange(64 * index, 64 * (index + 1))]
+        ours.update_index = index
+        torch.manual_seed(index)
+        ours.update(batch)
+        torch.manual_seed(index)
+        noise = torch.randn_like(batch.actions).numpy()
+        fields = tuple(jnp.asarray(field.numpy()) for field in list(vars(batch).values())[:5])
+        if kind is TD3BC:
+            state = jax_agents.td3_bc_critics(state, fields, noise)
+            if index % 2:
+                state = jax_agents.td3_bc_actor(state, fields)
+        else:
+            state = jax_agents.iql_update(state, fields)
+    for found, expected in (
+        (state["critics"], ours.critics.weights), (state["target_critics"], ours.target_critics.weights),
+        ([state["actor"]], ours.actor.weights[None]),
+    ):
+        found = np.stack([jax_agents.flat(network) for network in found])
+        np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-8, rtol=1e-5)
+    assert not torch.allclose(ours.critics.weights, start, atol=1e-4), "nothing was learnt"
+"""

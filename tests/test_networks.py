@@ -8,7 +8,7 @@ from torch import nn
 
 from dawm.diffusion.denoisers import ResidualMLP, TemporalTransformer, TemporalUNet
 from dawm.errors import UserError
-from dawm.nn import mlp
+from dawm.nn import compiled, mlp
 from dawm.nn.mlp import BatchedMLP
 
 
@@ -91,6 +91,100 @@ def test_networks_run_in_half_precision_under_autocast(layer_norm):
     torch.testing.assert_close(outputs.float(), network(inputs), atol=0.05, rtol=0.05)
     outputs.float().sum().backward()
     assert network.weights.grad.isfinite().all()
+
+
+compiled_only = pytest.mark.skipif(compiled.library() is None, reason="not built, or no AVX-512")
+
+
+@compiled_only
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "sizes"), [(256, (14, 256, 256, 1)), (37, (50, 33, 70, 9)), (1, (3, 4)), (5, (2, 16, 3))]
+)
+def test_compiled_networks_agree_with_autograd_in_double_precision(batch, sizes, layer_norm, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    network = BatchedMLP((3, 2), sizes[0], sizes[1:-1], sizes[-1], layer_norm=layer_norm)
+    nn.init.normal_(network.weights, std=0.3)
+    x, toward = torch.randn(3, batch, sizes[0], requires_grad=True), torch.randn(3, 2, batch, sizes[-1])
+    assert compiled.applies(x, network.weights)
+    found = [network(x), *torch.autograd.grad((network(x) * toward).sum(), (network.weights, x))]
+    with torch.no_grad():
+        assert torch.equal(network(x), found[0]), "with no gradient to come"
+    exact, x = network.double(), x.detach().double().requires_grad_()
+    expected = [exact(x), *torch.autograd.grad((exact(x) * toward.double()).sum(), (exact.weights, x))]
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-6 * other.abs().max().item())
+
+
+@compiled_only
+def test_compiled_networks_pass_nan_on_and_have_second_derivatives():
+    torch.manual_seed(0)
+    network, x = BatchedMLP((), 4, (8, 8), 1, layer_norm=True), torch.randn(5, 4, requires_grad=True)
+    (slope,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
+    penalty = torch.autograd.grad(slope.square().sum(), network.weights)[0]
+    (slope,) = torch.autograd.grad(network.double()(x.double()).sum(), x, create_graph=True)
+    torch.testing.assert_close(
+        penalty.double(), torch.autograd.grad(slope.square().sum(), network.weights)[0], rtol=1e-4, atol=1e-6
+    )
+    for layer_norm in (False, True):
+        network = BatchedMLP((), 4, (8, 8), 1, layer_norm=layer_norm)
+        outputs = network(torch.tensor([[0.0, 0, 0, torch.nan], [1, 2, 3, 4]]))
+        assert outputs.isnan().flatten().tolist() == [True, False]
+        outputs.sum().backward()
+        assert network.weights.grad.isnan().any()
+
+
+@compiled_only
+@pytest.mark.skipif(not compiled.has_bf16(), reason="no AVX512_BF16")
+@pytest.mark.parametrize(("batch", "ins", "outs"), [(256, 14, 256), (37, 51, 19), (9, 1, 33)])
+def test_bf16_rounds_the_factors_of_matmuls_and_nothing_else(batch, ins, outs):
+    def rounded(values):
+        return values.detach().bfloat16().double()
+
+    torch.manual_seed(0)
+    network, x = BatchedMLP((), ins, (), outs), torch.randn(batch, ins, requires_grad=True)
+    toward = torch.randn(batch, outs)
+    with compiled.rounding(True):
+        outputs = network(x)
+    gradients = torch.autograd.grad(outputs, (network.weights, x), toward)
+    ((weight, bias),) = network.layers(network.weights.detach())
+    expected = rounded(x) @ rounded(weight).T + bias[:, 0].double()
+    of_weight, of_bias = rounded(toward).T @ rounded(x), toward.double().sum(0)
+    of_weights = torch.cat([of_weight.flatten(), of_bias])
+    for one, other in zip((outputs, *gradients), (expected, of_weights, rounded(toward) @ rounded(weight))):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
+@compiled_only
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("batch", "sizes", "width", "depth"), [(130, (8, 13, 15), 256, 2), (70, (3, 5, 2), 33, 3)])
+def test_the_compiled_residual_mlp_agrees_with_autograd_in_double_precision(
+    batch, sizes, width, depth, threads, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    network, toward = ResidualMLP(*sizes, width=width, depth=depth), torch.randn(batch, *sizes[:2])
+    for parameter in network.parameters():  # norms of their own scale and shift
+        nn.init.normal_(parameter, 0.1, parameter.shape[-1] ** -0.5)
+    inputs = [torch.randn(batch, *sizes[:2]), torch.randn(batch), torch.randn(batch, sizes[2])]
+
+    def answer_and_gradients(values, toward):
+        answer = network(*values)
+        return [answer, *torch.autograd.grad(answer, list(network.parameters()), toward)]
+
+    found = answer_and_gradients(inputs, toward)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "library", lambda: None)
+        plain = answer_and_gradients(inputs, toward)
+    network, inputs = network.double(), [values.double() for values in inputs]
+    for one, other, exact in zip(found, plain, answer_and_gradients(inputs, toward.double())):
+        worst = max((other - exact).abs().max().item(), 1e-6 * exact.abs().max().item())
+        assert (one - exact).abs().max().item() < 3 * worst
+    inputs[0].requires_grad_()
+    (slope,) = torch.autograd.grad(network(*inputs).sum(), inputs[0])  # PyTorch's own way
+    assert slope.abs().sum() > 0
 
 
 def test_members_do_not_share_gradients_or_weights():

@@ -51,6 +51,7 @@ class IQL(OfflineAgent):
         actor_on_real: Let the actor clone real rows alone. Synthetic rows then teach value network and critics.
         deterministic_actor: Regress on the actions by squared error instead of by a Gaussian's likelihood.
         actor_dropout: Fraction of the actor's hidden units dropped in training, in [0, 1).
+        critic_layer_norm: Layer norm in the critics, as `TD3BC` has; off as in the paper.
     """
 
     update_period = 1
@@ -70,6 +71,7 @@ class IQL(OfflineAgent):
         actor_on_real: bool = False,
         deterministic_actor: bool = False,
         actor_dropout: float = 0.0,
+        critic_layer_norm: bool = False,
         seeds: int = 1,
         normalize_observations: bool = True,
         normalize_rewards: bool = True,
@@ -91,7 +93,7 @@ class IQL(OfflineAgent):
         self.actor = self.mlp(observation_size, hidden, action_size, dropout=actor_dropout)
         self.log_std = nn.Parameter(torch.zeros(*self.seed_shape, action_size), requires_grad=not deterministic_actor)
         self.value = self.mlp(observation_size, hidden, 1)
-        self.critics = self.mlp(observation_size + action_size, hidden, 1, ensemble=2)
+        self.critics = self.mlp(observation_size + action_size, hidden, 1, ensemble=2, layer_norm=critic_layer_norm)
         self.target_critics = self.target_network(self.critics)
         policy = [*self.actor.parameters(), *([] if deterministic_actor else [self.log_std])]
         values = [*self.value.parameters(), *self.critics.parameters()]
@@ -101,7 +103,7 @@ class IQL(OfflineAgent):
         """Both critics' squared TD error against one target, on prepared transitions."""
         with torch.no_grad():
             next_values = self.value(batch.next_observations).squeeze(-1)
-            target = td_target(batch.rewards, batch.terminations, next_values, self.discount)
+            target = td_target(batch.rewards, batch.terminations, next_values, self.discount, batch.steps)
         values = self.critics(torch.cat([batch.observations, batch.actions], dim=-1)).squeeze(-1)
         loss = critic_loss(values, target)
         return loss, {"critic_loss": loss.detach(), "q": values.detach().mean()}

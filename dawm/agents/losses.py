@@ -30,13 +30,20 @@ __all__ = [
 ]
 
 
-def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, discount: float) -> Tensor:
-    """One-step target ``r + gamma (1 - terminated) V(s')``, shape (..., B), without gradient.
+def td_target(
+    rewards: Tensor, terminations: Tensor, next_values: Tensor, discount: float, steps: Tensor | None = None
+) -> Tensor:
+    """Target ``r + gamma^steps (1 - terminated) V(s')``, shape (..., B), without gradient.
 
-    ``terminations`` is 1 where the task ended at ``s'``; a truncated end bootstraps like any other step.
+    ``terminations`` is 1 where the task ended at ``s'``; a truncated end bootstraps like any other step. ``steps``
+    says how many of the environment's lie between ``s`` and ``s'``, whose discounted rewards ``r`` sums; None is one.
     """
     _require_equal_shapes(rewards=rewards, terminations=terminations, next_values=next_values)
-    return (rewards + discount * (1 - terminations) * next_values).detach()
+    discounts: float | Tensor = discount
+    if steps is not None:
+        _require_equal_shapes(rewards=rewards, steps=steps)
+        discounts = discount**steps
+    return (rewards + discounts * (1 - terminations) * next_values).detach()
 
 
 def critic_loss(values: Tensor, targets: Tensor) -> Tensor:

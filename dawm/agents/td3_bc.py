@@ -90,7 +90,7 @@ class TD3BC(OfflineAgent):
             next_actions = losses.smoothed_actions(next_actions, noise, self.noise_clip)
             next_values = self.target_critics(torch.cat([batch.next_observations, next_actions], dim=-1))
             next_values = next_values.squeeze(-1).amin(dim=-2)
-            target = losses.td_target(batch.rewards, batch.terminations, next_values, self.discount)
+            target = losses.td_target(batch.rewards, batch.terminations, next_values, self.discount, batch.steps)
         values = self.critics(torch.cat([batch.observations, batch.actions], dim=-1)).squeeze(-1)
         loss = losses.critic_loss(values, target)
         return loss, {"critic_loss": loss.detach(), "q": values.detach().mean()}

@@ -212,7 +212,7 @@ def picture(path: Path, panels: Sequence[Draw]) -> None:
 
 
 def svg(draw: Draw) -> str:
-    """One drawing as SVG."""
+    """A drawing as the text of an SVG image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4))  # fixed margins: a layout engine would double the time

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +180,8 @@ def _against_recorded(synthesizer: Synthesizer, real: Paths, units: Units, noise
 def _joined(batches: Any, most: int | None = None) -> Any:
     """Fixed batches as one, at most so many rows of it."""
     parts = list(batches)
-    names = [field.name for field in fields(parts[0])]
-    return type(parts[0])(*(torch.cat([getattr(part, name) for part in parts])[:most].cpu() for name in names))
+    names = [name for name, values in vars(parts[0]).items() if values is not None]
+    return type(parts[0])(**{name: torch.cat([getattr(p, name) for p in parts])[:most].cpu() for name in names})
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from dawm.data.module import TransitionDataModule
 from dawm.data.sources.environments import describe_environment
 from dawm.errors import UserError
 from dawm.evaluation.checks import check_environment
+from dawm.files import expanded
 from dawm.training.build import build_logger, import_class, parameters_of
 from dawm.training.checkpoints import plain
 from dawm.training.experiment import Experiment
@@ -45,7 +47,9 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     environment = _checked_environment(data, stages)
     with as_user_error("logger"):
         loggers = [build_logger(description) for description in settings.plain["logger"]]
-    experiment = Experiment(data, settings.plain, output_dir, environment, loggers, console)
+    shared = settings.plain["stages_dir"]
+    folder = output_dir if shared is None else _writable(expanded(shared), "stages_dir")
+    experiment = Experiment(data, settings.plain, folder, environment, loggers, console, shared is not None)
     _say_what_is_left_out(settings.plain, console)
     built: dict[str, L.LightningModule] = {}
     for stage in stages:  # a mistake in the agent shows now, not when the world model is trained
@@ -67,10 +71,12 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     episodes = settings.plain["final_episodes"]
     assert data.env_spec is not None
     console.print(f"scoring the agent over {episodes} episodes of {data.env_spec.id}")
+    start = time.monotonic()
     evaluation = score(trained["agent"], data.env_spec, data.episodes.action_space, data.reference, episodes,
                        EVALUATION_SEED, data.max_episode_steps)  # fmt: skip
     class_path = settings.plain["agent"]["class_path"]
     results = collect_results(data.episodes, class_path, evaluation, experiment.results, experiment.seed)
+    results["seconds"] = {"waiting": experiment.waited, "final evaluation": time.monotonic() - start}
     write_files(output_dir, results, settings.plain, command)
     log_summary(loggers, results)
     show_results(console, output_dir, results)
@@ -121,7 +127,7 @@ def _quieten() -> None:
     )
 
 
-def _writable(folder: Path) -> Path:
+def _writable(folder: Path, key: str = "output_dir") -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -129,5 +135,5 @@ def _writable(folder: Path) -> Path:
         probe.unlink()
     except OSError as error:
         expected = f"a folder to write to ({error.strerror})"
-        raise UserError(f"--output_dir: got {folder}, expected {expected}; set another") from None
+        raise UserError(f"--{key}: got {folder}, expected {expected}; set another") from None
     return folder

@@ -21,7 +21,7 @@ from dawm import __version__
 from dawm.cli.curves import DRIFTS, Curve, imagined_figures, learning_figures, read_logs
 from dawm.files import write_whole
 
-__all__ = ["figures", "section", "table", "write_report"]
+__all__ = ["figures", "hardware", "page", "section", "table", "versions", "write_report"]
 
 LIBRARIES = ("torch", "lightning", "gymnasium", "minari", "mujoco", "numpy")
 
@@ -51,17 +51,21 @@ def write_report(
         *([fidelity] if fidelity else []),
         section("Repeat it", f'<pre class="wrap">{html.escape(command)}</pre>', REUSED,
                  f"<details><summary>All settings (config.yaml)</summary><pre>{config}</pre></details>"),
-        section("Versions and hardware", table(_versions()), f"<p>{html.escape(_hardware())}</p>"),
+        section("Versions and hardware", table(versions()), f"<p>{html.escape(hardware())}</p>"),
     ]  # fmt: skip
-    subtitle = f"Seed {results['seed']}, written {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
-    heading = title.replace("/", "/<wbr>")
+    write_whole(folder / "report.html", page(title, f"Seed {results['seed']}", body))
+
+
+def page(title: str, subtitle: str, body: Iterable[str]) -> str:
+    """A whole page of sections; the title is HTML."""
+    subtitle = f"{subtitle}, written {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     template = Template(files("dawm.cli").joinpath("report_template.html").read_text())
-    page = template.substitute(title=title, heading=heading, subtitle=subtitle, body="\n".join(body))
-    write_whole(folder / "report.html", page)
+    heading = title.replace("/", "/<wbr>")
+    return template.substitute(title=title, heading=heading, subtitle=subtitle, body="\n".join(body))
 
 
 def section(title: str, *parts: str) -> str:
-    """One part of the page, of HTML."""
+    """A part of a page; its parts are HTML."""
     return f"<section>\n<h2>{title}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
@@ -133,13 +137,13 @@ def _figure(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
-def _versions() -> list[tuple[str, str]]:
+def versions() -> list[tuple[str, str]]:
     """Versions of all that a result may depend on."""
     libraries = [(library, metadata.version(library)) for library in LIBRARIES]
     return [("dawm", __version__), ("python", platform.python_version()), *libraries]
 
 
-def _hardware() -> str:
+def hardware() -> str:
     """Processor, cores and GPU of this machine, in one line."""
     try:
         names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dawm import __version__
 from dawm.cli import check, datasets
+from dawm.cli.compare import compare, make_compare_parser
 from dawm.cli.diagnose import diagnose_run
 from dawm.cli.evaluate import evaluate_run
 from dawm.cli.fit import fit
@@ -38,6 +39,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[:1] == ["fit"] and not {"-h", "--help"} & set(args):
             fit(args[1:], console)
             return 0
+        if args[:1] == ["compare"] and not {"-h", "--help"} & set(args):
+            return compare(args[1:], console)
         with as_user_error("config"):
             config = make_parser().parse_args(args)
         return _run(config, console)
@@ -112,6 +115,7 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"dawm {__version__}")
     subcommands = parser.add_subcommands(required=True)
     subcommands.add_subcommand("fit", make_fit_parser(), help="train the three stages and score the agent")
+    subcommands.add_subcommand("compare", make_compare_parser(), help="train methods on data sets and compare them")
     _add_commands(subcommands, COMMANDS)
     datasets_parser = Parser(parser_mode="omegaconf+", description="Look at, build, import and check data sets.")
     subcommands.add_subcommand("datasets", datasets_parser, help="look at, build, import and check data sets")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import yaml
@@ -88,11 +88,13 @@ class Settings(NamedTuple):
 
 OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "output_dir": (str, "runs/dawm", "folder of the run"),
+    "stages_dir": (str | None, None, "folder of the stages, which runs may share; None is output_dir"),
     "seed_everything": (int, 0, "seed of data split, networks, draws and noise"),
     "horizon": (int, 8, "steps imagined at once, of every class that has one"),
     "discount": (float, 0.99, "of rewards, of every class that has one"),
     "seeds": (int, 1, "agents trained side by side, each with its own weights, draws and score"),
     "cuda_graphs": (bool, False, "run the updates of a training step as one CUDA graph"),
+    "matmul_precision": (Literal["fp32", "bf16"], "fp32", "of the MLPs' matmuls in updates on a CPU; bf16 is faster"),
     "final_episodes": (int, 20, "episodes of the last evaluation"),
     "wait": (bool, False, "wait while another fit trains in output_dir"),
     "quiet": (bool, False, "draw no progress"),

@@ -42,7 +42,7 @@ from dawm.training.checkpoints import ORIGIN, read_checkpoint
 __all__ = ["load_synthesizer", "synthesize_dataset"]
 
 SETTINGS = (
-    *("starts", "first_action", "first_action_noise", "target_return", "guidance", "labels", "margin"),
+    *("starts", "imagination", "first_action", "first_action_noise", "target_return", "guidance", "labels", "margin"),
     *("max_disagreement", "max_inconsistency", "max_forward_disagreement"),
 )
 """What the metadata say of `RegenerateRollouts`."""

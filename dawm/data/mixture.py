@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dawm.data.batches import BatchLoader, RowStream, WeightedRows, derive_seed, take
 from dawm.data.transitions import Transitions
@@ -18,10 +19,19 @@ __all__ = ["Mixture"]
 class Mixture:
     """Packed rows (N, D) to draw from, on the training device; if they are a mapped file, gathered on the CPU.
 
-    The real rows are drawn by ``weights``, shape (N,), float64; None draws uniformly.
+    The real rows are drawn by ``weights``, shape (N,), float64; None draws uniformly. In the batches, rows that
+    terminate have ``termination_reward`` in place of their own reward; None leaves it.
     """
 
-    def __init__(self, real: Tensor, sizes: tuple[int, int], mapped: bool, weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        real: Tensor,
+        sizes: tuple[int, int],
+        mapped: bool,
+        weights: Tensor | None = None,
+        termination_reward: float | None = None,
+    ) -> None:
+        self._termination_reward = termination_reward
         self.real, self._sizes, self._mapped = real, sizes, mapped
         self._weighted = None if weights is None else WeightedRows(weights)
         self.device = torch.device("cpu")
@@ -38,7 +48,7 @@ class Mixture:
     def refill(self, *blocks: Transitions) -> None:
         """Replaces the synthetic rows in place: one block for all agents, or one for each."""
         rows = torch.cat([block.pack() for block in blocks]).to(self.device)
-        if len(self._synthetic) < len(rows):
+        if len(self._synthetic) < len(rows) or self._synthetic.shape[1] != rows.shape[1]:
             self._synthetic = torch.empty_like(rows)
         self._synthetic[: len(rows)].copy_(rows)
         self._counts = [len(block) for block in blocks]
@@ -92,10 +102,15 @@ class Mixture:
             mixed = synthetic_size if all(rows for _, rows in blocks) else 0
             rows = take(self.real, real[..., : batch_size - mixed]).to(self.device)
             if mixed:
-                rows = torch.cat([rows, take(self._synthetic, synthetic)], dim=-2)
+                imagined = take(self._synthetic, synthetic)
+                rows = pad(rows, (0, imagined.shape[-1] - rows.shape[-1]), value=1)  # a recorded row spans one step
+                rows = torch.cat([rows, imagined], dim=-2)
             rows = rows.squeeze(1) if len(seeds) == 1 else rows
             rows = rows.squeeze(0) if updates_per_step is None else rows
-            return self._unpack(rows, batch_size - mixed)
+            batch = self._unpack(rows, batch_size - mixed)
+            if (reward := self._termination_reward) is None:
+                return batch
+            return replace(batch, rewards=batch.rewards.masked_fill(batch.terminations > 0.5, reward))
 
         counted = [(stream, size) for pair in streams for stream, size in zip(pair, drawn)]
         return BatchLoader(draw, counted, updates, updates_per_step or 1)

@@ -7,6 +7,7 @@ far cheaper than worker processes, and a refill of the synthetic rows is visible
 Symbols: N real rows, B batch size, K batches drawn at once, H horizon, O observation size, A action size.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -54,6 +55,7 @@ class TransitionDataModule(L.LightningDataModule):
         segment_batch_size: Segments per update and per rank (world model).
         synthetic_fraction: Fraction of synthetic rows in an agent's batch, in [0, 1]. 0 trains on real data alone.
         real_weights: How often each real row is drawn, for the agent alone; None draws uniformly.
+        termination_reward: Reward of rows that terminate, in place of their own, for the agent alone; None leaves it.
         episode_fraction: Fraction of the data set's episodes to use, for everything, in (0, 1]; ``seed`` draws them.
         updates_per_step: Batches drawn at once K. Saves Lightning's cost per step; results do not depend on it.
         validation_fraction: Fraction of the episodes held out from world model and inverse dynamics, in (0, 1).
@@ -76,6 +78,7 @@ class TransitionDataModule(L.LightningDataModule):
         segment_batch_size: int = 256,
         synthetic_fraction: float = 0.5,
         real_weights: RowWeights | None = None,
+        termination_reward: float | None = None,
         episode_fraction: float = 1.0,
         updates_per_step: int = 20,
         validation_fraction: float = 0.1,
@@ -90,6 +93,7 @@ class TransitionDataModule(L.LightningDataModule):
         self.batch_size, self.segment_batch_size = batch_size, segment_batch_size
         self.bootstrap_truncated = bootstrap_truncated
         self.synthetic_fraction, self.real_weights, self.seed = synthetic_fraction, real_weights, seed
+        self.termination_reward = termination_reward
         self.episode_fraction, self.validation_fraction = episode_fraction, validation_fraction
         self.updates_per_step, self.max_episode_steps = updates_per_step, max_episode_steps
         self.cache_dir, self.memory_limit = cache_dir, memory_limit
@@ -104,7 +108,8 @@ class TransitionDataModule(L.LightningDataModule):
             return
         self._episodes = episodes = _load(self)
         weights = None if self.real_weights is None else checked(self.real_weights(episodes), len(episodes))
-        self._mixture = Mixture(episodes.rows, episodes.sizes, episodes.cache is not None, weights)
+        mapped = episodes.cache is not None
+        self._mixture = Mixture(episodes.rows, episodes.sizes, mapped, weights, self.termination_reward)
         goal = self.discount, self.return_window, self.bootstrap_truncated
         self.returns_to_go = bootstrapped_returns_to_go(episodes, *goal)
         split = _split(len(episodes.ends), self.validation_fraction, self.seed)
@@ -280,6 +285,7 @@ def _check(data: TransitionDataModule) -> None:
         ("validation_fraction", 0 < data.validation_fraction < 1, "a number between 0 and 1"),
         ("memory_limit", data.memory_limit >= 0, "a number of GiB, at least 0"),
         ("discount", 0 <= data.discount <= 1, "a number from 0 to 1"),
+        ("termination_reward", math.isfinite(data.termination_reward or 0), "a finite number"),
     ):
         require(f"data.{key}", getattr(data, key), holds, expected)
     holds = data.bootstrap_truncated is not True or can_bootstrap(data.discount, data.return_window)

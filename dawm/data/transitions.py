@@ -12,7 +12,7 @@ and the next observation ``s_{t+1}``. Three conventions hold everywhere:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -43,9 +43,11 @@ class _Batch:
 
 @dataclass(frozen=True)
 class Transitions(_Batch):
-    """A batch of one-step transitions; every field shares its leading dimensions.
+    """A batch of transitions; every field shares its leading dimensions.
 
     ``real`` is for losses that tell real rows from synthetic ones. Mixed batches have it; None counts as all real.
+    ``steps`` is there where rows may span several steps of the environment: the reward is then their discounted sum,
+    the next observation the last one's, and the value there counts ``gamma ** steps``. None counts as one step each.
     """
 
     observations: Tensor  # s_t, shape (N, O)
@@ -54,24 +56,34 @@ class Transitions(_Batch):
     next_observations: Tensor  # s_{t+1}, shape (N, O)
     terminations: Tensor  # 1 where the task ended at s_{t+1}, else 0, shape (N,), float32
     real: Tensor | None = None  # 1 for a recorded row, 0 for a synthetic one, shape (N,), float32
+    steps: Tensor | None = None  # steps that a row spans, shape (N,), float32
 
     @classmethod
     def cat(cls, parts: Sequence["Transitions"]) -> "Transitions":
         """Rows of several parts, one after the other."""
-        parts = [replace(p, real=torch.ones_like(p.rewards)) if p.real is None else p for p in parts]
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+        spanning = any(part.steps is not None for part in parts)
+        for name in ("real", "steps")[: 1 + spanning]:
+            parts = [replace(p, **{name: torch.ones_like(p.rewards)}) if getattr(p, name) is None else p for p in parts]
+        return cls(**{n: torch.cat([getattr(p, n) for p in parts]) for n, v in vars(parts[0]).items() if v is not None})
 
     def pack(self) -> Tensor:
-        """All fields but ``real`` side by side: one gather fetches a whole row, shape (N, 2 O + A + 2)."""
-        rewards, terminations = self.rewards.unsqueeze(-1), self.terminations.unsqueeze(-1)
-        return torch.cat([self.observations, self.actions, rewards, self.next_observations, terminations], dim=-1)
+        """All fields but ``real`` side by side: one gather fetches a whole row, shape (N, 2 O + A + 2).
+
+        Where there are ``steps``, they are one column more.
+        """
+        rewards, last = self.rewards.unsqueeze(-1), [self.terminations.unsqueeze(-1)]
+        if self.steps is not None:
+            last.append(self.steps.unsqueeze(-1))
+        return torch.cat([self.observations, self.actions, rewards, self.next_observations, *last], dim=-1)
 
     @classmethod
     def unpack(cls, rows: Tensor, observation_size: int, action_size: int) -> "Transitions":
-        """Views into packed rows, shape (..., 2 O + A + 2); the inverse of `pack`."""
+        """Views into packed rows, shape (..., 2 O + A + 2), or one column more; the inverse of `pack`."""
         sizes = [observation_size, action_size, 1, observation_size, 1]
-        observations, actions, rewards, next_observations, terminations = rows.split(sizes, dim=-1)
-        return cls(observations, actions, rewards.squeeze(-1), next_observations, terminations.squeeze(-1))
+        sizes += [1] * (rows.shape[-1] - sum(sizes))
+        observations, actions, rewards, next_observations, *last = rows.split(sizes, dim=-1)
+        terminations, steps = (*(part.squeeze(-1) for part in last), None)[:2]
+        return cls(observations, actions, rewards.squeeze(-1), next_observations, terminations, steps=steps)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dawm.errors import require
+from dawm.nn import compiled
 
 __all__ = ["Denoiser", "ResidualMLP", "TemporalTransformer", "TemporalUNet"]
 DEEPEST = 1000  # more layers would only run out of memory
@@ -55,10 +56,14 @@ class _Embedding(nn.Module):
             nn.Linear(condition_size + 2 * frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
 
+    def inputs(self, noise_level: Tensor, condition: Tensor) -> Tensor:
+        """What the layers see."""
+        angles = noise_level.unsqueeze(-1) * self.frequencies
+        return torch.cat([condition, angles.sin(), angles.cos()], dim=-1)
+
     def forward(self, noise_level: Tensor, condition: Tensor) -> Tensor:
         """The embedding, shape (B, width)."""
-        angles = noise_level.unsqueeze(-1) * self.frequencies
-        return self.layers(torch.cat([condition, angles.sin(), angles.cos()], dim=-1))
+        return self.layers(self.inputs(noise_level, condition))
 
 
 class _MLPBlock(nn.Module):
@@ -92,7 +97,11 @@ class ResidualMLP(Denoiser):
 
     def forward(self, x_t: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
         """The network's answer, shape (B, H, D)."""
-        embedding = self.embedding(noise_level, condition)
+        inputs = self.embedding.inputs(noise_level, condition)
+        if compiled.applies(x_t, self.last.weight) and not (x_t.requires_grad or inputs.requires_grad):
+            width = self.last.in_features
+            return compiled.CompiledResidual.apply(x_t.flatten(1), inputs, width, *self.parameters()).view_as(x_t)
+        embedding = self.embedding.layers(inputs)
         hidden = self.first(torch.cat([x_t.flatten(1), embedding], dim=-1))
         for block in self.blocks:
             hidden = block(hidden, embedding)

@@ -1,6 +1,6 @@
 """BatchedMLP: independent multi-layer perceptrons of equal shape, side by side.
 
-Symbols: M networks in all, B batch, P weights of a network.
+Symbols: M networks in all, C inputs, B batch, P weights of a network.
 """
 
 import math
@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from dawm.nn import compiled
 
 __all__ = ["BatchedMLP"]
 
@@ -48,6 +50,7 @@ class BatchedMLP(nn.Module):
         sizes = (in_size, *hidden, out_size)
         norms = [2 * [(size, 1)] if layer_norm else [] for size in hidden]
         self._shapes = [[(b, a), (b, 1), *norm] for (a, b), norm in zip(pairwise(sizes), [*norms, []])]
+        self._layout = compiled.Layout(sizes, layer_norm)
         self._sizes = [math.prod(shape) for layer in self._shapes for shape in layer]
         self.weights = nn.Parameter(torch.zeros(*ensemble, sum(self._sizes)))
         with torch.no_grad():
@@ -89,29 +92,34 @@ class BatchedMLP(nn.Module):
 
     def _outputs(self, inputs: Tensor, weights: Tensor) -> Tensor:
         ensemble = weights.shape[:-1]
-        missing = len(ensemble) - (inputs.dim() - 2)
-        x = inputs[(..., *missing * (None,), slice(None), slice(None))].expand(*ensemble, -1, -1).mT
-        if not ensemble:
-            return self._network(x, weights).mT
-        x, weights = x.flatten(end_dim=-3), weights.flatten(end_dim=-2)
-        if x.device.type == ONE_BY_ONE:  # one network after the other, whose activations then stay in the cache
-            outputs = torch.stack([self._network(*network) for network in zip(x, weights)])
+        if inputs.shape[:-2] != ensemble[: inputs.dim() - 2]:
+            raise ValueError(f"inputs of shape {tuple(inputs.shape)} for networks of shape {tuple(ensemble)}")
+        x = inputs.reshape(math.prod(inputs.shape[:-2]), *inputs.shape[-2:])
+        weights = weights.reshape(-1, weights.shape[-1])
+        if not (self.training and self.dropout) and compiled.applies(x, weights):
+            outputs = compiled.CompiledMLP.apply(x, weights, self._layout, self._networks)
         else:
-            outputs = self._network(x, weights)
-        return outputs.mT.unflatten(0, ensemble)
+            outputs = self._networks(x, weights)
+        return outputs.reshape(*ensemble, *outputs.shape[-2:])
+
+    def _networks(self, x: Tensor, weights: Tensor) -> Tensor:
+        """From C inputs, shape (C, B, in), each for M / C networks in a row, to (M, B, out); weights (M, P)."""
+        share = len(weights) // len(x)
+        if x.device.type == ONE_BY_ONE:  # one network after the other, whose activations then stay in the cache
+            return torch.stack([self._network(x[m // share], own) for m, own in enumerate(weights)])
+        return self._network(x.repeat_interleave(share, dim=0) if share > 1 else x, weights)
 
     def _network(self, x: Tensor, weights: Tensor) -> Tensor:
-        """From x, shape (..., in, B), to (..., out, B)."""
+        """From x, shape (..., B, in), to (..., B, out)."""
         *hidden, last = self.layers(weights)
         for weight, bias, *norm in hidden:
             x = self._affine(x, weight, bias)
             if norm:
                 scale, shift = norm
-                x = torch.addcmul(shift.mT, functional.layer_norm(x.mT, x.mT.shape[-1:]), scale.mT).mT
+                x = torch.addcmul(shift.mT, functional.layer_norm(x, x.shape[-1:]), scale.mT)
             x = functional.dropout(x.relu(), self.dropout, self.training)
         return self._affine(x, *last)
 
-    def _affine(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # Columns are up to 4 % faster on a CPU; but layer norm reads along rows, which saves it 8 % of an update
-        matmul = torch.addmm if x.dim() == 2 else torch.baddbmm
-        return matmul(bias.mT, x.mT, weight.mT).mT if self.layer_norm else matmul(bias, weight, x)
+    @staticmethod
+    def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (torch.addmm if x.dim() == 2 else torch.baddbmm)(bias.mT, x, weight.mT)

@@ -23,8 +23,10 @@ from dawm.synthesis.guards import Bounds, list_fates
 from dawm.synthesis.starts import Starts
 from dawm.world_model import DiffusionWorldModel
 
-__all__ = ["CHUNK", "Labels", "Rollouts", "Synthesizer"]
+__all__ = ["CHUNK", "Drawn", "Imagination", "Labels", "Rollouts", "Synthesizer"]
 
+Imagination = Literal["diffusion", "ensemble"]
+"""What imagines: the diffusion world model and the inverse dynamics, or the forward models and the policy."""
 Labels = Literal["imagined", "forward"]
 """Who says what a step leads to: the world model, or the forward models."""
 
@@ -66,6 +68,22 @@ class Rollouts(NamedTuple):
         """The steps kept, rollout by rollout, fields of shape (M, ...)."""
         return self.steps()[self.kept]
 
+    def expansions(self, discount: float) -> Transitions:
+        """One row for each rollout with a step kept, over all it kept, with the discounted sum of their rewards.
+
+        TD on them is value expansion as in DWM (arXiv 2402.03570): ``sum_k gamma^k r_{t+k} + gamma^n Q(s_{t+n})`` for
+        the value of ``s_t`` and ``a_t``, cut where the task is imagined to end or a step was dropped.
+        """
+        made = self._replace(
+            **{name: getattr(self, name)[self.lengths > 0] for name in self._fields if name != "counts"}
+        )
+        rows, last = torch.arange(len(made.lengths), device=made.lengths.device), made.lengths - 1
+        weights = discount ** torch.arange(made.rewards.shape[1], device=rows.device)
+        rewards = (made.rewards.where(made.kept, 0) * weights).sum(dim=1)  # a dropped one may be no number
+        after, terminations = made.next_observations[rows, last], made.terminations[rows, last]
+        steps = made.lengths.to(rewards.dtype)
+        return Transitions(made.observations[:, 0], made.actions[:, 0], rewards, after, terminations, steps=steps)
+
     def single_steps(self) -> "Rollouts":
         """The steps kept as M rollouts of one step each, where they do not lead on along the path."""
         kept, path = self.kept, torch.stack([self.observations[:, :-1], self.next_observations], dim=2)
@@ -88,7 +106,7 @@ class Rollouts(NamedTuple):
             )
 
 
-class _Drawn(NamedTuple):
+class Drawn(NamedTuple):
     """What the models say of some rollouts, before anything is judged."""
 
     path: Tensor  # shape (B, H + 1, O)
@@ -147,8 +165,8 @@ class Synthesizer:
     ) -> Rollouts:
         """One rollout from each ``s_t`` and ``a_t``, with the return-to-go to aim at, shape (B,)."""
         start = (part.to(self.world_model.device).split(CHUNK) for part in (observations, actions, returns_to_go))
-        parts = [self._complete(o, a, g, generator) for o, a, g in zip(*start)]
-        drawn = _Drawn(*(torch.cat(part) for part in zip(*parts)))
+        parts = [self._draw(o, a, g, generator) for o, a, g in zip(*start)]
+        drawn = Drawn(*(torch.cat(part) for part in zip(*parts)))
         following, rewards, ends = drawn.next_observations, drawn.rewards, drawn.ends
         after, over = drawn.path[:, 1:], ((ends > 0.5) | (drawn.imagined_ends > 0.5)).float()
 
@@ -176,9 +194,9 @@ class Synthesizer:
         terminations = (ends > 0.5).float()
         return Rollouts(drawn.path, drawn.actions, rewards, following, terminations, kept.sum(dim=1), counts)
 
-    def _complete(
+    def _draw(
         self, observations: Tensor, actions: Tensor, returns_to_go: Tensor, generator: torch.Generator | None
-    ) -> _Drawn:
+    ) -> Drawn:
         """One chunk."""
         path, rewards, ends = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator)
         before, after = path[:, :-1], path[:, 1:]
@@ -186,7 +204,7 @@ class Synthesizer:
         all_actions, uncertainty = (part.unflatten(0, ends.shape).clone() for part in inferred)
         all_actions[:, 0], uncertainty[:, 0] = actions, -torch.inf  # of the first action nothing is uncertain
         nothing = torch.zeros_like(rewards)
-        drawn = _Drawn(path, all_actions, after, rewards, ends, ends, uncertainty, nothing, nothing)
+        drawn = Drawn(path, all_actions, after, rewards, ends, ends, uncertainty, nothing, nothing)
         if self.labels == "imagined" and self.max_inconsistency is None and self.max_forward_disagreement is None:
             return drawn
         forward_model, codec = self.world_model.forward_model, self.world_model.codec

@@ -1,6 +1,6 @@
 """Experiment: the three stages in order, in one process or one DDP group, and their results.
 
-A stage is trained in ``<output_dir>/<stage>/<key>/``, where the key is a hash of all that its result depends on: data,
+A stage is trained in ``<folder>/<stage>/<key>/``, where the key is a hash of all that its result depends on: data,
 settings, seed, and the stages before it. So a complete stage is reused, an interrupted one is resumed, and a changed
 setting trains beside the old result instead of over it.
 """
@@ -9,8 +9,11 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,11 @@ from rich.console import Console
 from dawm import __version__
 from dawm.data.batches import derive_seed
 from dawm.data.module import TransitionDataModule
-from dawm.errors import UserError
+from dawm.errors import UserError, require
 from dawm.files import expanded, write_whole
 from dawm.training.build import build_module
 from dawm.training.checkpoints import LAYOUT, ORIGIN, previous_of, read_checkpoint
-from dawm.training.ranks import end_with_first_rank
+from dawm.training.ranks import end_with_first_rank, only_run_in
 from dawm.training.save_checkpoint import SaveCheckpoint, remove_requeue_checkpoints
 from dawm.training.stage import Stage
 from dawm.training.trainer import make_trainer
@@ -54,24 +57,29 @@ class Experiment:
 
     data: TransitionDataModule  # already set up
     settings: Mapping[str, Any]  # all of the experiment, as plain values
-    output_dir: Path
+    folder: Path  # of the stages
     environment: Any  # what checkpoints say of the evaluation environment, plain values
     loggers: Sequence[Logger]  # besides CSV and TensorBoard
     console: Console
+    shared: bool = False  # whether other runs may train the same stages in the folder
     results: dict[str, StageResult] = field(default_factory=dict, init=False)
     rank: int = field(default=0, init=False)
+    waited: float = field(default=0.0, init=False)  # seconds, while other runs trained stages that this one reuses
     _keys: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Takes the seed from the settings."""
-        self.output_dir = self.output_dir.resolve()
+        self.folder = self.folder.resolve()
         self.seed: int = self.settings["seed_everything"]
 
     def build(self, stage: Stage) -> L.LightningModule:
         """The stage's module, untrained."""
         # a seed for each stage, so that a reused stage leaves the next one as it would have been
         L.seed_everything(derive_seed(self.seed, stage.name) % 2**32, verbose=False)
-        return build_module(self.settings[stage.name], self.data.observation_size, self.data.action_size)
+        module = build_module(self.settings[stage.name], self.data.observation_size, self.data.action_size)
+        if isinstance(module, UpdateModule):
+            module.matmul_precision = self.settings["matmul_precision"]
+        return module
 
     def run(self, stage: Stage, trained: Mapping[str, L.LightningModule]) -> L.LightningModule:
         """Trains one stage, or takes it from where it is complete: its module in evaluation mode, on the CPU."""
@@ -86,7 +94,16 @@ class Experiment:
         if stage.init_from is not None:
             self._load(module, expanded(stage.init_from), f"stages.{stage.name}.init_from")
         self._keys[stage.name] = self.key(stage)
-        folder = self.output_dir / stage.name / self._keys[stage.name][:8]
+        folder = self.folder / stage.name / self._keys[stage.name][:8]
+        waits = f"{stage.name}: waits for another run that trains it in {folder}"
+        say = partial(self.console.print, waits, soft_wrap=True)
+        start = time.monotonic()
+        with only_run_in(folder, wait=True, create=True, say=say) if self.shared else nullcontext():
+            self.waited += time.monotonic() - start
+            self._train_or_reuse(stage, module, folder)
+        return module.cpu().eval()
+
+    def _train_or_reuse(self, stage: Stage, module: L.LightningModule, folder: Path) -> None:
         complete = folder / "complete.json"
         if complete.exists():
             self._load(module, folder / "last.ckpt", f"stages.{stage.name}")
@@ -95,7 +112,6 @@ class Experiment:
             self.console.print(f"{stage.name}: reused from {folder}", soft_wrap=True)
         else:
             self.results[stage.name] = self._train(stage, module, folder)
-        return module.cpu().eval()
 
     def key(self, stage: Stage, max_steps: int | None = None) -> str:
         """Hash of all that the stage's result depends on; ``max_steps`` 0 in place of its own leaves the length out."""
@@ -113,6 +129,8 @@ class Experiment:
         last = folder / "last.ckpt"
         save = SaveCheckpoint(last, stage.checkpoint_every_n_steps, self._origin(stage), stage.keep_every_n_steps)
         trainer = make_trainer(stage, module, folder, save, self.settings, self.loggers, self.console)
+        alone, expected = trainer.world_size == 1 or not self.shared, "None where several devices train one run"
+        require("stages_dir", str(self.folder), alone, expected, "leave it out")  # a rank would wait for the lock alone
         end_with_first_rank(trainer)
         self.rank = trainer.global_rank
         # the run's own loggers have all settings already, and some refuse a module's under the same names again

@@ -5,8 +5,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,19 @@ def check_launcher(trainer: Mapping[str, Any]) -> None:
     """Raises a UserError where torchrun started more processes than the settings join into one group."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
-    count = len(devices) if isinstance(devices, list) else devices
-    if "TORCHELASTIC_RUN_ID" in os.environ and str(count).isdecimal():
-        fits = int(count) * nodes == world_size  # type: ignore[arg-type]
+    asked = len(devices) if isinstance(devices, list) else devices
+    if "TORCHELASTIC_RUN_ID" in os.environ and str(asked).isdecimal():
+        fits = int(asked) * nodes == world_size  # type: ignore[arg-type]
         each = world_size // nodes
         require("trainer.devices", devices, fits, f"the {each} processes that torchrun started on each node",
                 f"set --trainer.devices {each} --trainer.strategy ddp")  # fmt: skip
 
 
 @contextmanager
-def only_run_in(folder: Path, wait: bool) -> Iterator[None]:
-    """Holds a run's folder for this process and the ranks it starts, so that no other `fit` writes there.
+def only_run_in(
+    folder: Path, wait: bool, create: bool = False, say: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Holds a folder, created if asked, for this process and the ranks it starts, so that no other `fit` writes there.
 
     The lock is the kernel's, on the file ``.lock``, so that it ends with the process, however that ends. The file says
     which host and process hold it; where the file system knows no locks, a holder on this host that has ended is stale.
@@ -71,8 +74,14 @@ def only_run_in(folder: Path, wait: bool) -> Iterator[None]:
         yield
         return
     path = folder / ".lock"
+    if create:
+        folder.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
-        while not _locked(file):
+        for turn in count():
+            if _locked(file):
+                break
+            if turn == 0:
+                say()  # that it waits
             if not wait:
                 holder = {"pid": "unknown", "host": "another host"} | _holder(path)
                 raise UserError(

@@ -50,10 +50,13 @@ class SaveCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
         self._requeue: int | None = None  # upon which Lightning asks SLURM to start this job again
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock, takes over the signals, and does not resume what was stopped early."""
-        trainer.should_stop |= self.finished
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock, before the other callbacks begin their work."""
         self._started = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes over the signals, and does not resume what was stopped early."""
+        trainer.should_stop |= self.finished
         self._last_step = trainer.global_step
         trial = self.path.with_name(".trial.ckpt")
         trainer.save_checkpoint(trial, weights_only=False)

@@ -27,7 +27,8 @@ NO_MATTER: dict[str, frozenset[str]] = {
     "trainer": frozenset({"profiler", "detect_anomaly"}),
     # the groups, what is part of the key by module, data and seed, and what comes after training
     "run": frozenset({"data", "stages", "trainer", "world_model", "inverse_dynamics", "agent", "seed_everything",
-                      "horizon", "discount", "seeds", "output_dir", "final_episodes", "wait", "quiet", "logger"}),
+                      "horizon", "discount", "seeds", "output_dir", "stages_dir", "final_episodes", "wait", "quiet",
+                      "logger"}),
 }  # fmt: skip
 """Settings that cannot change the result of any stage. Everything else is part of a stage's key."""
 
@@ -97,7 +98,8 @@ class WorldModelStage(Stage):
     """Stage 1, on segments of the real data."""
 
     name = "world_model"
-    no_matter = frozenset({"env_id", "max_episode_steps", "batch_size", "synthetic_fraction", "real_weights"})
+    no_matter = frozenset({"env_id", "max_episode_steps", "batch_size", "synthetic_fraction", "real_weights",
+                           "termination_reward"})  # fmt: skip
 
 
 @dataclass
@@ -106,7 +108,8 @@ class InverseDynamicsStage(Stage):
 
     name = "inverse_dynamics"
     no_matter = frozenset({"env_id", "max_episode_steps", "horizon", "discount", "return_window", "segment_batch_size",
-                           "synthetic_fraction", "real_weights", "bootstrap_truncated"})  # fmt: skip
+                           "synthetic_fraction", "real_weights", "termination_reward",
+                           "bootstrap_truncated"})  # fmt: skip
 
 
 @dataclass

@@ -56,7 +56,7 @@ def test_what_was_there_stays_and_the_run_resumes_once_there_is_room(smoke, tmp_
     config = yaml.safe_load(smoke.read_text())
     config["agent"]["init_args"]["hidden"] = [300, 300]  # the agent's checkpoint alone is too large
     smoke.write_text(yaml.safe_dump(config))
-    done = limited(smoke, 1_000_000)
+    done = limited(smoke, 3_000_000)
     assert done.returncode == 2
     assert "/agent/" in one_line(done.stderr)
     before = checkpoints_and_results(tmp_path / "run")

@@ -25,7 +25,8 @@ def options(path: Path, overlay: Path | None) -> list[str]:
 
 def test_the_experiments_and_overlays_are_there():
     assert [path.stem for path in EXPERIMENTS] == ["d4rl-locomotion", "quickstart"]
-    assert [path.stem for path in OVERLAYS] == ["aw", "dwm-paper", "iql", "real"]
+    names = ["aw", "dawm-plus", "dawm", "dwm-paper", "dwm", "ensemble", "iql", "penalty", "real"]
+    assert [path.stem for path in OVERLAYS] == names
     assert set(FOLDER.rglob("*.yaml")) == {*EXPERIMENTS, *OVERLAYS}
 
 

@@ -57,6 +57,11 @@ def test_command_parses(command, monkeypatch, capsys):
         with pytest.raises(SystemExit) as exit_:
             make_parser().parse_args(arguments)
         assert exit_.value.code == 0
+    elif "--" in arguments:  # behind it are options of `fit`
+        at = arguments.index("--")
+        make_parser().parse_args(arguments[:at])
+        base = arguments[arguments.index("--config") + 1]
+        make_parser().parse_args(["fit", "--config", base, *arguments[at + 1 :]])
     else:
         make_parser().parse_args(arguments)
 

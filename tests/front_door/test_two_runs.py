@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import threading
 import time
 
 import pytest
@@ -50,6 +51,29 @@ def test_waiting_takes_the_folder_over(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert time.monotonic() - begun < 60
     process.join()
+
+
+def test_runs_share_stages_and_wait_for_one_that_another_is_training(smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr("dawm.training.ranks.INTERVAL", 0.05)
+    options = ["fit", "--config", str(smoke), "--stages_dir", str(tmp_path / "stages"), "--output_dir"]
+    assert main([*options, str(tmp_path / "one")]) == 0
+    assert not (tmp_path / "one" / "world_model").exists()
+    trained = only_run_in(next((tmp_path / "stages" / "world_model").iterdir()), wait=False)
+    trained.__enter__()
+    timer = threading.Timer(5, trained.__exit__, (None, None, None))
+    timer.start()
+    begun = time.monotonic()
+    assert main([*options, str(tmp_path / "two"), "--data.synthetic_fraction", "1"]) == 0
+    timer.join()
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert [results["stages"][stage]["reused"] for stage in ("world_model", "inverse_dynamics", "agent")] == [1, 1, 0]
+    assert 0 < results["seconds"]["waiting"] < time.monotonic() - begun
+
+
+def test_several_devices_share_no_stages(smoke, tmp_path, capsys):
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    assert main(["fit", "--config", str(smoke), "--stages_dir", str(tmp_path / "stages"), *ranks]) == 2
+    assert "--stages_dir: got" in capsys.readouterr().err
 
 
 def test_processes_of_torchrun_that_would_train_apart_are_refused(monkeypatch):

@@ -1,0 +1,262 @@
+"""``python -m dawm compare``: methods x data sets x seeds, and what the differences between them are worth.
+
+A *cell* is one ``fit``: a method (a second config) on a data set, with all seeds side by side, or with one seed where
+the agent trains one at a time. Each cell has a folder of its own; the stages of all cells of a data set lie in one, so
+that methods share what is the same for them. A finished cell is one JSON file, and the same command again trains only
+what is missing.
+"""
+
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from rich.console import Console
+
+from dawm import __version__
+from dawm.cli.comparison import Comparison
+from dawm.cli.comparison_page import show_comparison, write_comparison
+from dawm.cli.html import hardware, versions
+from dawm.cli.launchers import LAUNCHERS
+from dawm.cli.messages import Parser, as_user_error
+from dawm.cli.report import read_results
+from dawm.cli.settings import parse_fit
+from dawm.errors import UserError, require
+from dawm.files import expanded, write_whole
+from dawm.training.build import import_class, parameters_of
+from dawm.training.checkpoints import read_checkpoint
+
+__all__ = ["Cell", "compare", "make_compare_parser"]
+
+GRID = "compare.json"  # in the folder of a comparison: what belongs to it, in order
+LAYOUT = 2  # of a result; one of another layout is collected again from its run, whose stages are reused
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One ``fit`` of a comparison."""
+
+    method: str
+    dataset: str
+    number: int  # of the cells of this method and data set; the seed of its data split and networks
+    options: tuple[str, ...]  # of ``fit``
+    key: str  # of the settings; a result of others is not reused
+    folder: Path  # of the comparison
+    index: int  # among all cells
+    imagines: bool  # whether it trains models to imagine with
+    cost: int  # agents' and models' updates, by which the longest cells come first
+
+    @property
+    def name(self) -> str:
+        """Names the cell's files."""
+        return f"{self.method}/{_slug(self.dataset)}/{self.number}"
+
+    @property
+    def result(self) -> Path:
+        """Its JSON file."""
+        return self.folder / "results" / f"{self.name}.json"
+
+    @property
+    def run(self) -> Path:
+        """Its run's folder."""
+        return self.folder / "runs" / self.name
+
+    @property
+    def log(self) -> Path:
+        """What its ``fit`` prints."""
+        return self.run / "fit.log"
+
+    @property
+    def models(self) -> str:
+        """Names the models that it may have in common with other cells."""
+        return f"{self.dataset} {self.number}" if self.imagines else self.name
+
+    def command(self) -> list[str]:
+        """The ``fit`` that trains it."""
+        own = ["--output_dir", str(self.run), "--stages_dir", str(self.folder / "stages" / _slug(self.dataset))]
+        return [sys.executable, "-m", "dawm", "fit", *self.options, *own, "--wait", "true"]
+
+    def done(self) -> bool:
+        """Whether there is a result of these settings."""
+        return _read_result(self.result, self.key) is not None
+
+    def collect(self, seconds: float) -> None:
+        """Writes the result of a finished run, whose last start took so long."""
+        self.result.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.result, json.dumps(_result(self, seconds), indent=1) + "\n")
+
+
+def make_compare_parser() -> Parser:
+    """The parser of ``compare``; options that it does not know are options of ``fit`` for every cell."""
+    parser = Parser(prog="python -m dawm compare", description="Train methods x data sets x seeds and compare them.")
+    for name, about in (
+        ("config", "configs of `fit`, given one after the other: what all methods share"),
+        ("methods", "config of each method, given after these; the first is the reference"),
+        ("datasets", "data sets, as in --data.dataset"),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", type=str, help=about)
+    parser.add_argument("--seeds", type=int, default=10, help="agents of each cell, side by side where they can")
+    parser.add_argument("--groups", type=int, default=1, help="cells of a method and data set, each with own models")
+    parser.add_argument("--output_dir", type=str, default="runs/compare", help="folder of the comparison")
+    parser.add_argument("--launcher", type=str, default="local", help=f"where cells run: {', '.join(LAUNCHERS)}")
+    parser.add_argument("--workers", type=int, default=2, help="local processes, of one thread each")
+    parser.add_argument("--note", type=str, default="", help="a line for the page, such as what was tuned where")
+    about = "train nothing: draw the page from what is in output_dir"
+    parser.add_argument("--show", type=bool, nargs="?", const=True, default=False, help=about)
+    parser.add_argument("--cell", type=int, default=None, help="train this cell alone, by number (array jobs use it)")
+    return parser
+
+
+def compare(args: Sequence[str], console: Console) -> int:
+    """Trains what is missing, and shows and writes the comparison; 1 if a cell failed, else 0."""
+    own, further = _split(args)
+    with as_user_error("compare"):
+        options = make_compare_parser().parse_args(own)
+    folder = expanded(options.output_dir).resolve()
+    failed = {} if options.show else _train(options, own, further, folder, console)
+    if options.cell is None:
+        comparison = _read(folder, options.note)
+        if comparison.results:
+            write_comparison(folder, comparison)
+            show_comparison(console, folder, comparison)
+    for name, error in failed.items():
+        console.print(f"failed: {name}: {error}", style="bold red", markup=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _train(
+    options: Namespace, own: Sequence[str], further: Sequence[str], folder: Path, console: Console
+) -> Mapping[str, str]:
+    """Trains the cells that have no result of these settings; those that failed, and why."""
+    for name in ("config", "methods", "datasets"):
+        require(name, options[name], bool(options[name]), "at least one", "give it")
+    for name in ("seeds", "groups", "workers"):
+        require(name, options[name], options[name] >= 1, "at least 1")
+    require("launcher", options.launcher, options.launcher in LAUNCHERS, f"one of {', '.join(LAUNCHERS)}")
+    cells = _cells(options, further, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.cell is not None:
+        require("cell", options.cell, 0 <= options.cell < len(cells), f"a number from 0 to {len(cells) - 1}")
+        cells = cells[options.cell : options.cell + 1]
+    else:
+        grid = {
+            "methods": [_name(path) for path in options.methods], "datasets": options.datasets, "note": options.note,
+            "command": shlex.join(["python", "-m", "dawm", "compare", *own, *further]),
+            "keys": {cell.name: cell.key for cell in cells},
+        }  # fmt: skip
+        write_whole(folder / GRID, json.dumps(grid, indent=1) + "\n")
+    missing = sorted((cell for cell in cells if not cell.done()), key=lambda cell: -cell.cost)
+    command = ["compare", *own, "--", *further]
+    return LAUNCHERS[options.launcher](missing, options.workers, command, console) if missing else {}
+
+
+def _read(folder: Path, note: str) -> Comparison:
+    """The comparison that a folder holds, as far as it has come."""
+    try:
+        grid = json.loads((folder / GRID).read_text())
+    except OSError:
+        raise UserError(f"--output_dir: got {folder}, expected the folder of a comparison; name one") from None
+    found = [_read_result(folder / "results" / f"{name}.json", key) for name, key in grid["keys"].items()]
+    return Comparison(
+        [result for result in found if result is not None], grid["methods"], grid["datasets"], note or grid["note"],
+        grid["command"], len(found),
+    )  # fmt: skip
+
+
+def _read_result(path: Path, key: str) -> dict[str, Any] | None:
+    """A cell's result, if there is one of these settings."""
+    try:
+        result = json.loads(path.read_text())
+        return result if result["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _cells(options: Namespace, further: Sequence[str], folder: Path) -> list[Cell]:
+    """All cells, once the settings of each method were parsed."""
+    names = [_name(path) for path in options.methods]
+    require("methods", names, len(set(names)) == len(names), "files of different names", "rename one")
+    slugs = {_slug(dataset) for dataset in options.datasets}
+    require("datasets", options.datasets, len(slugs) == len(options.datasets), "different names", "rename one")
+    cells: list[Cell] = []
+    for path, method in zip(options.methods, names):
+        shared = [part for config in (*options.config, path) for part in ("--config", str(expanded(config)))]
+        with as_user_error(f"methods: {path}"):
+            plain = parse_fit([*shared, *further]).plain
+        side_by_side = "seeds" in parameters_of(import_class(plain["agent"]["class_path"]))
+        count, seeds = (options.groups, options.seeds) if side_by_side else (options.groups * options.seeds, 1)
+        imagines = plain["data"]["synthetic_fraction"] > 0
+        updates = {name: stage["max_steps"] for name, stage in plain["stages"].items()}
+        cost = updates.pop("agent") * seeds + imagines * sum(updates.values())
+        key = hashlib.sha256(json.dumps({**plain, "output_dir": ""}, sort_keys=True, default=str).encode()).hexdigest()
+        for dataset in options.datasets:
+            for number in range(count):
+                own = ("--data.dataset", dataset, "--seeds", str(seeds), "--seed_everything", str(number))
+                parts = f"{key} {dataset} {seeds} {number} {__version__} {LAYOUT}"
+                identity = hashlib.sha256(parts.encode()).hexdigest()[:16]
+                arguments = (*shared, *further, *own)
+                cells.append(Cell(method, dataset, number, arguments, identity, folder, len(cells), imagines, cost))
+    return cells
+
+
+def _result(cell: Cell, seconds: float) -> dict[str, Any]:
+    """What is kept of a finished run: scores and returns of every seed, curves, and where the time went."""
+    results = read_results(cell.run)
+    agent, reference = results["agent"], results["data"].get("reference")
+    returns = agent["returns"] if isinstance(agent["returns"][0], list) else [agent["returns"]]
+
+    def scored(value: float) -> float:
+        if reference is None:
+            return value
+        return 100 * (value - reference["minimum"]) / (reference["maximum"] - reference["minimum"])
+
+    states = read_checkpoint(Path(results["stages"]["agent"]["checkpoint"])).get("callbacks", {})
+    callbacks = {name.partition("{")[0]: s for name, s in states.items() if isinstance(s, dict) and "last_step" in s}
+    history = [entry for state in callbacks.values() for entry in state.get("history", []) if "returns" in entry]
+    return {
+        "key": cell.key, "method": cell.method, "dataset": cell.dataset, "number": cell.number,
+        "agent": agent["class"], "updates": results["stages"]["agent"]["steps"], "data": results["data"],
+        "imagines": cell.imagines, "unit": "score" if reference else "return",
+        "scores": [scored(sum(each) / len(each)) for each in returns], "returns": returns,
+        "curve": [{"step": e["step"], "scores": [scored(value) for value in e["returns"]]} for e in history],
+        "seconds": _seconds(results, {name: state["seconds"] for name, state in callbacks.items()}, seconds),
+        "command": shlex.join(cell.command()), "versions": dict(versions()), "hardware": hardware(),
+        "settings": yaml.safe_load((cell.run / "config.yaml").read_text()),
+    }  # fmt: skip
+
+
+def _seconds(results: Mapping[str, Any], callbacks: Mapping[str, float], whole: float) -> dict[str, float]:
+    """Where a cell's time went; of one that was resumed, all of its agent's training and the rest of the last start."""
+    trained = {n: stage["seconds"] for n, stage in results["stages"].items() if n == "agent" or not stage["reused"]}
+    parts = {"updates": max(0.0, trained.pop("agent") - sum(callbacks.values())), **callbacks, **results["seconds"]}
+    parts |= {name.replace("_", " "): value for name, value in trained.items()}
+    return {**parts, "start and files": max(0.0, whole - sum(parts.values()))}
+
+
+def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options of ``compare``, and those of ``fit``: what it does not know, and all that follows ``--``."""
+    known = {option for action in make_compare_parser()._actions for option in action.option_strings}
+    own, further = list[str](), list[str]()
+    target, behind = own, False
+    for argument in args:
+        if argument == "--":
+            target, behind = further, True
+            continue
+        if argument.startswith("--") and not behind:
+            target = own if argument.partition("=")[0] in known else further
+        target.append(argument)
+    return own, further
+
+
+def _name(path: str) -> str:
+    return Path(path).stem
+
+
+def _slug(dataset: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in dataset)

@@ -1,0 +1,57 @@
+"""A comparison's figures from results of cells, worked out by hand."""
+
+import math
+
+import pytest
+
+from dawm.cli.comparison import Comparison
+
+
+def result(method, dataset, number, scores, imagines=True, unit="score"):
+    curve = [{"step": 10, "scores": [0.0] * len(scores)}, {"step": 20, "scores": scores}]
+    return {"method": method, "dataset": dataset, "number": number, "scores": scores, "imagines": imagines,
+            "unit": unit, "curve": curve, "updates": 100, "seconds": {"updates": 4.0, "waiting": 1.0}}  # fmt: skip
+
+
+def compare(results, datasets=("a", "b")):
+    return Comparison(results, ["real", "mixed"], datasets, "", "", len(results))
+
+
+def test_seeds_that_share_a_world_model_count_as_one():
+    """Group means 2 and 4: mean 3, error 1, t of one degree of freedom 12.706; real seeds are six of their own."""
+    results = [result("mixed", "a", number, scores) for number, scores in enumerate(([1.0, 3.0], [3.0, 5.0]))]
+    results += [result("real", "a", number, [0.0, 2.0, 1.0], imagines=False) for number in range(2)]
+    found = compare(results)
+    score, seeds, minus, p, area = found.row("mixed", "a")
+    assert (score.value, seeds) == (3.0, 4)
+    assert score.high - 3 == pytest.approx(12.7062, rel=1e-4)
+    assert area.value == 1.5
+    assert area.high - 1.5 == pytest.approx(12.7062 / 2, rel=1e-4)
+    # real: variance 0.8 of six seeds; freedom (1 + 2/15)^2 / (1 + (2/15)^2 / 5) = 1.28
+    assert minus.value == 2.0
+    assert p == pytest.approx(0.267033, rel=1e-4)
+    assert found.row("real", "a")[0].high - 1 == pytest.approx(2.57058 * math.sqrt(0.8 / 6), rel=1e-4)
+    assert "means of the" in found.explanation()
+
+
+def test_one_group_has_its_seeds_and_is_said_to_share_a_world_model():
+    found = compare([result("real", "a", 0, [0.0, 2.0], imagines=False), result("mixed", "a", 0, [1.0, 3.0])])
+    assert found.row("mixed", "a")[0].high - 2 == pytest.approx(12.7062, rel=1e-4)
+    assert "share one world model" in found.explanation()
+
+
+def test_summaries_need_scores_on_all_data_sets():
+    grid = [(m, d, [float(k) for k in range(4)]) for m in ("real", "mixed") for d in "ab"]
+    assert [row[:1] for row in compare([result(m, d, 0, s) for m, d, s in grid]).summary()] == [("real",), ("mixed",)]
+    assert compare([result(m, d, 0, s) for m, d, s in grid[:-1]]).summary()[0][0] == "real"
+    assert len(compare([result(m, d, 0, s) for m, d, s in grid[:-1]]).summary()) == 1, "mixed lacks a data set"
+    returns = [result(m, d, 0, s, unit="return" if d == "b" else "score") for m, d, s in grid]
+    assert compare(returns).summary() == [], "returns of one data set and scores of another have no mean"
+
+
+def test_where_the_time_went():
+    head, rows = compare([result("real", "a", 0, [1.0]), result("real", "a", 1, [2.0])]).times()
+    assert dict(zip(head, rows[0])) == {
+        "data set": "a", "method": "real", "seconds": "10", "updates a second alone": "25", "updates": "80%",
+        "waiting": "20%",
+    }  # fmt: skip
