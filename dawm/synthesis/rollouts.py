@@ -8,8 +8,8 @@ Symbols: B starts, H horizon, O observation size, A action size, M steps kept.
 """
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -158,6 +158,10 @@ class Synthesizer:
         seed = derive_seed(seed, rank, step, "rollouts", *((block,) if block else ()))
         generator = torch.Generator(self.world_model.device).manual_seed(seed)
         return self.imagine(*self.starts(data, count, seed), generator)
+
+    def unfiltered(self) -> Self:
+        """The same without its filters: what is finite and not after an imagined end is kept."""
+        return replace(self, bounds=None, max_disagreement=None, max_inconsistency=None, max_forward_disagreement=None)
 
     @torch.no_grad()
     def imagine(
