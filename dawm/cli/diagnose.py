@@ -24,8 +24,9 @@ from dawm.evaluation.diagnosis import Paths, Units
 from dawm.evaluation.environments import Environment
 from dawm.evaluation.simulator import Simulator
 from dawm.files import expanded, write_whole
+from dawm.forward_model import ForwardPrediction
+from dawm.synthesis.ensemble import EnsembleSynthesizer
 from dawm.synthesis.rollouts import Synthesizer
-from dawm.synthesis.targets import TargetReturn
 from dawm.training.build import load_module
 from dawm.world_model import DiffusionWorldModel
 
@@ -33,10 +34,8 @@ __all__ = ["diagnose_run"]
 
 
 def diagnose_run(
-    console: Console, run: Path, rollouts: int = 2000, seed: int = 0, env_id: str | None = None,
-    target_return: TargetReturn | None = None, guidance: float | None = None, margin: float | None = None,
-    max_disagreement: float | None = None, num_steps: int | None = None, device: str = "auto",
-) -> None:  # fmt: skip
+    console: Console, run: Path, rollouts: int = 2000, seed: int = 0, env_id: str | None = None, **options: Any
+) -> None:
     """Measure how true a run's imagined transitions are, step by step, before and after filters.
 
     Without further options they are what the run's agent learnt from. The figures go into ``fidelity.json``,
@@ -48,21 +47,12 @@ def diagnose_run(
         rollouts: Rollouts to imagine, and at most so many held-out segments to compare them with.
         seed: Seed of starts, noise and samples; the same seed gives the same figures.
         env_id: Gymnasium environment to compare with; None takes the data set's own, if its state can be set.
-        target_return: Which return-to-go the rollouts aim at; None keeps the run's.
-        guidance: Weight of classifier-free guidance; None keeps the run's.
-        margin: Imagined observations and rewards may lie outside the data's range by this fraction of the range; more
-            is dropped. None keeps the run's.
-        max_disagreement: Drop steps whose inferred actions disagree by more (standard deviation over the ensemble,
-            actions in [-1, 1]); None keeps the run's, 2 drops none.
-        num_steps: Steps of the sampler; None keeps the run's.
-        device: Where to imagine: cpu, cuda, ...; auto takes a GPU if there is one.
+        **options: How to imagine, as `load_synthesizer` takes it.
     """
     require("rollouts", rollouts, rollouts >= 1, "at least 1")
     run = expanded(run)
     results = read_results(run)
-    options = {"target_return": target_return, "guidance": guidance, "margin": margin,
-               "max_disagreement": max_disagreement}  # fmt: skip
-    data, synthesizer, described = load_synthesizer(run, options, num_steps, device)
+    data, synthesizer, described = load_synthesizer(run, **options)
     simulator, reason = _simulator(data, env_id)
     agent = load_module(Path(results["stages"]["agent"]["checkpoint"]))
     generator = torch.Generator().manual_seed(derive_seed(seed, "diagnose"))
@@ -72,18 +62,22 @@ def diagnose_run(
     real = diagnosis.real_paths(segments, bool(data.episodes.end_observed.all()))
     held_out = _joined(data.validation_transition_loader())
     start, x = synthesizer.draw(data, rollouts, derive_seed(seed, "diagnose", "starts"))
-    noise = torch.Generator(synthesizer.world_model.device).manual_seed(derive_seed(seed, "diagnose", "noise"))
+
+    def noise() -> torch.Generator:
+        return torch.Generator(synthesizer.world_model.device).manual_seed(derive_seed(seed, "diagnose", "noise"))
+
     with console.status("imagining"):
-        made = synthesizer.imagine(*start, noise, x).cpu()
-    made.require_some("margin")
-    imagined = diagnosis.imagined_paths(made, start[2].cpu())
+        made = synthesizer.imagine(*start, noise(), x).cpu()
+        made.require_some("margin")
+        all_made = synthesizer.unfiltered().imagine(*start, noise(), x).cpu()  # the same noise, so the same futures
+    imagined = diagnosis.imagined_paths(all_made, made.kept, start[2].cpu())
     rows = {"real": held_out, **imagined.rows()}
     edge = diagnosis.edges(made.lengths, made.terminations)
     learnt = rows | {"edge": imagined.steps[edge], "other": imagined.steps[made.kept & ~edge]}
     learnt.pop("before_filters")
 
     parts: dict[str, Callable[[], Any]] = {
-        "held_out": lambda: _against_recorded(synthesizer, real, units, noise),
+        "held_out": lambda: _against_recorded(synthesizer, real, units, noise()),
         "forward_model": lambda: _against_forward_model(synthesizer.world_model, (real, imagined), units),
         "inverse_dynamics": lambda: diagnosis.action_errors(synthesizer.inverse_dynamics.cpu(), held_out),
         "return_response": lambda: {
@@ -102,6 +96,7 @@ def diagnose_run(
     if simulator is not None:
         parts["simulator"] = lambda: _against_simulator(simulator, (real, imagined), data, units)
     fidelity = described | {"rollouts": rollouts, "seed": seed, "held_out_segments": len(segments)}
+    fidelity["judges_itself"] = synthesizer.labels == "forward" or isinstance(synthesizer, EnsembleSynthesizer)
     fidelity["columns"] = diagnosis.column_names(data.observation_size, data.action_size)
     fidelity["fates"] = {fate: count / made.counts.total() for fate, count in made.counts.items()}
     with progress_bar("diagnosing", len(parts), visible=True) as bar:
@@ -153,11 +148,9 @@ def _against_forward_model(model: DiffusionWorldModel, groups: tuple[Paths, ...]
     if forward_model is None:
         return None
 
-    @torch.no_grad()
-    def predict(observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        observations, actions = observations.to(model.device), actions.to(model.device)
-        told = forward_model.predict(model.codec, observations, actions)
-        return told.next_observations.cpu(), told.rewards.cpu(), told.terminations.cpu()
+    def predict(observations: Tensor, actions: Tensor) -> ForwardPrediction:
+        told = forward_model.predict(model.codec, observations.to(model.device), actions.to(model.device))
+        return ForwardPrediction(*(part.cpu() for part in told))
 
     found: dict[str, Any] = {}
     for paths in groups:

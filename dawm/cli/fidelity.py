@@ -72,7 +72,7 @@ def _judges(fidelity: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
         yield f"one step of {name}, state set at each", simulator["one_step"]
         yield f"open loop in {name}, state set at the start", simulator["open_loop"]
     if fidelity["forward_model"] is not None:
-        yield "forward model, trained on the training episodes", fidelity["forward_model"]
+        yield "forward models, trained on the training episodes", fidelity["forward_model"]
     yield "recorded future, imagined from held-out starts", {"before_filters": fidelity["held_out"]["real"]}
 
 
@@ -108,6 +108,8 @@ def _row_figures(fidelity: Mapping[str, Any]) -> list[list[str]]:
         ["inferred actions, squared error", _figure(fidelity["inverse_dynamics"]["squared_error"]), "", ""],
         ["rows at an edge", _percent(edge["real_fraction"]), "", _percent(edge["fraction"])],
     ]
+    if fidelity["forward_model"] is not None:
+        rows.insert(0, row("forward models, disagreement", fidelity["forward_model"], "disagreement"))
     if targets is not None:
         of = {name: _figure(found["mean"]) for name, found in targets.items()}
         rows.append(["TD target, mean", of["real"], "", of["after_filters"]])
@@ -121,6 +123,8 @@ def _notes(fidelity: Mapping[str, Any]) -> list[str]:
     fates = ", ".join(f"{fate.replace('_', ' ')} {_percent(part)}" for fate, part in fidelity["fates"].items())
     notes = [f"imagined steps by fate: {fates}"]
     simulator = fidelity["simulator"]
+    if fidelity["judges_itself"]:
+        notes.append("the forward models made these steps, so they are no judge of them")
     if "left_out" in simulator:
         notes.append(f"no simulator: {simulator['left_out']}")
     else:
@@ -182,7 +186,10 @@ def _shown_steps(horizon: int) -> list[int]:
 
 
 def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
+    if value is None:
+        return ""
+    size = abs(value)
+    return f"{value:.3g}" if size >= 0.01 or size == 0 else f"{value:.2g}" if size >= 1e-3 else f"{value:.0e}"
 
 
 def _percent(fraction: float | None) -> str:

@@ -50,12 +50,8 @@ FEWEST = 256  # starts of a chunk: the last ones, which make up for dropped step
 
 
 def synthesize_dataset(
-    console: Console, run: Path, output: str, transitions: int = 1_000_000, target_return: TargetReturn | None = None,
-    guidance: float | None = None, margin: float | None = None, max_disagreement: float | None = None,
-    max_inconsistency: float | None = None, max_forward_disagreement: float | None = None,
-    labels: Labels | None = None, starts: RowWeights | None = None, first_action: FirstAction | None = None,
-    first_action_noise: float | None = None, num_steps: int | None = None, seed: int = 0, device: str = "auto",
-    overwrite: bool = False,
+    console: Console, run: Path, output: str, transitions: int = 1_000_000, seed: int = 0, overwrite: bool = False,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Write transitions imagined by a run's world model as a Minari data set.
 
@@ -68,33 +64,13 @@ def synthesize_dataset(
         run: Folder of the run (``output_dir`` of ``fit``).
         output: Minari id of the new data set, such as imagined/hopper/medium-v0.
         transitions: Transitions to write.
-        target_return: Which return-to-go the rollouts aim at; None keeps the run's.
-        guidance: Weight of classifier-free guidance; None keeps the run's.
-        margin: Imagined observations and rewards may lie outside the data's range by this fraction of the range; more
-            is dropped. None keeps the run's.
-        max_disagreement: Drop steps whose inferred actions disagree by more (standard deviation over the ensemble,
-            actions in [-1, 1]); None keeps the run's, 2 drops none.
-        max_inconsistency: Drop steps further from the forward models' prediction than this quantile of held-out real
-            ones; None keeps the run's.
-        max_forward_disagreement: Drop steps on which the forward models disagree more than on this quantile of held-out
-            real ones; None keeps the run's.
-        labels: Whose next observation, reward and termination a step gets, ``imagined`` or ``forward``; None keeps the
-            run's.
-        starts: How often rollouts start from each real row, by weight; None keeps the run's.
-        first_action: The ``recorded`` one, or that of the run's trained ``policy``; None keeps the run's.
-        first_action_noise: Standard deviation of the noise on the policy's actions; None keeps the run's.
-        num_steps: Steps of the sampler; None keeps the run's.
         seed: Seed of starts and noise; the same seed gives the same data.
-        device: Where to imagine: cpu, cuda, ...; auto takes a GPU if there is one.
         overwrite: Replace a data set of that id.
+        **options: How to imagine, as `load_synthesizer` takes it.
     """
     require("transitions", transitions, transitions >= 1, "at least 1")
     check_output(output, overwrite)
-    options = {"target_return": target_return, "guidance": guidance, "margin": margin, "labels": labels,
-               "max_disagreement": max_disagreement, "max_inconsistency": max_inconsistency,
-               "max_forward_disagreement": max_forward_disagreement, "starts": starts, "first_action": first_action,
-               "first_action_noise": first_action_noise}  # fmt: skip
-    data, synthesizer, described = load_synthesizer(expanded(run), options, num_steps, device)
+    data, synthesizer, described = load_synthesizer(expanded(run), **options)
     episodes, horizon = data.episodes, synthesizer.world_model.horizon
     others = [part.strip() for part in episodes.name.split("+")]
     require("output", output, output not in others, "another name than that of the data set the run learnt from")
@@ -118,19 +94,43 @@ def synthesize_dataset(
 
 
 def load_synthesizer(
-    run: Path, options: Mapping[str, Any], num_steps: int | None, device: str
-) -> tuple[TransitionDataModule, Synthesizer, dict[str, Any]]:
+    run: Path, target_return: TargetReturn | None = None, guidance: float | None = None, margin: float | None = None,
+    max_disagreement: float | None = None, max_inconsistency: float | None = None,
+    max_forward_disagreement: float | None = None, labels: Labels | None = None, starts: RowWeights | None = None,
+    first_action: FirstAction | None = None, first_action_noise: float | None = None, num_steps: int | None = None,
+    device: str = "auto",
+) -> tuple[TransitionDataModule, Synthesizer, dict[str, Any]]:  # fmt: skip
     """A finished run's data, what imagines as its agent saw it but for the options given, and all of it described.
 
-    ``options`` are arguments of `RegenerateRollouts`, None where the run's setting stays; ``num_steps`` is the
-    sampler's.
+    Args:
+        run: Folder of the run (``output_dir`` of ``fit``).
+        target_return: Which return-to-go the rollouts aim at; None keeps the run's.
+        guidance: Weight of classifier-free guidance; None keeps the run's.
+        margin: Imagined observations and rewards may lie outside the data's range by this fraction of the range; more
+            is dropped. None keeps the run's.
+        max_disagreement: Drop steps whose inferred actions disagree by more (standard deviation over the ensemble,
+            actions in [-1, 1]); None keeps the run's, 2 drops none.
+        max_inconsistency: Drop steps further from the forward models' prediction than this quantile of held-out real
+            ones; None keeps the run's.
+        max_forward_disagreement: Drop steps on which the forward models disagree more than on this quantile of held-out
+            real ones; None keeps the run's.
+        labels: Whose next observation, reward and termination a step gets, ``imagined`` or ``forward``; None keeps the
+            run's.
+        starts: How often rollouts start from each real row, by weight; None keeps the run's.
+        first_action: The ``recorded`` one, or that of the run's trained ``policy``; None keeps the run's.
+        first_action_noise: Standard deviation of the noise on the policy's actions; None keeps the run's.
+        num_steps: Steps of the sampler; None keeps the run's.
+        device: Where to imagine: cpu, cuda, ...; auto takes a GPU if there is one.
     """
-    for key, number, least in (("num_steps", num_steps, 1), ("margin", options.get("margin"), 0),
-                               ("first_action_noise", options.get("first_action_noise"), 0)):  # fmt: skip
-        require(key, number, number is None or number >= least, f"at least {least}")
-    for key in ("max_inconsistency", "max_forward_disagreement"):
-        quantile = options.get(key)
+    least = {"num_steps": (num_steps, 1), "margin": (margin, 0), "first_action_noise": (first_action_noise, 0)}
+    for key, (number, lowest) in least.items():
+        require(key, number, number is None or number >= lowest, f"at least {lowest}")
+    quantiles = {"max_inconsistency": max_inconsistency, "max_forward_disagreement": max_forward_disagreement}
+    for key, quantile in quantiles.items():
         require(key, quantile, quantile is None or 0 < quantile <= 1, "above 0 and at most 1")
+    options = {"target_return": target_return, "guidance": guidance, "margin": margin, "labels": labels,
+               "max_disagreement": max_disagreement, "starts": starts, "first_action": first_action,
+               "first_action_noise": first_action_noise, **quantiles}  # fmt: skip
     place = _device(device)
     stages = read_results(run)["stages"]
     data, callback, unchosen = _read_settings(run / "config.yaml")

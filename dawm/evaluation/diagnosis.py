@@ -17,6 +17,7 @@ from dawm.data.transitions import Segments, Transitions
 from dawm.evaluation.actions import play
 from dawm.evaluation.fidelity import ColumnDistances, Novelty, ReturnResponse, TransitionErrors
 from dawm.evaluation.simulator import Outcome, Simulator
+from dawm.forward_model import ForwardPrediction
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.nn.normalizer import Normalizer
 from dawm.synthesis.rollouts import Rollouts
@@ -46,13 +47,13 @@ class Paths:
         return {name: self.steps[mask] for name, mask in self.chosen.items()}
 
 
-def imagined_paths(rollouts: Rollouts, asked: Tensor) -> Paths:
-    """Rollouts ``before_filters`` (all finite steps up to the imagined end) and ``after_filters`` (those kept)."""
-    steps = rollouts.steps()
-    ended = rollouts.terminations.cumsum(dim=1) - rollouts.terminations > 0
-    finite = (rollouts.observations.isfinite().all(-1)[:, 1:] & rollouts.rewards.isfinite()).cumprod(dim=1).bool()
-    chosen = {"before_filters": finite & ~ended, "after_filters": rollouts.kept}
-    return Paths(rollouts.observations, steps, asked, chosen)
+def imagined_paths(rollouts: Rollouts, kept: Tensor, asked: Tensor) -> Paths:
+    """Unfiltered rollouts, and which of their steps the filters keep, shape (B, H).
+
+    ``before_filters`` are the finite steps up to the imagined end, ``after_filters`` those kept.
+    """
+    chosen = {"before_filters": rollouts.kept, "after_filters": kept}
+    return Paths(rollouts.observations, rollouts.steps(), asked, chosen)
 
 
 def real_paths(segments: Segments, ends_observed: bool) -> Paths:
@@ -214,16 +215,16 @@ def td_targets(agent: Any, groups: Mapping[str, Transitions], discount: float) -
     return found
 
 
-Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+def forward_errors(predict: Callable[[Tensor, Tensor], ForwardPrediction], paths: Paths, units: Units) -> Figures:
+    """`errors` against what forward models predict from each step's own observation and action.
 
-
-def forward_errors(predict: Predict, paths: Paths, units: Units) -> Figures:
-    """`errors` against what a forward model predicts from each step's own observation and action.
-
-    ``predict`` gives next observations, rewards and terminations, from shapes (M, O) and (M, A).
+    With their mean ``disagreement``. ``predict`` is asked with shapes (M, O) and (M, A).
     """
     steps = paths.steps
     predicted = predict(steps.observations.flatten(0, 1), steps.actions.flatten(0, 1))
-    following, rewards, ends = (part.unflatten(0, steps.rewards.shape) for part in predicted)
+    following, rewards, ends, disagreement = (part.unflatten(0, steps.rewards.shape) for part in predicted)
     told = replace(steps, next_observations=following, rewards=rewards, terminations=ends)
-    return errors(units, steps, told, paths.chosen)
+    found = errors(units, steps, told, paths.chosen)
+    for name, mask in paths.chosen.items():
+        found[name]["disagreement"] = disagreement[mask].mean()
+    return found

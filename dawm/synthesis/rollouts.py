@@ -8,8 +8,8 @@ Symbols: B starts, H horizon, O observation size, A action size, M steps kept.
 """
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -172,6 +172,10 @@ class Synthesizer:
         generator = torch.Generator(self.world_model.device).manual_seed(seed)
         start, x = self.draw(data, count, seed)
         return self.imagine(*start, generator, x)
+
+    def unfiltered(self) -> Self:
+        """The same without its filters: what is finite and not after an imagined end is kept."""
+        return replace(self, bounds=None, max_disagreement=None, max_inconsistency=None, max_forward_disagreement=None)
 
     @torch.no_grad()
     def imagine(

@@ -3,7 +3,10 @@
 import json
 import shutil
 
+import gymnasium as gym
 import pytest
+import yaml
+from gymnasium.envs.registration import EnvSpec
 
 from dawm.cli.main import main
 
@@ -49,3 +52,33 @@ def test_an_environment_that_cannot_judge(run, capsys):
     assert "--env_id: got 'Pendulum-v1' which is no MuJoCo" in capsys.readouterr().err
     assert main([*command, "--env_id", "HalfCheetah-v5"]) == 2
     assert "(11,) as in the data" in capsys.readouterr().err
+
+
+def test_without_a_settable_environment_the_rest_is_measured(run, capsys, monkeypatch):
+    def halved(**kwargs):
+        return gym.wrappers.TransformObservation(gym.make("Hopper-v5"), lambda observation: observation / 2, None)
+
+    monkeypatch.setitem(gym.registry, "Halved-v0", EnvSpec("Halved-v0", entry_point=halved))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["env_id"] = "Halved-v0"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["diagnose", "--run", str(run), "--rollouts", "20", "--margin", "10"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no simulator: got 'Halved-v0' whose observations do not hold its state" in printed
+    fidelity = json.loads((run / "fidelity.json").read_text())
+    assert "left_out" in fidelity["simulator"]
+    assert fidelity["forward_model"].keys() == GROUPS
+
+
+def test_filters_and_labels_are_judged_apart(run):
+    command = ["diagnose", "--run", str(run), "--rollouts", "60", "--margin", "10"]
+    assert main([*command, "--labels", "forward", "--max_inconsistency", "0.01"]) == 0
+    fidelity = json.loads((run / "fidelity.json").read_text())
+    errors, fates = fidelity["forward_model"], fidelity["fates"]
+    # the steps that the world model ended are neither made before the filters nor after them
+    made = 1 - fates["after_end"] - fates["non_finite"]
+    assert sum(errors["before_filters"]["count"]) == pytest.approx(60 * 3 * made)
+    assert sum(errors["after_filters"]["count"]) == pytest.approx(60 * 3 * fates["kept"])
+    assert fates["inconsistent"] > 0
+    assert fidelity["judges_itself"]
+    assert max(errors["after_filters"]["observation"]) < 1e-9 < max(errors["real"]["observation"])
