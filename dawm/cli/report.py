@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from dawm import __version__
 from dawm.cli.curves import draw_curves
+from dawm.cli.fidelity import fidelity_section
 from dawm.cli.html import write_report
 from dawm.data.episodes import Episodes
 from dawm.data.sources.scores import ReferenceScores
@@ -142,7 +143,10 @@ def write_files(output_dir: Path, results: Mapping[str, Any], settings: Mapping[
     write_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     write_whole(output_dir / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
     draw_curves(output_dir, results)
-    write_report(output_dir, results, settings, command, _rows(results))
+    measured = output_dir / "fidelity.json"  # by `diagnose`, of these stages if none was trained since
+    holds = measured.exists() and all(stage["reused"] for stage in results["stages"].values())
+    fidelity = fidelity_section(json.loads(measured.read_text())) if holds else ""
+    write_report(output_dir, results, settings, command, _rows(results), fidelity)
 
 
 def add_to_report(run: Path, results: Mapping[str, Any], fidelity: str) -> None:

@@ -44,6 +44,8 @@ def test_figures_table_and_report(run, capsys):
     assert json.loads((run / "results.json").read_text())["command"] in page.replace("&#x27;", "'")
     assert main(command) == 0
     assert json.loads((run / "fidelity.json").read_text()) == fidelity, "the same seed gives the same figures"
+    assert main(["fit", "--config", str(run / "config.yaml"), "--output_dir", str(run)]) == 0
+    assert "Fidelity of imagined data" in (run / "report.html").read_text(), "all stages are those it measured"
 
 
 def test_an_environment_that_cannot_judge(run, capsys):
