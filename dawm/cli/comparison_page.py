@@ -1,4 +1,4 @@
-"""A comparison of methods in the terminal, in ``table.md`` and ``table.csv``, and as ``page.html`` with pictures."""
+"""A comparison of methods in the terminal, as tables, as a picture, and as a page of both, ``page.html``."""
 
 import csv
 import html
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dawm.cli.comparison import NUMBERS, Comparison
-from dawm.cli.curves import svg
+from dawm.cli.curves import picture, svg
 from dawm.cli.html import figures, page, section, table
 from dawm.evaluation.statistics import mean_interval
 from dawm.files import write_whole
@@ -31,17 +31,20 @@ def show_comparison(console: Console, folder: Path, comparison: Comparison) -> N
         for row, following in zip(rows, [*rows[1:], rows[-1]]):
             printed.add_row(*map(escape, row), end_section=head[0] == "data set" and row[0] != following[0])
         console.print(printed)
-    files = f"page: {folder}/page.html (beside it table.md, table.csv, results/)"
+    files = f"page: {folder}/page.html (beside it table.md, table.csv, scores.png, results/)"
     console.print(f"{comparison.finished()}; {files}", soft_wrap=True, markup=False, highlight=False)
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> None:
-    """Writes ``table.md``, ``table.csv`` and ``page.html``."""
+    """Writes ``table.md``, ``table.csv``, ``scores.png`` and ``page.html``."""
     tables = comparison.tables()
     write_whole(folder / "table.md", "\n".join(markdown(*entry) for entry in tables))
     text = io.StringIO()
     csv.writer(text).writerows([NUMBERS, *comparison.numbers()])
     write_whole(folder / "table.csv", text.getvalue())
+    picture(
+        folder / "scores.png", [partial(_bars, comparison=comparison, dataset=name) for name in comparison.datasets]
+    )
     body = [section(title, table(rows, head)) for title, head, rows in tables]
     note = [section("Note", f"<p>{html.escape(comparison.note)}</p>")] if comparison.note else []
     reading = section("How to read it", f"<p>{html.escape(comparison.explanation())}</p>")
@@ -97,7 +100,7 @@ def _bars(axis: Any, comparison: Comparison, dataset: str) -> None:
     result = next(r for r in comparison.results if r["dataset"] == dataset)
     level = result["data"]["normalized_score" if result["unit"] == "score" else "return"]
     axis.axvline(level, color="grey", linestyle="--")
-    axis.set(title="at the end", xlabel=result["unit"])
+    axis.set(title=dataset, xlabel=result["unit"])
 
 
 def _curves(axis: Any, comparison: Comparison, dataset: str) -> None:

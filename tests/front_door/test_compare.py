@@ -61,9 +61,10 @@ def test_a_killed_comparison_goes_on_and_ends_with_the_table(grid, capsys):
     assert found["mixed"]["seconds"]["RegenerateRollouts"] > 0
     assert "Scores by data set" in capsys.readouterr().out
 
-    for name in ("table.md", "table.csv", "page.html"):
+    for name in ("table.md", "table.csv", "scores.png", "page.html"):
         (folder / name).unlink()
     assert main(["compare", "--output_dir", str(folder), "--show", "--note", "tuned on nothing"]) == 0
+    assert (folder / "scores.png").stat().st_size > 0
     page = (folder / "page.html").read_text()
     assert "tuned on nothing" in page
     assert "share one world model" in page

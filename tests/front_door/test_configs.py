@@ -8,6 +8,7 @@ import yaml
 from dawm.cli.main import main, make_parser
 
 FOLDER = Path(__file__).parents[2] / "lightning_configs"
+EVIDENCE = FOLDER.parent / "benchmarks" / "evidence"
 EXPERIMENTS = sorted(FOLDER.glob("*.yaml"))
 OVERLAYS = sorted(FOLDER.glob("methods/*.yaml"))
 COMBINATIONS = [(path, overlay) for path in EXPERIMENTS for overlay in (None, *OVERLAYS)]
@@ -27,6 +28,7 @@ def test_the_experiments_and_overlays_are_there():
     assert [path.stem for path in EXPERIMENTS] == ["d4rl-locomotion", "quickstart"]
     names = [
         "aw",
+        "dawm-plus-aw",
         "dawm-plus",
         "dawm",
         "dwm-paper",
@@ -62,6 +64,11 @@ def test_it_parses(combination):
                 assert {name: config.data[name] for name in value} == value
                 chosen = config.data.real_weights
                 assert str(chosen and chosen.class_path).split(".")[-1] == weights["class_path"]
+
+
+@pytest.mark.parametrize("path", sorted(EVIDENCE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_settings_of_the_evidence_parse(path):
+    make_parser().parse_args(["fit", *options(FOLDER / "d4rl-locomotion.yaml", path)])
 
 
 def test_the_quickstart_mixes():
