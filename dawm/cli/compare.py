@@ -43,7 +43,7 @@ LAYOUT = 2  # of a result; one of another layout is collected again from its run
 class Cell:
     """One ``fit`` of a comparison."""
 
-    method: str
+    method: str  # name of its config, or names joined by +
     dataset: str
     number: int  # of the cells of this method and data set; the seed of its data split and networks
     options: tuple[str, ...]  # of ``fit``
@@ -98,7 +98,7 @@ def make_compare_parser() -> Parser:
     parser = Parser(prog="python -m dawm compare", description="Train methods x data sets x seeds and compare them.")
     for name, about in (
         ("config", "configs of `fit`, given one after the other: what all methods share"),
-        ("methods", "config of each method, given after these; the first is the reference"),
+        ("methods", "config of each method, or several joined by +, given after these; the first is the reference"),
         ("datasets", "data sets, as in --data.dataset"),
     ):
         parser.add_argument(f"--{name}", nargs="+", type=str, help=about)
@@ -187,7 +187,8 @@ def _cells(options: Namespace, further: Sequence[str], folder: Path) -> list[Cel
     require("datasets", options.datasets, len(slugs) == len(options.datasets), "different names", "rename one")
     cells: list[Cell] = []
     for path, method in zip(options.methods, names):
-        shared = [part for config in (*options.config, path) for part in ("--config", str(expanded(config)))]
+        configs = *options.config, *path.split("+")
+        shared = [part for config in configs for part in ("--config", str(expanded(config)))]
         with as_user_error(f"methods: {path}"):
             plain = parse_fit([*shared, *further]).plain
         side_by_side = "seeds" in parameters_of(import_class(plain["agent"]["class_path"]))
@@ -250,8 +251,8 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, further
 
 
-def _name(path: str) -> str:
-    return Path(path).stem
+def _name(paths: str) -> str:
+    return "+".join(Path(path).stem for path in paths.split("+"))
 
 
 def _slug(dataset: str) -> str:

@@ -147,3 +147,19 @@ def test_an_array_job_of_slurm(grid, capsys, tmp_path, monkeypatch):
     for expected in ("submitted 2 cells as job 7", "2 cells are missing, and in SLURM's queue: 7_[0-1]"):
         assert main(["compare", *options, "--launcher", "slurm", "--agent.alpha", "2"]) == 0
         assert expected in capsys.readouterr().out
+
+
+def test_configs_joined_by_plus_are_one_method(grid, tmp_path, monkeypatch):
+    options, folder = grid
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "alpha.yaml").write_text("agent: {class_path: TD3BC, init_args: {alpha: 7.0}}\n")
+    mixed, alpha = str(tmp_path / "mixed.yaml"), str(tmp_path / "alpha.yaml")
+    joined = [f"{mixed}+{alpha}" if option == mixed else option for option in options]
+    assert main(["compare", *joined, "--launcher", "slurm"]) == 0
+    assert json.loads((folder / "compare.json").read_text())["methods"] == ["real", "mixed+alpha"]
+    keys = json.loads((folder / "compare.json").read_text())["keys"]
+    options = [*joined, "--agent.alpha", "7"]
+    assert main(["compare", *options, "--launcher", "slurm"]) == 0
+    after = json.loads((folder / "compare.json").read_text())["keys"]
+    changed = {name.partition("/")[0] for name in keys if keys[name] != after[name]}
+    assert changed == {"real"}, "the joined method had this alpha"
