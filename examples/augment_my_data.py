@@ -49,8 +49,8 @@ minari.create_dataset_from_buffers(
 data = TransitionDataModule("mine/hopper/first-v0")
 sizes = data.observation_size, data.action_size
 world_model, inverse_dynamics = DiffusionWorldModel(*sizes), InverseDynamics(*sizes)
-L.Trainer(max_steps=4000).fit(world_model, datamodule=data)
-L.Trainer(max_steps=3000).fit(inverse_dynamics, datamodule=data)
+L.Trainer(max_steps=2000).fit(world_model, datamodule=data)
+L.Trainer(max_steps=1500).fit(inverse_dynamics, datamodule=data)
 
 # They imagine 10,000 futures from random recorded starts, aimed a little above the recorded returns.
 synthesizer = Synthesizer(

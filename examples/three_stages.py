@@ -14,8 +14,8 @@ from dawm.world_model import DiffusionWorldModel
 data = TransitionDataModule("embedded/hopper/medium-replay", synthetic_fraction=0.5)
 sizes = data.observation_size, data.action_size
 world_model, inverse_dynamics, agent = DiffusionWorldModel(*sizes), InverseDynamics(*sizes), TD3BC(*sizes)
-L.Trainer(max_steps=4000).fit(world_model, datamodule=data)  # imagines observations and rewards
-L.Trainer(max_steps=3000).fit(inverse_dynamics, datamodule=data)  # infers the actions between them
+L.Trainer(max_steps=2000).fit(world_model, datamodule=data)  # imagines observations and rewards
+L.Trainer(max_steps=1500).fit(inverse_dynamics, datamodule=data)  # infers the actions between them
 rollouts = RegenerateRollouts(every_n_steps=1000)  # refills the synthetic half of the agent's batches
 rollouts.connect(world_model, inverse_dynamics)
 scores = EvaluateInEnvironment(every_n_steps=500, episodes=10)

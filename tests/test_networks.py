@@ -112,6 +112,9 @@ def test_compiled_networks_agree_with_autograd_in_double_precision(batch, sizes,
     found = [network(x), *torch.autograd.grad((network(x) * toward).sum(), (network.weights, x))]
     with torch.no_grad():
         assert torch.equal(network(x), found[0]), "with no gradient to come"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3 - threads)
+    again = [network(x), *torch.autograd.grad((network(x) * toward).sum(), (network.weights, x))]
+    assert all(torch.equal(one, other) for one, other in zip(found, again)), "whatever the number of threads"
     exact, x = network.double(), x.detach().double().requires_grad_()
     expected = [exact(x), *torch.autograd.grad((exact(x) * toward.double()).sum(), (exact.weights, x))]
     for one, other in zip(found, expected):

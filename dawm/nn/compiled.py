@@ -1,15 +1,15 @@
 """The networks' arithmetic compiled ahead of time (`mlp.c`), for float32 on processors with AVX-512.
 
 An MLP's layers, their gradients, bias, ReLU and layer norm as a few calls, instead of some twenty operations that each
-read and write whole matrices. Where it was not built, or does not apply, PyTorch computes the same; the choice depends
-on the installation and the processor alone, so that a run that is resumed rounds as before.
+read and write whole matrices. They run in as many threads as PyTorch's operations, and in the same ones: the library
+uses the OpenMP that PyTorch has loaded. Where it was not built, or does not apply, PyTorch computes the same. Which of
+the two depends on the installation and the processor alone, so that a run that is resumed rounds as before.
 
 Symbols: M networks, C inputs, B batch, P weights of a network.
 """
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -24,7 +24,6 @@ __all__ = ["CompiledMLP", "CompiledResidual", "Layout", "applies", "has_bf16", "
 
 _rounds = False  # whether matmuls round their factors to bfloat16
 
-FEWEST = 32  # rows of a residual MLP for a thread of its own
 PANEL = 48  # columns of a matrix that mlp.c packs at once
 NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 
@@ -61,8 +60,8 @@ def library() -> ctypes.CDLL | None:
     found.mlp_forward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p, p]
     found.mlp_backward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p, n, p, p, p, p]
     found.residual_saved.argtypes, found.residual_saved.restype = 5 * [n], n
-    found.residual_forward.argtypes = [*5 * [n], *7 * [p]]
-    found.residual_backward.argtypes = [*5 * [n], *8 * [p]]
+    found.residual_forward.argtypes = [*6 * [n], *7 * [p]]
+    found.residual_backward.argtypes = [*6 * [n], *8 * [p]]
     return found
 
 
@@ -107,21 +106,17 @@ class CompiledMLP(torch.autograd.Function):
         x, weights = x.contiguous(), weights if weights.stride(1) == 1 else weights.contiguous()
         count, batch = len(weights), x.shape[1]
         # without a gradient to come networks that follow each other use the same memory, which then stays in the cache
-        shared = not any(ctx.needs_input_grad) and torch.get_num_threads() == 1
+        shared = not any(ctx.needs_input_grad)
         saved = x.new_empty(1 if shared else count, batch * layout.saved)
         outputs = x.new_empty(count, batch, layout.out_size)
         ctx.save_for_backward(x, weights, saved)
         ctx.layout, ctx.plain, ctx.rounds = layout, plain, _rounds
-        before = count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(), weights.stride(0)
-        keep = 0 if shared else saved.stride(0)
-        call = library().mlp_forward  # type: ignore[union-attr]
-
-        def compute(first: int, stop: int) -> None:
-            panel, halves = _scratch(max(batch, layout.widest), ctx.rounds)
-            pointers = saved.data_ptr(), keep, outputs.data_ptr(), panel.data_ptr(), _address(halves)
-            call(first, stop, *before, *pointers)
-
-        _run(compute, *_bounds(count))
+        panel, halves = _scratch(max(batch, layout.widest), ctx.rounds)
+        library().mlp_forward(  # type: ignore[union-attr]
+            torch.get_num_threads(), count, count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(),
+            weights.stride(0), saved.data_ptr(), 0 if shared else saved.stride(0), outputs.data_ptr(), panel.data_ptr(),
+            _address(halves),
+        )  # fmt: skip
         return outputs
 
     @staticmethod
@@ -137,19 +132,13 @@ class CompiledMLP(torch.autograd.Function):
         gradient = gradient.contiguous()
         of_x = x.new_empty(count, *x.shape[1:]) if ctx.needs_input_grad[0] else None
         of_weights = weights.new_empty(weights.shape) if ctx.needs_input_grad[1] else None
-        call = library().mlp_backward  # type: ignore[union-attr]
-        arguments = (
-            count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(), weights.stride(0),
-            saved.data_ptr(), saved.stride(0), gradient.data_ptr(), _address(of_weights), weights.shape[1],
-            _address(of_x),
+        panel, halves = _scratch(max(batch, layout.widest), ctx.rounds)
+        between = x.new_empty(2 * batch * layout.widest)
+        library().mlp_backward(  # type: ignore[union-attr]
+            torch.get_num_threads(), count, count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(),
+            weights.stride(0), saved.data_ptr(), saved.stride(0), gradient.data_ptr(), _address(of_weights),
+            weights.shape[1], _address(of_x), panel.data_ptr(), _address(halves), between.data_ptr(),
         )  # fmt: skip
-
-        def compute(first: int, stop: int) -> None:
-            panel, halves = _scratch(max(batch, layout.widest), ctx.rounds)
-            between = x.new_empty(2 * batch * layout.widest)
-            call(first, stop, *arguments, panel.data_ptr(), _address(halves), between.data_ptr())
-
-        _run(compute, *_bounds(count))
         if of_x is not None and count > len(x):
             of_x = of_x.unflatten(0, (len(x), -1)).sum(dim=1)
         return of_x, of_weights, None, None
@@ -165,43 +154,32 @@ class CompiledResidual(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, features: Tensor, width: int, *parameters: Tensor) -> Tensor:
         """The network's answer."""
         x, features = x.contiguous(), features.contiguous()
-        sizes = x.shape[1], features.shape[1], width, (len(parameters) - 8) // 6
-        outputs, rows = torch.empty_like(x), [range(*pair) for pair in zip(*_bounds(len(x), FEWEST))]
-        call, size = library().residual_forward, library().residual_saved  # type: ignore[union-attr]
-        saved = [x.new_empty(size(len(part), *sizes)) for part in rows]
-        pointers, rounds, widest = _pointers(parameters), _rounds, max(2 * width, width + sizes[0], sizes[1])
-
-        def compute(part: range, keep: Tensor) -> None:
-            panel, halves = _scratch(max(len(part), widest), rounds)
-            of_part = (tensor[part.start].data_ptr() for tensor in (x, features))
-            call(len(part), *sizes, *of_part, pointers, keep.data_ptr(), outputs[part.start].data_ptr(),
-                 panel.data_ptr(), _address(halves))  # fmt: skip
-
-        _run(compute, rows, saved)
-        ctx.save_for_backward(features, *saved, *parameters)
-        ctx.sizes, ctx.rows, ctx.rounds, ctx.widest = sizes, rows, rounds, widest
+        sizes = len(x), x.shape[1], features.shape[1], width, (len(parameters) - 8) // 6
+        outputs, saved = torch.empty_like(x), x.new_empty(library().residual_saved(*sizes))  # type: ignore[union-attr]
+        ctx.save_for_backward(features, saved, *parameters)
+        ctx.sizes, ctx.rounds = sizes, _rounds
+        ctx.widest = max(len(x), 2 * width, width + x.shape[1], features.shape[1])
+        panel, halves = _scratch(ctx.widest, ctx.rounds)
+        library().residual_forward(  # type: ignore[union-attr]
+            torch.get_num_threads(), *sizes, x.data_ptr(), features.data_ptr(), _pointers(parameters), saved.data_ptr(),
+            outputs.data_ptr(), panel.data_ptr(), _address(halves),
+        )  # fmt: skip
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the parameters."""
-        (features, *rest), sizes, rounds, gradient = ctx.saved_tensors, ctx.sizes, ctx.rounds, gradient.contiguous()
-        saved, parameters = rest[: len(ctx.rows)], rest[len(ctx.rows) :]
-        call, pointers, width = library().residual_backward, _pointers(parameters), sizes[2]  # type: ignore[union-attr]
-        widest, found = ctx.widest, [[torch.empty_like(parameter) for parameter in parameters] for _ in ctx.rows]
-
-        def compute(part: range, keep: Tensor, gradients: Sequence[Tensor]) -> None:
-            panel, halves = _scratch(max(len(part), widest), rounds)
-            between = features.new_empty(len(part) * (6 * width + sizes[0]))
-            call(len(part), *sizes, features[part.start].data_ptr(), pointers, keep.data_ptr(),
-                 gradient[part.start].data_ptr(), _pointers(gradients), panel.data_ptr(), _address(halves),
-                 between.data_ptr())  # fmt: skip
-
-        _run(compute, ctx.rows, saved, found)
-        for other in found[1:]:
-            torch._foreach_add_(found[0], other)
-        return None, None, None, *found[0]
+        (features, saved, *parameters), gradient = ctx.saved_tensors, gradient.contiguous()
+        batch, size, _, width, _ = ctx.sizes
+        found = [torch.empty_like(parameter) for parameter in parameters]
+        panel, halves = _scratch(ctx.widest, ctx.rounds)
+        between = features.new_empty(batch * (6 * width + size))
+        library().residual_backward(  # type: ignore[union-attr]
+            torch.get_num_threads(), *ctx.sizes, features.data_ptr(), _pointers(parameters), saved.data_ptr(),
+            gradient.data_ptr(), _pointers(found), panel.data_ptr(), _address(halves), between.data_ptr(),
+        )  # fmt: skip
+        return None, None, None, *found
 
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
@@ -213,25 +191,6 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _scratch(size: int, rounds: bool) -> tuple[Tensor, Tensor | None]:
-    # aligned to 64 bytes, as all of PyTorch's memory
-    return torch.empty(PANEL * size), torch.empty((size + 1) // 2 * size) if rounds else None
-
-
-def _bounds(count: int, fewest: int = 1) -> tuple[list[int], list[int]]:
-    """Where consecutive parts of so many things begin and stop, one for each of PyTorch's threads, none too small."""
-    parts = min(torch.get_num_threads(), max(1, count // fewest))
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return bounds[:-1], bounds[1:]
-
-
-def _run(compute: Callable[..., None], *arguments: Sequence[Any]) -> None:
-    """Computes all parts, several at once in threads of their own; the library lets go of Python meanwhile."""
-    if len(arguments[0]) == 1:
-        compute(*(argument[0] for argument in arguments))
-    else:
-        list(_threads(len(arguments[0])).map(compute, *arguments))
-
-
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count)
+    # aligned to 64 bytes, as all of PyTorch's memory; a panel for each thread
+    panel = torch.empty(torch.get_num_threads() * PANEL * size)
+    return panel, torch.empty((size + 1) // 2 * size) if rounds else None

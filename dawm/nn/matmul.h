@@ -10,10 +10,13 @@
  * of P, packed side by side, with the whole sum held in registers. What follows a matmul (`Finish`) is applied to a tile
  * before it is stored, so that no matrix is read again for it.
  *
+ * Threads share the panels, and the rows of a norm; none shares a sum, so that results do not depend on their number.
+ *
  * With `half` the factors of all matmuls but the narrowest are rounded to bfloat16, two of which along the sum are
  * multiplied at once and added in single precision; a pair of them is kept as the bits of one float.
  */
 #include <immintrin.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -25,6 +28,9 @@
 #define ROWS 8    /* of a tile: 8 x 3 sums, which leaves registers for a row of the panel */
 
 typedef int64_t I;
+
+static _Thread_local int threads = 1; /* that share the loops marked PARALLEL; every call from Python sets it */
+#define PARALLEL _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
 
 typedef struct { /* what happens to a tile before it is stored, in this order; NULL for what does not */
     const float *bias;  /* (N,), added; the matrices below are as C */
@@ -80,12 +86,14 @@ INLINE __m512 one_below_other(const int half, const float *from, I width, I k, I
 static void halve(I height, I depth, const float *a, int columns, float *to) {
     const I pairs = (depth + 1) / 2;
     if (columns) {
+        PARALLEL
         for (I k = 0; k < pairs; k++)
             for (I i = 0; i < height; i += VECTOR) {
                 const __mmask16 in = height - i < VECTOR ? (1u << (height - i)) - 1 : 0xffff;
                 _mm512_mask_storeu_ps(to + k * height + i, in, one_below_other(1, a + i, height, k, depth, in));
             }
     } else {
+        PARALLEL
         for (I i = 0; i < height; i++)
             for (I k = 0; k < pairs; k += VECTOR) {
                 const __mmask16 in = pairs - k < VECTOR ? (1u << (pairs - k)) - 1 : 0xffff;
@@ -201,44 +209,54 @@ static void dot_products(I height, I width, I depth, const float *a, const float
         }
 }
 
-INLINE void panels(const int half, I height, I width, I depth, const float *a, int a_columns, const float *p,
-                   int transposed, float *c, Finish finish, float *panel) {
+/* columns of C from `column` on, as many as fit a panel; A lies in rows of `steps` numbers, or with `half` of pairs */
+INLINE void one_panel(const int half, I height, I width, I depth, const float *a, int a_columns, const float *p,
+                      int transposed, float *c, Finish finish, float *panel, I column) {
     const I steps = half ? (depth + 1) / 2 : depth;
-    for (I column = 0; column < width; column += VECTORS * VECTOR) {
-        const I left = width - column < VECTORS * VECTOR ? width - column : VECTORS * VECTOR;
-        const int vectors = (left + VECTOR - 1) / VECTOR;
-        const __mmask16 last = 0xffff >> (vectors * VECTOR - left);
-        const I step = vectors * VECTOR;
-        for (int j = 0; j < vectors; j++) {
-            const float *from = p + (column + j * VECTOR) * (transposed ? depth : 1);
-            if (transposed)
-                for (I k = 0; k < steps; k += 16)
-                    transpose(half, from + k * (1 + half), depth, left - j * VECTOR, depth - k * (1 + half),
-                              panel + k * step + j * VECTOR, step);
-            else
-                for (I k = 0; k < steps; k++)
-                    _mm512_store_ps(panel + k * step + j * VECTOR,
-                                    one_below_other(half, from, width, k, depth, j == vectors - 1 ? last : 0xffff));
-        }
+    const I left = width - column < VECTORS * VECTOR ? width - column : VECTORS * VECTOR;
+    const int vectors = (left + VECTOR - 1) / VECTOR;
+    const __mmask16 last = 0xffff >> (vectors * VECTOR - left);
+    const I step = vectors * VECTOR;
+    for (int j = 0; j < vectors; j++) {
+        const float *from = p + (column + j * VECTOR) * (transposed ? depth : 1);
+        if (transposed)
+            for (I k = 0; k < steps; k += 16)
+                transpose(half, from + k * (1 + half), depth, left - j * VECTOR, depth - k * (1 + half),
+                          panel + k * step + j * VECTOR, step);
+        else
+            for (I k = 0; k < steps; k++)
+                _mm512_store_ps(panel + k * step + j * VECTOR,
+                                one_below_other(half, from, width, k, depth, j == vectors - 1 ? last : 0xffff));
+    }
 #define TILES(v)                                                                                       \
     if (a_columns) tiles(half, v, 1, height, steps, a, height, panel, c, width, last, finish, column); \
     else tiles(half, v, 0, height, steps, a, steps, panel, c, width, last, finish, column)
-        if (vectors == 3) { TILES(3); }
-        else if (vectors == 2) { TILES(2); }
-        else { TILES(1); }
-    }
+    if (vectors == 3) { TILES(3); }
+    else if (vectors == 2) { TILES(2); }
+    else { TILES(1); }
 }
 
-/* C (height, width) = A P; P is (depth, width), or with `transposed` given as (width, depth). `a_columns` says that A is
- * given as (depth, height). `panel` holds 48 numbers for each of the sum, and with `half` behind `halves` A in pairs. */
-static __attribute__((noinline, noclone)) void matmul(I height, I width, I depth, const float *a, int a_columns, const float *p, int transposed, float *c,
-                    Finish finish, float *panel, float *halves) {
-    if (halves) {
-        halve(height, depth, a, a_columns, halves);
-        panels(1, height, width, depth, halves, a_columns, p, transposed, c, finish, panel);
-    } else {
-        panels(0, height, width, depth, a, a_columns, p, transposed, c, finish, panel);
+/* a function of its own for each precision, which threads call */
+#define ONE_PANEL(name, half)                                                                                             \
+    static __attribute__((noinline, noclone)) void name(I height, I width, I depth, const float *a, int a_columns,        \
+                                                        const float *p, int transposed, float *c, const Finish *finish,   \
+                                                        float *panel, I column) {                                         \
+        one_panel(half, height, width, depth, a, a_columns, p, transposed, c, *finish, panel, column);                    \
     }
+ONE_PANEL(single_panel, 0)
+ONE_PANEL(half_panel, 1)
+
+/* C (height, width) = A P; P is (depth, width), or with `transposed` given as (width, depth). `a_columns` says that A is
+ * given as (depth, height). `panel` holds 48 numbers for each of the sum and each thread, and `halves`, NULL in single
+ * precision, A in pairs. */
+static void matmul(I height, I width, I depth, const float *a, int a_columns, const float *p, int transposed, float *c,
+                   Finish finish, float *panel, float *halves) {
+    const I size = VECTORS * VECTOR * depth;
+    if (halves) halve(height, depth, a, a_columns, halves);
+    PARALLEL
+    for (I column = 0; column < width; column += VECTORS * VECTOR)
+        (halves ? half_panel : single_panel)(height, width, depth, halves ? halves : a, a_columns, p, transposed, c, &finish,
+                                             panel + omp_get_thread_num() * size, column);
 }
 
 /* sums over the rows of y (height, width), to (width,) */
@@ -298,22 +316,24 @@ INLINE void normalize_backward(const int rows, I n, const float *z, const float 
 
 static void norm_forward(int relu, I batch, I n, float *z, float *inverse, const float *scale, const float *shift,
                          float *h, I width) {
-    I i = 0;
-    for (; i + TOGETHER <= batch; i += TOGETHER)
+    const I whole = batch - batch % TOGETHER;
+    PARALLEL
+    for (I i = 0; i < whole; i += TOGETHER)
         normalize(relu, TOGETHER, n, z + i * n, inverse + i, scale, shift, h + i * width, width);
-    for (; i < batch; i++) normalize(relu, 1, n, z + i * n, inverse + i, scale, shift, h + i * width, width);
+    for (I i = whole; i < batch; i++) normalize(relu, 1, n, z + i * n, inverse + i, scale, shift, h + i * width, width);
 }
 
 static void norm_backward(I batch, I n, const float *z, const float *inverse, const float *scale, float *y,
                           float *scale_gradient, float *shift_gradient) {
-    I i = 0;
+    const I whole = batch - batch % TOGETHER;
     if (scale_gradient) {
         memset(scale_gradient, 0, n * sizeof(float)), memset(shift_gradient, 0, n * sizeof(float));
         for (I k = 0; k < batch; k++)
             for (I j = 0; j < n; j++)
                 scale_gradient[j] += y[k * n + j] * z[k * n + j], shift_gradient[j] += y[k * n + j];
     }
-    for (; i + TOGETHER <= batch; i += TOGETHER)
+    PARALLEL
+    for (I i = 0; i < whole; i += TOGETHER)
         normalize_backward(TOGETHER, n, z + i * n, inverse + i, scale, y + i * n);
-    for (; i < batch; i++) normalize_backward(1, n, z + i * n, inverse + i, scale, y + i * n);
+    for (I i = whole; i < batch; i++) normalize_backward(1, n, z + i * n, inverse + i, scale, y + i * n);
 }

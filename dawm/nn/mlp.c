@@ -69,23 +69,26 @@ static void backward(Shape shape, const float *x, const float *weights, const fl
     }
 }
 
-/* The networks from `first` to before `stop`, each input x serving `share` of them in a row. Networks lie the strides
- * apart; `saved_stride` 0 keeps nothing. `panel` is scratch, 48 numbers for each of the widest layer or of
- * the batch; `halves`, NULL in single precision, is scratch of half the square of that. */
-void mlp_forward(I first, I stop, I share, I layers, const I *sizes, I norm, I batch, const float *x,
-                 const float *weights, I weights_stride, float *saved, I saved_stride, float *out, float *panel, float *halves) {
+/* All networks, each input x serving `share` of them in a row. Networks lie the strides apart; `saved_stride` 0 keeps
+ * nothing. `panel` is scratch, for each thread 48 numbers for each of the widest layer or of the batch; `halves`, NULL in
+ * single precision, is scratch of half the square of that. */
+void mlp_forward(I parallel, I networks, I share, I layers, const I *sizes, I norm, I batch, const float *x,
+                 const float *weights, I weights_stride, float *saved, I saved_stride, float *out, float *panel,
+                 float *halves) {
     const Shape shape = {layers, norm, batch, sizes};
-    for (I m = first; m < stop; m++)
+    threads = parallel;
+    for (I m = 0; m < networks; m++)
         forward(shape, x + m / share * batch * sizes[0], weights + m * weights_stride, saved + m * saved_stride,
                 out + m * batch * sizes[layers], panel, halves);
 }
 
-void mlp_backward(I first, I stop, I share, I layers, const I *sizes, I norm, I batch, const float *x,
+void mlp_backward(I parallel, I networks, I share, I layers, const I *sizes, I norm, I batch, const float *x,
                   const float *weights, I weights_stride, const float *saved, I saved_stride, const float *y,
                   float *weight_gradient, I gradient_stride, float *x_gradient, float *panel, float *halves,
                   float *scratch) {
     const Shape shape = {layers, norm, batch, sizes};
-    for (I m = first; m < stop; m++)
+    threads = parallel;
+    for (I m = 0; m < networks; m++)
         backward(shape, x + m / share * batch * sizes[0], weights + m * weights_stride, saved + m * saved_stride,
                  y + m * batch * sizes[layers], weight_gradient ? weight_gradient + m * gradient_stride : 0,
                  x_gradient ? x_gradient + m * batch * sizes[0] : 0, panel, halves, scratch);

@@ -48,10 +48,11 @@ static void copy(I rows, I columns, const float *from, I from_width, float *to, 
             to[i * to_width + j] = from[i * from_width + j] + (add ? to[i * to_width + j] : 0);
 }
 
-void residual_forward(I batch, I in, I features, I width, I blocks, const float *x, const float *f,
+void residual_forward(I parallel, I batch, I in, I features, I width, I blocks, const float *x, const float *f,
                       const float *const *p, float *saved, float *y, float *panel, float *halves) {
     const Sizes s = {batch, in, features, width, blocks};
     const Start a = start_at(s, saved);
+    threads = parallel;
     matmul(batch, width, features, f, 0, p[0], 1, a.one, (Finish){.bias = p[1], .before = a.before1}, panel, halves);
     matmul(batch, width, width, a.one, 0, p[2], 1, a.e, (Finish){.bias = p[3], .before = a.before2}, panel, halves);
     copy(batch, in, x, in, a.joined, in + width, 0);
@@ -80,11 +81,12 @@ static void layer_gradients(I batch, I n, I k, const float *y, const float *inpu
 }
 
 /* Gradients `g` of all parameters, in their order, from that of the outputs `y`. `scratch` holds (B, 6 w + in). */
-void residual_backward(I batch, I in, I features, I width, I blocks, const float *f, const float *const *p,
+void residual_backward(I parallel, I batch, I in, I features, I width, I blocks, const float *f, const float *const *p,
                        float *saved, const float *y, float **g, float *panel, float *halves, float *scratch) {
     const Sizes s = {batch, in, features, width, blocks};
     const Start a = start_at(s, saved);
     const I n = batch * width;
+    threads = parallel;
     float *dh = scratch, *de = dh + n, *one = de + n, *two = one + n, *joined = two + n; /* the last one (2 w + in) */
     p += 6 + 6 * blocks, g += 6 + 6 * blocks;
     layer_gradients(batch, in, width, y, block_at(s, saved, blocks).h, g, panel, halves);
