@@ -1,6 +1,7 @@
-"""Updates per second of TD3+BC and IQL, drawing included: batch 256, two hidden layers of 256, one thread.
+"""Updates per second of TD3+BC and IQL, drawing included: batch 256, two hidden layers of 256, by default one thread.
 
     python -m benchmarks.agent_update                # some 10 minutes on one core
+    python -m benchmarks.agent_update --threads 2
     python -m benchmarks.agent_update --device cuda
 
 Each agent with and without layer norm in its critics. Contestants: compiled JAX, where installed (`jax_agents`, one
@@ -11,8 +12,8 @@ step. DAWM's matmuls are computed as its commands compute them; the plain loop i
 AMD processors with AVX-512 need.
 
 "bf16" rounds the factors of the MLPs' matmuls. "seeds" counts the updates of all agents trained side by side. Each
-round of the contestants in a Trainer starts a Trainer of its own, which takes some 30 ms. On a CPU the process is held
-on one core.
+round of the contestants in a Trainer starts a Trainer of its own, which takes some 30 ms. With one thread the process
+is held on one core.
 """
 
 import argparse
@@ -154,7 +155,7 @@ def contestants(
         found[f"DAWM, {seeds} seeds side by side"] = with_dawm_matmuls(ours(seeds))
     if device == "cpu" and has_bf16():
         found["DAWM in a loop, bf16"] = with_dawm_matmuls(ours(1, "bf16"))
-    if device == "cpu":
+    if device == "cpu" and torch.get_num_threads() == 1:
         found |= _jax(name, norm, buffer, updates, seeds)
     return found
 
@@ -202,14 +203,16 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seeds", type=int, default=5, help="agents of the contestant with several")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; JAX takes part with one alone")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning)
     tables: list = []
     headlines, against_jax = [], []
-    with tempfile.TemporaryDirectory() as folder, one_core() if options.device == "cpu" else nullcontext():
+    alone = options.device == "cpu" and options.threads == 1
+    with tempfile.TemporaryDirectory() as folder, one_core() if alone else nullcontext():
         for name, shape, norm in product(("TD3+BC", "IQL"), options.shapes, (False, True)):
             data = random_data(options.rows, *SHAPES[shape])
             entries = contestants(name, norm, data, options.updates, options.device, options.seeds, folder)
@@ -227,8 +230,10 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
         head = ["case", f"DAWM in its Trainer / {JAX}", f"{options.seeds} seeds side by side / {JAX}, one seed"]
         tables.insert(0, (f"DAWM against {JAX}", head, against_jax))
     command = f"python -m benchmarks.agent_update --updates {options.updates} --rounds {options.rounds}"
+    command += f" --threads {options.threads} --shapes {' '.join(options.shapes)} --device {options.device}"
     notes = "Contestants" + __doc__.split("Contestants", 1)[1].rstrip()
-    report("agent-update", f"{command} --device {options.device}", tables, notes)
+    name = "agent-update" if options.threads == 1 else f"agent-update-{options.threads}-threads"
+    report(name, command, tables, notes)
     return headlines
 
 
