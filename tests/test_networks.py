@@ -93,7 +93,7 @@ def test_networks_run_in_half_precision_under_autocast(layer_norm):
     assert network.weights.grad.isfinite().all()
 
 
-compiled_only = pytest.mark.skipif(compiled.library() is None, reason="needs the compiled networks")
+compiled_only = pytest.mark.skipif(compiled.library() is None, reason="dawm.nn._mlp was not built, or lacks AVX-512")
 
 
 @compiled_only
