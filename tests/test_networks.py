@@ -93,16 +93,34 @@ def test_networks_run_in_half_precision_under_autocast(layer_norm):
     assert network.weights.grad.isfinite().all()
 
 
-compiled_only = pytest.mark.skipif(compiled.library() is None, reason="dawm.nn._mlp was not built, or lacks AVX-512")
+compiled_only = pytest.mark.skipif(
+    compiled.library() is None, reason="dawm.nn was not compiled, or the processor has neither AVX-512 nor AVX2"
+)
+each_build = pytest.mark.parametrize("build", compiled.usable_builds())
 
 
 @compiled_only
+def test_the_best_build_that_the_processor_can_run_is_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "fma3": True})
+    assert compiled.usable_builds() == ["_avx2"]
+    assert not compiled.has_bf16()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(sum(compiled.BUILDS.values(), ()), True))
+    assert compiled.usable_builds() == ["_avx512", "_avx2"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert compiled.usable_builds() == []
+
+
+@each_build
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize(
     ("batch", "sizes"), [(256, (14, 256, 256, 1)), (37, (50, 33, 70, 9)), (1, (3, 4)), (5, (2, 16, 3))]
 )
-def test_compiled_networks_agree_with_autograd_in_double_precision(batch, sizes, layer_norm, threads, monkeypatch):
+def test_compiled_networks_agree_with_autograd_in_double_precision(
+    batch, sizes, layer_norm, threads, build, monkeypatch
+):
+    library = compiled.load(build)
+    monkeypatch.setattr(compiled, "library", lambda: library)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     network = BatchedMLP((3, 2), sizes[0], sizes[1:-1], sizes[-1], layer_norm=layer_norm)
@@ -160,12 +178,14 @@ def test_bf16_rounds_the_factors_of_matmuls_and_nothing_else(batch, ins, outs):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
 
 
-@compiled_only
+@each_build
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("batch", "sizes", "width", "depth"), [(130, (8, 13, 15), 256, 2), (70, (3, 5, 2), 33, 3)])
 def test_the_compiled_residual_mlp_agrees_with_autograd_in_double_precision(
-    batch, sizes, width, depth, threads, monkeypatch
+    batch, sizes, width, depth, threads, build, monkeypatch
 ):
+    library = compiled.load(build)
+    monkeypatch.setattr(compiled, "library", lambda: library)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     network, toward = ResidualMLP(*sizes, width=width, depth=depth), torch.randn(batch, *sizes[:2])

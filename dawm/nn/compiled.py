@@ -1,4 +1,4 @@
-"""The networks' arithmetic compiled ahead of time (`mlp.c`), for float32 on processors with AVX-512.
+"""The networks' arithmetic compiled ahead of time (`mlp.c`), for float32 on processors with AVX-512 or AVX2.
 
 An MLP's layers, their gradients, bias, ReLU and layer norm as a few calls, instead of some twenty operations that each
 read and write whole matrices. They run in as many threads as PyTorch's operations, and in the same ones: the library
@@ -24,8 +24,10 @@ __all__ = ["CompiledMLP", "CompiledResidual", "Layout", "applies", "has_bf16", "
 
 _rounds = False  # whether matmuls round their factors to bfloat16
 
-PANEL = 48  # columns of a matrix that mlp.c packs at once
-NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+PANEL = 48  # columns of a matrix that mlp.c packs at once, at most
+
+# the builds, best first, and what a processor needs to run them
+BUILDS = {"_avx512": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"), "_avx2": ("avx2", "fma3")}
 
 
 class Layout:
@@ -49,13 +51,19 @@ class Layout:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled half; None where it was not built or the processor lacks AVX-512."""
+    """The compiled half; None where it was not built, or the processor has neither AVX-512 nor AVX2."""
+    return next((load(build) for build in usable_builds()), None)
+
+
+def usable_builds() -> list[str]:
+    """Of the builds those that are installed and that this processor can run, best first."""
     processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    paths = (Path(__file__).with_name(f"_mlp{suffix}") for suffix in EXTENSION_SUFFIXES)
-    path = next((path for path in paths if path.exists()), None)
-    if path is None or not all(processor.get(name) for name in NEEDED):
-        return None
-    found = ctypes.CDLL(str(path))
+    return [build for build, needed in BUILDS.items() if _path(build) and all(map(processor.get, needed))]
+
+
+def load(build: str) -> ctypes.CDLL:
+    """One of the builds, ready to be called."""
+    found = ctypes.CDLL(str(_path(build)))
     n, p = ctypes.c_int64, ctypes.c_void_p
     found.mlp_forward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p, p]
     found.mlp_backward.argtypes = [n, n, n, n, p, n, n, p, p, n, p, n, p, p, n, p, p, p, p]
@@ -65,9 +73,14 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def _path(build: str) -> Path | None:
+    paths = (Path(__file__).with_name(build + suffix) for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
+
+
 def has_bf16() -> bool:
-    """Whether the compiled half is in use and the processor multiplies bfloat16."""
-    return library() is not None and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    """Whether the build in use is the one that multiplies bfloat16, and the processor does so, too."""
+    return "_avx512" in usable_builds() and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 @contextmanager

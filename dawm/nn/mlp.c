@@ -1,5 +1,5 @@
 /* Multi-layer perceptrons, forward and backward; `compiled.py` calls them. */
-#include "matmul.h"
+#include "norm.h"
 
 typedef struct { /* networks of equal shape; `sizes` are those of input, hidden layers and output */
     I layers, norm, batch;
@@ -70,7 +70,7 @@ static void backward(Shape shape, const float *x, const float *weights, const fl
 }
 
 /* All networks, each input x serving `share` of them in a row. Networks lie the strides apart; `saved_stride` 0 keeps
- * nothing. `panel` is scratch, for each thread 48 numbers for each of the widest layer or of the batch; `halves`, NULL in
+ * nothing. `panel` is scratch, for each thread PANEL numbers for each of the widest layer or of the batch; `halves`, NULL in
  * single precision, is scratch of half the square of that. */
 void mlp_forward(I parallel, I networks, I share, I layers, const I *sizes, I norm, I batch, const float *x,
                  const float *weights, I weights_stride, float *saved, I saved_stride, float *out, float *panel,

@@ -7,7 +7,7 @@
  * `p` are its parameters in the order of the module, of each layer the weight and then the bias, of a norm scale and
  * shift: those of W1, W2, W3, of each block the norm, Wi and Wo, and W.
  */
-#include "matmul.h"
+#include "norm.h"
 
 typedef struct { /* sizes of batch, x, f, w, and the number of blocks */
     I batch, in, features, width, blocks;
@@ -108,11 +108,8 @@ void residual_backward(I parallel, I batch, I in, I features, I width, I blocks,
     layer_gradients(batch, width, in + width, dh, a.joined, g + 4, panel, halves);
     matmul(batch, in + width, width, dh, 0, p[4], 0, joined, (Finish){0}, panel, halves);
     copy(batch, width, joined + in, in + width, de, width, 1);
-    for (I i = 0; i < n; i += VECTOR) {
-        const __mmask16 inside = n - i < VECTOR ? (1u << (n - i)) - 1 : 0xffff;
-        const __m512 d = silu_slope(_mm512_maskz_loadu_ps(inside, a.before2 + i));
-        _mm512_mask_storeu_ps(one + i, inside, _mm512_mul_ps(d, _mm512_maskz_loadu_ps(inside, de + i)));
-    }
+    for (I i = 0; i < n; i += VECTOR)
+        store(n - i, one + i, silu_slope(load(n - i, a.before2 + i)) * load(n - i, de + i));
     layer_gradients(batch, width, width, one, a.one, g + 2, panel, halves);
     matmul(batch, width, width, one, 0, p[2], 0, two, (Finish){.slope = a.before1}, panel, halves);
     layer_gradients(batch, width, features, two, f, g, panel, halves);
