@@ -48,7 +48,7 @@ class RegenerateRollouts(EveryNUpdates):
         every_n_steps: Updates between two refills; a multiple of the data's ``updates_per_step``.
         rollouts: Rollouts imagined per refill and rank, for each agent that has its own; each gives up to ``horizon``
             transitions.
-        starts: How often rollouts start from each real row, by weight; None draws uniformly.
+        starts: How often rollouts start from each real row; None as often as the agent draws it (`real_weights`).
         imagination: ``diffusion``: the world model draws futures and the inverse dynamics infers their actions.
             ``ensemble``: the policy acts at every step, with ``first_action: policy`` and its noise, and the forward
             models answer (`dawm.synthesis.ensemble`); target, guidance, labels and ``max_disagreement`` play no part.

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from dawm.callbacks import RegenerateRollouts
 from dawm.data.module import TransitionDataModule
+from dawm.data.weights import TopShare
 from dawm.errors import UserError
 from dawm.inverse_dynamics import InferredActions
 from dawm.synthesis.guards import DataStatistics
@@ -241,6 +242,17 @@ def test_starts_are_whole_real_rows_and_the_models_are_in_evaluation_mode(data):
     assert torch.equal(targets, data.returns_to_go[rows])  # by default each start's own
     assert guidance == 1.7
     assert not training
+
+
+@pytest.mark.parametrize("starts", [None, TopShare(1.0)])
+def test_starts_follow_the_weights_of_the_real_rows_unless_told_otherwise(dataset, starts):
+    data = TransitionDataModule(dataset, horizon=HORIZON, real_weights=TopShare(0.5))
+    callback = regenerate(rollouts=400, starts=starts)
+    imagine(callback, data)
+    rows = callback._models[0].asked[0][0][:, 0].long().unique()
+    wanted = (TopShare(0.5)(data.episodes) if starts is None else torch.ones(26)).nonzero()[:, 0]
+    assert rows.tolist() == wanted.tolist()
+    assert (len(rows) < 26) == (starts is None)
 
 
 def test_the_target_return_policy_is_asked(data):

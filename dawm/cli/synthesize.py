@@ -137,6 +137,8 @@ def load_synthesizer(
     chosen = {key: value for key, value in options.items() if value is not None}
     for key, value in chosen.items():
         setattr(callback, key, value)
+    if callback.noising is None and callback.starts is None:  # so it is described
+        callback.starts = data.real_weights
     models, hashes = _load_models(run, stages, data.episodes.fingerprint, place)
     callback.connect(**models)
     synthesizer = callback.synthesizer(data, DataStatistics.of(data.episodes))
@@ -164,16 +166,23 @@ def _read_settings(path: Path) -> tuple[TransitionDataModule, RegenerateRollouts
         callback, chosen_by = RegenerateRollouts(), "default"
         for entry in settings["stages"]["agent"]["callbacks"] or ():
             if issubclass(resolve_name(entry["class_path"]), RegenerateRollouts):
-                parser = ArgumentParser(exit_on_error=False)
-                parser.add_subclass_arguments(RegenerateRollouts, "callback")
-                callback, chosen_by = parser.instantiate(parser.parse_object({"callback": entry})).callback, "run"
-        # weights, which only the agent's batches are drawn by, are still a description here
-        return TransitionDataModule(**settings["data"] | {"real_weights": None}), callback, chosen_by
+                callback, chosen_by = _instantiated(RegenerateRollouts, entry), "run"
+        weights = _instantiated(RowWeights, settings["data"]["real_weights"])
+        return TransitionDataModule(**settings["data"] | {"real_weights": weights}), callback, chosen_by
     except UserError:
         raise
     except Exception as error:  # whatever YAML, imports and constructors raise
         found = f"{path}, which cannot be read ({first_line(error)})"
         raise UserError(f"--run: got {found}, expected a finished run's settings; run `fit` again") from error
+
+
+def _instantiated(base: type, described: Mapping[str, Any] | None) -> Any:
+    """The object that a config's ``class_path`` and ``init_args`` describe; None of None."""
+    if described is None:
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "part")
+    return parser.instantiate(parser.parse_object({"part": described})).part
 
 
 def _load_models(

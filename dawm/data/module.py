@@ -54,7 +54,7 @@ class TransitionDataModule(L.LightningDataModule):
         batch_size: Transitions per update and per rank (agent and inverse dynamics).
         segment_batch_size: Segments per update and per rank (world model).
         synthetic_fraction: Fraction of synthetic rows in an agent's batch, in [0, 1]. 0 trains on real data alone.
-        real_weights: How often each real row is drawn, for the agent alone; None draws uniformly.
+        real_weights: How often the agent draws each real row, and a rollout starts from it; None draws uniformly.
         termination_reward: Reward of rows that terminate, in place of their own, for the agent alone; None leaves it.
         episode_fraction: Fraction of the data set's episodes to use, for everything, in (0, 1]; ``seed`` draws them.
         updates_per_step: Batches drawn at once K. Saves Lightning's cost per step; results do not depend on it.

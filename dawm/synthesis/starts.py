@@ -44,7 +44,11 @@ class Starts:
         cls, data: TransitionDataModule, target_return: TargetReturn, weights: RowWeights | None = None,
         key: str = "starts",
     ) -> "Starts":  # fmt: skip
-        """Starts in the real rows that aim at a return fitted to the training episodes; ``key`` is for messages."""
+        """Starts in the real rows that aim at a return fitted to the training episodes; ``key`` is for messages.
+
+        Without ``weights`` each row is a start as often as the agent draws it, by the data's ``real_weights``.
+        """
+        weights = data.real_weights if weights is None else weights
         rows = data.episodes.sample_rows(data.training_episodes)
         target = target_return.fit(data.episodes.transitions[rows], data.returns_to_go[rows], data.seed)
         if weights is None:

@@ -28,7 +28,6 @@ def test_the_experiments_and_overlays_are_there():
     assert [path.stem for path in EXPERIMENTS] == ["d4rl-locomotion", "quickstart"]
     names = [
         "aw",
-        "dawm-plus-aw",
         "dawm-plus",
         "dawm",
         "dwm-paper",

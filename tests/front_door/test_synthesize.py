@@ -181,6 +181,20 @@ def test_by_default_it_makes_what_the_runs_agent_learnt_from(hopper, aiming_run,
     assert torch.equal(written.rewards[: len(refilled)], refilled.rewards)
 
 
+@pytest.mark.parametrize(("noising", "starts"), [(None, "TopShare"), (0.5, "None")])
+def test_starts_follow_the_weights_of_the_runs_real_rows(hopper, aiming_run, noising, starts):
+    """But for recorded segments that are noised, which have starts of their own."""
+    config = yaml.safe_load((aiming_run / "config.yaml").read_text())
+    config["data"]["real_weights"] = RELABELLED["starts"]
+    config["stages"]["agent"]["callbacks"][0]["init_args"]["noising"] = noising
+    (aiming_run / "config.yaml").write_text(yaml.safe_dump(config))
+    output = f"imagined/weighted-{starts.lower()}-v0"
+    synthesize_dataset(Console(quiet=True), aiming_run, output, transitions=20)
+    reported = local_datasets()[output]["synthesis"]
+    assert str(reported["starts"] and reported["starts"]["class_path"]).split(".")[-1] == starts
+    assert reported["chosen_by"]["starts"] == "run"
+
+
 def test_options_override_the_runs_settings_and_the_metadata_say_so(hopper, aiming_run, monkeypatch):
     """The folder may be given with ~ and variables."""
     monkeypatch.setenv("HOME", str(aiming_run.parent))
