@@ -107,3 +107,9 @@ def test_files_and_classes_stay_small(path):
         if isinstance(node, ast.ClassDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno + 1 <= 200, f"class {node.name}"
+
+
+def test_files_in_c_stay_small():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "dawm").rglob("*.[ch]")}
+    assert "vector.h" in lengths
+    assert max(lengths.values()) <= 300, lengths
