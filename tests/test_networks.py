@@ -93,13 +93,13 @@ def test_networks_run_in_half_precision_under_autocast(layer_norm):
     assert network.weights.grad.isfinite().all()
 
 
-compiled_only = pytest.mark.skipif(
-    compiled.library() is None, reason="dawm.nn was not compiled, or the processor has neither AVX-512 nor AVX2"
-)
-each_build = pytest.mark.parametrize("build", compiled.usable_builds())
+@pytest.fixture(params=compiled.usable_builds())
+def each_build(request, monkeypatch):
+    library = compiled.load(request.param)
+    monkeypatch.setattr(compiled, "library", lambda: library)
 
 
-@compiled_only
+@pytest.mark.skipif(not all(map(compiled._path, compiled.BUILDS)), reason="installed without a C compiler")
 def test_the_best_build_that_the_processor_can_run_is_chosen(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "fma3": True})
     assert compiled.usable_builds() == ["_avx2"]
@@ -110,17 +110,13 @@ def test_the_best_build_that_the_processor_can_run_is_chosen(monkeypatch):
     assert compiled.usable_builds() == []
 
 
-@each_build
+@pytest.mark.usefixtures("each_build")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize(
     ("batch", "sizes"), [(256, (14, 256, 256, 1)), (37, (50, 33, 70, 9)), (1, (3, 4)), (5, (2, 16, 3))]
 )
-def test_compiled_networks_agree_with_autograd_in_double_precision(
-    batch, sizes, layer_norm, threads, build, monkeypatch
-):
-    library = compiled.load(build)
-    monkeypatch.setattr(compiled, "library", lambda: library)
+def test_compiled_networks_agree_with_autograd_in_double_precision(batch, sizes, layer_norm, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     network = BatchedMLP((3, 2), sizes[0], sizes[1:-1], sizes[-1], layer_norm=layer_norm)
@@ -139,7 +135,7 @@ def test_compiled_networks_agree_with_autograd_in_double_precision(
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-6 * other.abs().max().item())
 
 
-@compiled_only
+@pytest.mark.usefixtures("each_build")
 def test_compiled_networks_pass_nan_on_and_have_second_derivatives():
     torch.manual_seed(0)
     network, x = BatchedMLP((), 4, (8, 8), 1, layer_norm=True), torch.randn(5, 4, requires_grad=True)
@@ -157,7 +153,6 @@ def test_compiled_networks_pass_nan_on_and_have_second_derivatives():
         assert network.weights.grad.isnan().any()
 
 
-@compiled_only
 @pytest.mark.skipif(not compiled.has_bf16(), reason="this processor lacks AVX512_BF16")
 @pytest.mark.parametrize(("batch", "ins", "outs"), [(256, 14, 256), (37, 51, 19), (9, 1, 33)])
 def test_bf16_rounds_the_factors_of_matmuls_and_nothing_else(batch, ins, outs):
@@ -178,14 +173,12 @@ def test_bf16_rounds_the_factors_of_matmuls_and_nothing_else(batch, ins, outs):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
 
 
-@each_build
+@pytest.mark.usefixtures("each_build")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("batch", "sizes", "width", "depth"), [(130, (8, 13, 15), 256, 2), (70, (3, 5, 2), 33, 3)])
 def test_the_compiled_residual_mlp_agrees_with_autograd_in_double_precision(
-    batch, sizes, width, depth, threads, build, monkeypatch
+    batch, sizes, width, depth, threads, monkeypatch
 ):
-    library = compiled.load(build)
-    monkeypatch.setattr(compiled, "library", lambda: library)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     network, toward = ResidualMLP(*sizes, width=width, depth=depth), torch.randn(batch, *sizes[:2])

@@ -59,9 +59,9 @@ def test_it_parses(combination):
                     if name in value.get("init_args", {}):
                         assert config[key].init_args[name] == value["init_args"][name]
             elif key == "data":
-                if "real_weights" in value:
-                    weights, chosen = value.pop("real_weights"), config.data.real_weights
-                    assert (chosen and chosen.class_path.split(".")[-1]) == (weights and weights["class_path"])
+                own = yaml.safe_load(combination[0].read_text())["data"].get("real_weights")  # the experiment's
+                weights, chosen = value.pop("real_weights", own), config.data.real_weights
+                assert (chosen and chosen.class_path.split(".")[-1]) == (weights and weights["class_path"])
                 assert {name: config.data[name] for name in value} == value
 
 
