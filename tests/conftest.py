@@ -26,6 +26,7 @@ TERMINATED = (True, False, True, False, False, True)
 def _isolated(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setenv("DAWM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of processes that a test starts, beside those of other tests
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

@@ -3,12 +3,10 @@
 import errno
 import json
 import os
-import resource
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 
@@ -32,20 +30,14 @@ def one_line(text: str) -> str:
     return lines[0]
 
 
-def limited(config: Path, size: int) -> subprocess.CompletedProcess:
+def limited(config: Path, folder: Path, size: int) -> subprocess.CompletedProcess:
     """`fit` where no file may grow beyond a size: a true failure of the write itself, also for root."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    command = [sys.executable, "-m", "dawm", "fit", "--config", str(config)]
-    return subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    return processes.run(["fit", "--config", str(config)], folder, limit=size)
 
 
 @pytest.mark.parametrize("size", [100, 1000, 20_000])  # the loggers' first files, TensorBoard's thread, a checkpoint
 def test_files_that_may_not_grow(smoke, tmp_path, size):
-    done = limited(smoke, size)
+    done = limited(smoke, tmp_path, size)
     assert done.returncode == 2
     assert str(tmp_path / "run") in one_line(done.stderr)
     assert "output_dir" in done.stderr
@@ -56,7 +48,7 @@ def test_what_was_there_stays_and_the_run_resumes_once_there_is_room(smoke, tmp_
     config = yaml.safe_load(smoke.read_text())
     config["agent"]["init_args"]["hidden"] = [300, 300]  # the agent's checkpoint alone is too large
     smoke.write_text(yaml.safe_dump(config))
-    done = limited(smoke, 3_000_000)
+    done = limited(smoke, tmp_path, 3_000_000)
     assert done.returncode == 2
     assert "/agent/" in one_line(done.stderr)
     before = checkpoints_and_results(tmp_path / "run")

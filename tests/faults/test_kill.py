@@ -6,15 +6,14 @@ kills.
 """
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import yaml
@@ -24,10 +23,9 @@ from dawm.cli.main import main
 STAGES = ("world_model", "inverse_dynamics", "agent")
 
 
-def start(config: Path, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "dawm", "fit", "--config", str(config), "--output_dir", str(folder)]
-    with (folder.parent / f"{folder.name}.txt").open("ab") as output:
-        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
+def start(config: Path, folder: Path) -> ForkServerProcess:
+    output = folder.parent / f"{folder.name}.txt"
+    return processes.start(["fit", "--config", str(config), "--output_dir", str(folder)], output, output)
 
 
 def begun(folder: Path, stage: str) -> bool:
@@ -43,11 +41,11 @@ def never_stopped(config: Path, folder: Path) -> dict[str, float]:
     seconds = {}
     process = start(config, folder)
     for key, stage in zip(("start", *STAGES), (*STAGES, None)):
-        while process.poll() is None and not (stage and begun(folder, stage)):
+        while process.is_alive() and not (stage and begun(folder, stage)):
             time.sleep(0.002)
         seconds[key] = time.monotonic() - before
         before = time.monotonic()
-    assert process.returncode == 0, (folder.parent / f"{folder.name}.txt").read_text()[-3000:]
+    assert process.exitcode == 0, (folder.parent / f"{folder.name}.txt").read_text()[-3000:]
     assert before - beginning < 100
     return seconds
 
@@ -58,14 +56,17 @@ def killed(config: Path, folder: Path, seconds: dict[str, float], seed: int) -> 
     for stage in STAGES:
         early = begun(folder, stage)  # a kill in an earlier stage's end: nothing to wait for but the start
         process = start(config, folder)
-        while process.poll() is None and not (early or begun(folder, stage)):
+        while process.is_alive() and not (early or begun(folder, stage)):
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.9 * seconds[stage] + early * seconds["start"]))
-        process.send_signal(signal.SIGKILL)
-        if process.wait() == -signal.SIGKILL:
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
             half = any(folder.glob("*/*/.*.partial"))
             hits.append(f"{stage}, writing a checkpoint" if half else stage)
-    assert start(config, folder).wait(timeout=100) == 0, (folder.parent / f"{folder.name}.txt").read_text()[-3000:]
+    process = start(config, folder)
+    process.join(100)
+    assert process.exitcode == 0, (folder.parent / f"{folder.name}.txt").read_text()[-3000:]
     return hits
 
 

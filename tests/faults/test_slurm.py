@@ -3,8 +3,8 @@
 import json
 import os
 import subprocess
-import sys
 
+import processes
 import torch
 import yaml
 
@@ -49,13 +49,13 @@ def test_the_requeue_signal_saves_requeues_and_the_same_command_goes_on(smoke, t
     log = tmp_path / "requeued"
 
     def run(folder: str) -> subprocess.CompletedProcess:
-        environment = os.environ | SLURM | {
+        environment = SLURM | {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "SCONTROL_LOG": str(log),
-            "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "dawm", "fit", "--config", str(smoke), "--output_dir", str(tmp_path / folder)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            "PYTHONPATH": str(tmp_path),
+        }
+        command = ["fit", "--config", str(smoke), "--output_dir", str(tmp_path / folder)]
+        return processes.run(command, tmp_path, environment)
 
     stopped = run("stopped")
     assert log.read_text() == "requeue 4711\n"

@@ -1,12 +1,11 @@
 """Signals, damaged checkpoints and numbers that are not finite."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import yaml
@@ -63,9 +62,9 @@ def test_a_signal_saves_first_and_the_run_resumes_as_if_nothing_had_been(smoke, 
     smoke.write_text(yaml.safe_dump(config))
 
     def run(folder: str) -> subprocess.CompletedProcess:
-        environment = os.environ | {"SIGNAL_MARKER": str(tmp_path / f"{folder}.sent"), "PYTHONPATH": str(tmp_path)}
-        command = [sys.executable, "-m", "dawm", "fit", "--config", str(smoke), "--output_dir", str(tmp_path / folder)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        environment = {"SIGNAL_MARKER": str(tmp_path / f"{folder}.sent"), "PYTHONPATH": str(tmp_path)}
+        command = ["fit", "--config", str(smoke), "--output_dir", str(tmp_path / folder)]
+        return processes.run(command, tmp_path, environment)
 
     stopped = run("stopped")
     assert stopped.returncode == 130

@@ -1,11 +1,10 @@
 """Agents and callbacks of a user's own, with arguments and state of every usual kind, train, save, load and resume."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 
@@ -137,10 +136,10 @@ def test_arguments_of_every_kind_are_saved_in_plain_forms(own, smoke):
 
 def test_a_callbacks_state_survives_a_kill(own, smoke):
     path = config_with(smoke, {"class_path": "TD3BC", "init_args": {"hidden": [16]}}, "own_callbacks.Best")
-    command = [sys.executable, "-m", "dawm", "fit", "--config", path, "--data.synthetic_fraction", "0"]
-    environment = os.environ | {"PYTHONPATH": f"{own}:{Path(__file__).parents[2]}"}
-    assert subprocess.run(command, env=environment | {"DIE": "1"}, capture_output=True).returncode == 9
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = ["fit", "--config", path, "--data.synthetic_fraction", "0"]
+    environment = {"PYTHONPATH": str(own)}
+    assert processes.run(command, own, environment | {"DIE": "1"}).returncode == 9
+    done = processes.run(command, own, environment)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
 
