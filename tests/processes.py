@@ -22,6 +22,7 @@ CONTEXT.set_forkserver_preload(["dawm.cli.main"])
 
 def _become(arguments: Sequence[str], environment: Mapping[str, str], stdout: Path, stderr: Path, limit: int | None):
     """Runs the command in this process, as a shell would start it."""
+    os.setsid()  # a group of its own, as from a shell
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))

@@ -139,7 +139,7 @@ class _Nothing(L.Callback):
     """Stands for the writing of checkpoints."""
 
 
-@pytest.mark.parametrize("tries", [100, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("tries", [60, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 @pytest.mark.filterwarnings("ignore")
 def test_wrong_configs_end_in_one_line(no_training, tmp_path, capsys, tries):
     rng = random.Random(tries)

@@ -54,7 +54,6 @@ def lives(pid: int) -> bool:
     ("launcher", "rank", "how", "busy"),
     [
         (LIGHTNING, 0, "kill", True),
-        (LIGHTNING, 1, "raise", False),
         (TORCHRUN, 1, "raise", False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
@@ -62,6 +61,7 @@ def lives(pid: int) -> bool:
                 (LIGHTNING, 0, "mistake", True),
                 (LIGHTNING, 0, "raise", False),
                 (LIGHTNING, 1, "mistake", True),
+                (LIGHTNING, 1, "raise", False),
                 (LIGHTNING, 1, "kill", True),
                 (TORCHRUN, 0, "kill", True),
                 (TORCHRUN, 0, "mistake", False),

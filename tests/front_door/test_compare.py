@@ -4,10 +4,10 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
+import processes
 import pytest
 import yaml
 from rich.console import Console
@@ -34,19 +34,19 @@ def results(folder):
     return {path.parts[-3]: json.loads(path.read_text()) for path in folder.glob("results/*/*/*.json")}
 
 
-def test_a_killed_comparison_goes_on_and_ends_with_the_table(grid, capsys):
+def test_a_killed_comparison_goes_on_and_ends_with_the_table(grid, tmp_path, capsys):
     options, folder = grid
-    command = [sys.executable, "-m", "dawm", "compare", *options, "--seeds", "2", "--workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    command = ["compare", *options, "--seeds", "2", "--workers", "1"]
+    process = processes.start(command, tmp_path / "output", tmp_path / "output")
     deadline = time.monotonic() + 100
     while not results(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
+    process.join()
     assert set(results(folder)) == {"mixed"}, "the longer one comes first"
     before = next(folder.glob("results/mixed/*/0.json")).stat().st_mtime_ns
 
-    assert main(["compare", *options, "--seeds", "2", "--workers", "1"]) == 0
+    assert main(command) == 0
     assert next(folder.glob("results/mixed/*/0.json")).stat().st_mtime_ns == before, "a finished cell stays"
     found = results(folder)
     assert set(found) == {"real", "mixed"}

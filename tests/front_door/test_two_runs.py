@@ -1,12 +1,12 @@
 """Two runs never write over each other: the second of one folder waits or is refused, and so is a stray group."""
 
 import json
-import multiprocessing
 import os
 import threading
 import time
 
 import pytest
+from processes import CONTEXT
 
 from dawm.cli.main import main
 from dawm.errors import UserError
@@ -22,7 +22,7 @@ def hold(folder, seconds):
 @pytest.fixture
 def holder(tmp_path):
     """Another process that trains in the folder."""
-    process = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path, 60))
+    process = CONTEXT.Process(target=hold, args=(tmp_path, 60))
     process.start()
     while not (tmp_path / "held").exists():
         time.sleep(0.05)
@@ -42,7 +42,7 @@ def test_a_second_fit_in_the_folder_names_the_process_that_has_it(holder, smoke,
 
 
 def test_waiting_takes_the_folder_over(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path, 1))
+    process = CONTEXT.Process(target=hold, args=(tmp_path, 1))
     process.start()
     while not (tmp_path / "held").exists():
         time.sleep(0.05)
