@@ -63,13 +63,11 @@ def diagnose_run(
     held_out = _joined(data.validation_transition_loader())
     start, x = synthesizer.draw(data, rollouts, derive_seed(seed, "diagnose", "starts"))
 
-    def noise() -> torch.Generator:
-        return torch.Generator(synthesizer.world_model.device).manual_seed(derive_seed(seed, "diagnose", "noise"))
-
+    noise = torch.Generator(synthesizer.world_model.device).manual_seed(derive_seed(seed, "diagnose", "noise"))
     with console.status("imagining"):
-        made = synthesizer.imagine(*start, noise(), x).cpu()
-        made.require_some("margin")
-        all_made = synthesizer.unfiltered().imagine(*start, noise(), x).cpu()  # the same noise, so the same futures
+        drawn = synthesizer.ask(*start, noise, x)
+    made, all_made = synthesizer.judge(drawn).cpu(), synthesizer.unfiltered().judge(drawn).cpu()
+    made.require_some("margin")
     imagined = diagnosis.imagined_paths(all_made, made.kept, start[2].cpu())
     rows = {"real": held_out, **imagined.rows()}
     edge = diagnosis.edges(made.lengths, made.terminations)
@@ -77,7 +75,7 @@ def diagnose_run(
     learnt.pop("before_filters")
 
     parts: dict[str, Callable[[], Any]] = {
-        "held_out": lambda: _against_recorded(synthesizer, real, units, noise()),
+        "held_out": lambda: _against_recorded(synthesizer, real, units, noise),
         "forward_model": lambda: _against_forward_model(synthesizer.world_model, (real, imagined), units),
         "inverse_dynamics": lambda: diagnosis.action_errors(synthesizer.inverse_dynamics.cpu(), held_out),
         "return_response": lambda: {

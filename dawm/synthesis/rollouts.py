@@ -177,7 +177,6 @@ class Synthesizer:
         """The same without its filters: what is finite and not after an imagined end is kept."""
         return replace(self, bounds=None, max_disagreement=None, max_inconsistency=None, max_forward_disagreement=None)
 
-    @torch.no_grad()
     def imagine(
         self,
         observations: Tensor,
@@ -190,10 +189,25 @@ class Synthesizer:
 
         Or from encoded segments ``x``, shape (B, H, D), of these starts.
         """
+        return self.judge(self.ask(observations, actions, returns_to_go, generator, x))
+
+    @torch.no_grad()
+    def ask(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        generator: torch.Generator | None = None,
+        x: Tensor | None = None,
+    ) -> Drawn:
+        """What the models say of these rollouts, the arguments being those of `imagine`."""
         given = (observations, actions, returns_to_go, *(() if x is None else (x,)))
         chunks = zip(*(part.to(self.world_model.device).split(CHUNK) for part in given))
         parts = [self._draw(generator, *chunk) for chunk in chunks]
-        drawn = Drawn(*(torch.cat(part) for part in zip(*parts)))
+        return Drawn(*(torch.cat(part) for part in zip(*parts)))
+
+    def judge(self, drawn: Drawn) -> Rollouts:
+        """The rollouts, as far as the filters keep them."""
         following, rewards, ends = drawn.next_observations, drawn.rewards, drawn.ends
         after, over = drawn.path[:, 1:], ((ends > 0.5) | (drawn.imagined_ends > 0.5)).float()
 
