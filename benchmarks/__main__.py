@@ -4,7 +4,7 @@
     python -m benchmarks --run runs/quickstart       # with the quality of the samplers
     python -m benchmarks --quick                     # whether they run: figures of no use
 
-`data_scale` and `long_run`, which take long and much disk, run only alone.
+`data_scale` and `long_run`, which take long and much disk, and `memory`, which starts many processes, run only alone.
 """
 
 import argparse

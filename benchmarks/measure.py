@@ -21,6 +21,7 @@ from rich.table import Table
 
 from dawm.cli.comparison_page import markdown
 from dawm.nn.matmul import prefer_onednn
+from dawm.nn.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "numpy", "gymnasium", "torchrl", "d3rlpy", "jax")
@@ -41,8 +42,10 @@ class Rates:
 def interleave(contestants: Mapping[str, Callable[[], int]], rounds: int) -> list[Rates]:
     """Rates of all contestants; each call does some work and answers how many units it was.
 
-    One call each warms up; every other round goes through the contestants backwards.
+    One call each warms up; every other round goes through the contestants backwards. The process keeps freed memory as
+    DAWM's commands do, for all of them.
     """
+    keep_freed_memory()
     for work in contestants.values():
         work()
     rates: dict[str, list[float]] = {name: [] for name in contestants}

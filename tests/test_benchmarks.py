@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import end_to_end, measure
+from benchmarks import end_to_end, measure, memory
 from benchmarks.agent_update import random_data
 from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
 from dawm.agents import IQL, TD3BC
+from dawm.synthesis import rollouts
 
 
 def test_every_benchmark_runs_and_writes_its_results(tmp_path, monkeypatch, capsys):
@@ -25,6 +26,16 @@ def test_every_benchmark_runs_and_writes_its_results(tmp_path, monkeypatch, caps
     assert "x plain PyTorch" in " ".join(capsys.readouterr().out.split()).replace(" loop", "")
     written = {path.name.split("-xeon")[0].rsplit("-", 4)[0] for path in tmp_path.glob("*.md")}
     assert len(written) == 6
+
+
+@pytest.mark.parametrize("name", memory.WORK)
+def test_what_the_memory_benchmark_measures(name, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "STARTS", 32)
+    monkeypatch.setattr(rollouts, "CHUNK_ON_CPU", rollouts.CHUNK_ON_CPU)  # so that it comes back
+    memory.measured(name, keep=False, seconds=0.001)
+    rate, pages = map(float, capsys.readouterr().out.split())
+    assert rate > 0
+    assert pages >= 0
 
 
 def test_ratios_are_of_medians():
@@ -121,6 +132,7 @@ import jax
 import jax.numpy as jnp
 from benchmarks.agent_update import random_data
 from dawm.agents import IQL, TD3BC
+from dawm.synthesis import rollouts
 
 jax.config.update("jax_enable_x64", True)
 data = random_data(2000, 5, 2)._apply(torch.Tensor.double)

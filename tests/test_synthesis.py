@@ -177,7 +177,7 @@ def test_every_step_is_counted_once_under_the_first_reason():
 def test_chunks_change_neither_steps_nor_counts(count, monkeypatch):
     """Without noise, any chunking gives the same; the chunks share one generator, so with noise only equal sizes do."""
     whole = run(Counting(terminations={(0, 2): 1.0}), count)
-    monkeypatch.setattr(synthesis, "CHUNK", 3)
+    monkeypatch.setattr(synthesis, "CHUNK_ON_CPU", 3)
     world_model = Counting()
     chunked = run(world_model, count)
     assert [len(asked[0]) for asked in world_model.asked] == {1: [1], 6: [3, 3], 7: [3, 3, 1]}[count]

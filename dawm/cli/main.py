@@ -23,6 +23,7 @@ from dawm.cli.settings import make_fit_parser
 from dawm.cli.synthesize import synthesize_dataset
 from dawm.errors import UserError
 from dawm.nn.matmul import prefer_onednn
+from dawm.nn.memory import keep_freed_memory
 from dawm.training.ranks import is_lost_connection
 from dawm.training.save_checkpoint import Interrupted
 
@@ -34,6 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else list(args)
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     prefer_onednn()
+    keep_freed_memory()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=False)
     try:
         if args[:1] == ["fit"] and not {"-h", "--help"} & set(args):

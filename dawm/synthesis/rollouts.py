@@ -31,6 +31,7 @@ Labels = Literal["imagined", "forward"]
 """Who says what a step leads to: the world model, or the forward models."""
 
 CHUNK = 4096  # starts imagined at once: bounds the memory, and is past the point where larger is faster
+CHUNK_ON_CPU = 512  # there the activations of so many stay in the caches, and below what malloc fetches anew each time
 
 
 class Rollouts(NamedTuple):
@@ -201,8 +202,9 @@ class Synthesizer:
         x: Tensor | None = None,
     ) -> Drawn:
         """What the models say of these rollouts, the arguments being those of `imagine`."""
-        given = (observations, actions, returns_to_go, *(() if x is None else (x,)))
-        chunks = zip(*(part.to(self.world_model.device).split(CHUNK) for part in given))
+        given, device = (observations, actions, returns_to_go, *(() if x is None else (x,))), self.world_model.device
+        size = CHUNK_ON_CPU if device.type == "cpu" else CHUNK
+        chunks = zip(*(part.to(device).split(size) for part in given))
         parts = [self._draw(generator, *chunk) for chunk in chunks]
         return Drawn(*(torch.cat(part) for part in zip(*parts)))
 
