@@ -100,7 +100,7 @@ def _bars(axis: Any, comparison: Comparison, dataset: str) -> None:
     result = next(r for r in comparison.results if r["dataset"] == dataset)
     level = result["data"]["normalized_score" if result["unit"] == "score" else "return"]
     axis.axvline(level, color="grey", linestyle="--")
-    axis.set(title=dataset, xlabel=result["unit"])
+    axis.set(title=dataset.replace("+", "\n+ "), xlabel=result["unit"])
 
 
 def _curves(axis: Any, comparison: Comparison, dataset: str) -> None:
