@@ -32,7 +32,8 @@ def imagined(count: int, horizon: int) -> Callable[[], int]:
     observations, actions, returns = torch.randn(starts, OBSERVATIONS), torch.rand(starts, ACTIONS), torch.randn(starts)
 
     def work() -> int:
-        synthesizer.imagine(observations, actions, returns, torch.Generator().manual_seed(0)).transitions()
+        futures = synthesizer.imagine(observations, actions, returns, torch.Generator().manual_seed(0))
+        synthesizer.judge(futures).transitions()
         return starts * horizon
 
     return work

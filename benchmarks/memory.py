@@ -10,7 +10,6 @@ those that the system fetched and cleared for each update, or for 1,000 transiti
 
 import argparse
 import functools
-import os
 import resource
 import statistics
 import subprocess
@@ -22,9 +21,9 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks.agent_update import random_data
-from benchmarks.measure import report
+from benchmarks.measure import Rates, report, rows
+from benchmarks.world_model_step import random_segments
 from dawm.agents import IQL, TD3BC
-from dawm.data.transitions import Segments
 from dawm.diffusion.denoisers import ResidualMLP
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.nn.matmul import prefer_onednn
@@ -56,14 +55,7 @@ def updates_of_agent(kind: type) -> tuple[Callable[[], object], float]:
 
 def updates_of_world_model(batch: int = 256) -> tuple[Callable[[], object], float]:
     model = world_model()
-    segments = Segments(
-        observations=torch.randn(batch, HORIZON + 1, OBSERVATIONS),
-        actions=torch.rand(batch, HORIZON, ACTIONS) * 2 - 1,
-        rewards=torch.randn(batch, HORIZON),
-        terminations=torch.zeros(batch, HORIZON),
-        returns_to_go=torch.randn(batch),
-        valid=torch.ones(batch, HORIZON),
-    )
+    segments = random_segments(batch, HORIZON, OBSERVATIONS, ACTIONS)
     return lambda: model.update(segments), 1
 
 
@@ -72,7 +64,7 @@ def imagining(chunk: int) -> tuple[Callable[[], object], float]:
     inverse_dynamics = InverseDynamics(OBSERVATIONS, ACTIONS, hidden=(256, 256), members=3).eval()
     synthesizer = Synthesizer(world_model().eval(), inverse_dynamics, labels="forward")
     start = torch.randn(STARTS, OBSERVATIONS), torch.rand(STARTS, ACTIONS) * 2 - 1, torch.randn(STARTS)
-    return lambda: synthesizer.ask(*start), STARTS * HORIZON / 1000
+    return lambda: synthesizer.imagine(*start), STARTS * HORIZON / 1000
 
 
 WORK: dict[str, Callable[[], tuple[Callable[[], object], float]]] = {
@@ -116,24 +108,23 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     for index in range(options.rounds):
         for name, way in list(found)[:: -1 if index % 2 else 1]:
             command = [sys.executable, "-m", "benchmarks.memory", "--seconds", str(options.seconds), "--one", name, way]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             rate, pages = map(float, printed.split())
             found[name, way].append((rate, pages))
-    rates = {key: [rate for rate, _ in values] for key, values in found.items()}
-    medians = {key: statistics.median(values) for key, values in rates.items()}
-    body = []
-    for name, way in found:
-        pages = statistics.median(count for _, count in found[name, way])
-        row = [name, way, f"{medians[name, way]:,.1f}", f"{min(rates[name, way]):,.1f} to {max(rates[name, way]):,.1f}"]
-        body.append([*row, f"{pages:,.0f}", f"{medians[name, way] / medians[name, DEFAULT]:.2f}"])
-    header = ["what", "freed memory", "a second, median", "min to max", "pages", f"x {DEFAULT}"]
+    tables, body = {}, []
+    for name in WORK:
+        tables[name] = [Rates(way, [rate for rate, _ in found[name, way]]) for way in WAYS]
+        for row in rows(tables[name], [DEFAULT]):
+            pages = statistics.median(count for _, count in found[name, row[0]])
+            body.append([name, *row, f"{pages:,.0f}"])
+    header = ["what", "freed memory", "a second, median", "min to max", f"x {DEFAULT}", "pages"]
     command = f"python -m benchmarks.memory --rounds {options.rounds} --seconds {options.seconds:g}"
     report(
         "memory", command, [("Freed memory", header, body)], "Contestants" + __doc__.split("Contestants", 1)[1].rstrip()
     )
     *_, many, few = WORK
-    return [(f"{few}, freed memory kept, x {many}, {DEFAULT}", f"{medians[few, KEPT] / medians[many, DEFAULT]:.2f}")]
+    gain = tables[few][1].median / tables[many][0].median
+    return [(f"{few}, freed memory kept, x {many}, {DEFAULT}", f"{gain:.2f}")]
 
 
 if __name__ == "__main__":

@@ -31,17 +31,21 @@ NETWORKS: dict[str, Callable[..., Denoiser]] = {
 }
 
 
-def ours(network: Callable[..., Denoiser], horizon: int, batch: int, updates: int = 4) -> Callable[[], int]:
-    model = DiffusionWorldModel(OBSERVATIONS, ACTIONS, horizon, network=network, forward_members=0)
-    model.trainer = L.Trainer(max_steps=100_000, accelerator="cpu", logger=False, enable_checkpointing=False)
-    segments = Segments(
-        torch.randn(batch, horizon + 1, OBSERVATIONS),
-        torch.rand(batch, horizon, ACTIONS) * 2 - 1,
+def random_segments(batch: int, horizon: int, observations: int = OBSERVATIONS, actions: int = ACTIONS) -> Segments:
+    return Segments(
+        torch.randn(batch, horizon + 1, observations),
+        torch.rand(batch, horizon, actions) * 2 - 1,
         torch.randn(batch, horizon),
         torch.zeros(batch, horizon),
         torch.ones(batch, horizon),
         torch.randn(batch),
     )
+
+
+def ours(network: Callable[..., Denoiser], horizon: int, batch: int, updates: int = 4) -> Callable[[], int]:
+    model = DiffusionWorldModel(OBSERVATIONS, ACTIONS, horizon, network=network, forward_members=0)
+    model.trainer = L.Trainer(max_steps=100_000, accelerator="cpu", logger=False, enable_checkpointing=False)
+    segments = random_segments(batch, horizon)
 
     def work() -> int:
         for _ in range(updates):

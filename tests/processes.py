@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-import torch
-
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["dawm.cli.main"])
 
@@ -28,7 +26,6 @@ def _become(arguments: Sequence[str], environment: Mapping[str, str], stdout: Pa
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     for path, number in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
-    torch.set_num_threads(1)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

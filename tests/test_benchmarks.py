@@ -132,7 +132,6 @@ import jax
 import jax.numpy as jnp
 from benchmarks.agent_update import random_data
 from dawm.agents import IQL, TD3BC
-from dawm.synthesis import rollouts
 
 jax.config.update("jax_enable_x64", True)
 data = random_data(2000, 5, 2)._apply(torch.Tensor.double)

@@ -13,8 +13,8 @@ import numpy as np
 from dawm.nn.memory import keep_freed_memory
 
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
-for _ in range(40):  # as an update does: eight pieces of a megabyte, and all freed
-    if _ == 20:
+for index in range(40):  # as an update does: eight pieces of a megabyte, and all freed
+    if index == 20:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     pieces = [np.ones(2**17) for _ in range(8)]
     del pieces

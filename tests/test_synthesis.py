@@ -55,7 +55,7 @@ def run(world_model, count=2, generator=None, **settings):
     """Rollouts from 0, 10, 20, ..., whose real actions are -0.5, -0.6, ..."""
     starts, returns = torch.arange(count).float().unsqueeze(1), torch.arange(count).float()
     synthesizer = Synthesizer(world_model, Inverse(), **settings)
-    return synthesizer.imagine(10 * starts, -0.5 - starts / 10, returns, generator)
+    return synthesizer.judge(synthesizer.imagine(10 * starts, -0.5 - starts / 10, returns, generator))
 
 
 def bounds(low, high, lowest=-1e9, highest=1e9):

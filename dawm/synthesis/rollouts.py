@@ -172,12 +172,13 @@ class Synthesizer:
         seed = derive_seed(seed, rank, step, "rollouts", *((block,) if block else ()))
         generator = torch.Generator(self.world_model.device).manual_seed(seed)
         start, x = self.draw(data, count, seed)
-        return self.imagine(*start, generator, x)
+        return self.judge(self.imagine(*start, generator, x))
 
     def unfiltered(self) -> Self:
         """The same without its filters: what is finite and not after an imagined end is kept."""
         return replace(self, bounds=None, max_disagreement=None, max_inconsistency=None, max_forward_disagreement=None)
 
+    @torch.no_grad()
     def imagine(
         self,
         observations: Tensor,
@@ -185,23 +186,11 @@ class Synthesizer:
         returns_to_go: Tensor,
         generator: torch.Generator | None = None,
         x: Tensor | None = None,
-    ) -> Rollouts:
-        """One rollout from each ``s_t`` and ``a_t``, with the return-to-go to aim at, shape (B,).
+    ) -> Drawn:
+        """One future from each ``s_t`` and ``a_t``, with the return-to-go to aim at, shape (B,), not judged yet.
 
         Or from encoded segments ``x``, shape (B, H, D), of these starts.
         """
-        return self.judge(self.ask(observations, actions, returns_to_go, generator, x))
-
-    @torch.no_grad()
-    def ask(
-        self,
-        observations: Tensor,
-        actions: Tensor,
-        returns_to_go: Tensor,
-        generator: torch.Generator | None = None,
-        x: Tensor | None = None,
-    ) -> Drawn:
-        """What the models say of these rollouts, the arguments being those of `imagine`."""
         given, device = (observations, actions, returns_to_go, *(() if x is None else (x,))), self.world_model.device
         size = CHUNK_ON_CPU if device.type == "cpu" else CHUNK
         chunks = zip(*(part.to(device).split(size) for part in given))
@@ -209,7 +198,7 @@ class Synthesizer:
         return Drawn(*(torch.cat(part) for part in zip(*parts)))
 
     def judge(self, drawn: Drawn) -> Rollouts:
-        """The rollouts, as far as the filters keep them."""
+        """Imagined futures as rollouts, with how much of each the filters keep."""
         following, rewards, ends = drawn.next_observations, drawn.rewards, drawn.ends
         after, over = drawn.path[:, 1:], ((ends > 0.5) | (drawn.imagined_ends > 0.5)).float()
 

@@ -3,6 +3,7 @@
 import types
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -107,7 +108,7 @@ def assert_equal(ours: list, theirs: list) -> None:
 
 
 def test_two_ranks_take_the_gradient_of_the_joint_batch(tmp_path):
-    mp.start_processes(rank_main, (tmp_path,), nprocs=2, start_method="forkserver")
+    mp.start_processes(rank_main, (tmp_path,), nprocs=2, start_method=processes.CONTEXT.get_start_method())
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     joint, halves = gradients(slice(0, ROWS)), [gradients(half) for half in HALVES]
     for key in joint:

@@ -80,7 +80,6 @@ def test_the_others_end_within_a_minute(smoke, tmp_path, launcher, rank, how, bu
     environment = os.environ | {
         "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
         "DYING_FOLDER": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
     }
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(

@@ -67,7 +67,7 @@ def run(command: list[str], tmp_path: Path) -> tuple[subprocess.CompletedProcess
     """Runs a command whose agent is the probe; what each of its two ranks kept."""
     (tmp_path / "probe_agent.py").write_text(PROBE)
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    environment = os.environ | {"PROBE_FOLDER": str(tmp_path), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PROBE_FOLDER": str(tmp_path), "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
