@@ -76,11 +76,19 @@ static __attribute__((noinline)) void finish_tile(const V *sums, int rows, int v
         }
 }
 
+/* asks for a tile of a matrix, so that it is in the cache when the sums are done */
+INLINE void fetch_ahead(const int rows, const int vectors, const float *from, I width) {
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int j = 0; j < vectors; j++) __builtin_prefetch(from + i * width + j * VECTOR);
+}
+
 /* rows x vectors of C; A's entry (i, k) lies at a[i * stride + k], or with `columns` at a[i + k * stride] */
 INLINE void tile(const int half, const int rows, const int vectors, const int columns, I depth, const float *a, I stride,
                  const float *panel, float *c, I width, I last, Finish finish, I column, I at) {
     const float *bias = finish.bias + column;
     V sum[ROWS][VECTORS];
+    fetch_ahead(rows, vectors, c + at, width);
+    if (finish.mask) fetch_ahead(rows, vectors, finish.mask + at, width);
     UNROLL for (int i = 0; i < rows; i++)
         UNROLL for (int j = 0; j < vectors; j++)
             sum[i][j] = finish.bias ? load(j == vectors - 1 ? last : VECTOR, bias + j * VECTOR) : zeros();
