@@ -1,5 +1,6 @@
 """Every benchmark runs, at its smallest size; what it measures there means nothing."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,10 +10,11 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import end_to_end, measure, memory
+from benchmarks import ablation, end_to_end, measure, memory
 from benchmarks.agent_update import random_data
 from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
 from dawm.agents import IQL, TD3BC
+from dawm.cli.main import make_parser
 from dawm.synthesis import rollouts
 
 
@@ -36,6 +38,33 @@ def test_what_the_memory_benchmark_measures(name, monkeypatch, capsys):
     rate, pages = map(float, capsys.readouterr().out.split())
     assert rate > 0
     assert pages >= 0
+
+
+def test_each_arm_of_the_ablation_changes_one_part(tmp_path):
+    parser = make_parser()
+
+    def settings(method):
+        shared = [ablation.ROOT / "lightning_configs/d4rl-locomotion.yaml", "benchmarks/evidence/locomotion.yaml"]
+        arguments = [option for path in [*shared, *method.split("+")] for option in ("--config", str(path))]
+        fit = parser.parse_args(["fit", *arguments]).fit.as_dict()
+        return {key: fit[key] for key in ("horizon", "data", "agent", "stages")}
+
+    base, *arms = map(settings, ablation.write_arms(list(ablation.PARTS), tmp_path))
+    assert all(sum(arm[key] != base[key] for key in base) >= 1 for arm in arms)
+    assert len({json.dumps(arm, default=str) for arm in [base, *arms]}) == 1 + len(arms)
+    (imagining, _), (other, _) = (each["stages"]["agent"]["callbacks"] for each in (base, arms[0]))
+    changed = [key for key, value in imagining["init_args"].items() if other["init_args"][key] != value]
+    assert changed == ["labels"]
+
+
+def test_the_ablation_draws_what_is_finished(tmp_path):
+    for arm in ("aw+dawm-plus", "aw+dawm-plus+labels-imagined"):
+        (tmp_path / arm / "data").mkdir(parents=True)
+        (tmp_path / arm / "data" / "0.json").write_text('{"scores": [1.0, 2.0, 4.0]}')
+    assert ablation.scores(tmp_path, "labels", "imagined") == [1.0, 2.0, 4.0]
+    assert ablation.scores(tmp_path, "alpha", "10") == []
+    ablation.draw(tmp_path, tmp_path / "ablation.png", "title")
+    assert (tmp_path / "ablation.png").stat().st_size > 5_000
 
 
 def test_ratios_are_of_medians():
