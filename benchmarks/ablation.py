@@ -107,6 +107,8 @@ def draw(results: Path, path: Path, title: str) -> None:
     """A panel for each part of which an arm beside the unchanged one is finished."""
     found = {part: {label: scores(results, part, label) for label in PARTS[part]} for part in PARTS}
     shown = {part: arms for part, arms in found.items() if sum(map(bool, arms.values())) > 1}
+    if not shown:
+        return
     rows = -(-len(shown) // 4)
     figure = Figure(figsize=(14, 0.4 + 2.8 * rows), layout="constrained")
     axes = figure.subplots(rows, 4, sharey=True, squeeze=False).ravel()
