@@ -22,6 +22,7 @@ from dawm.evaluation.statistics import mean_interval
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "lightning_configs" / "methods"
+SHARED = ROOT / "lightning_configs" / "d4rl-locomotion.yaml", ROOT / "benchmarks" / "evidence" / "locomotion.yaml"
 BASE = f"{METHODS}/aw.yaml+{METHODS}/dawm-plus.yaml"
 Change = Mapping[str, Any]
 
@@ -78,7 +79,8 @@ def name_of(part: str, label: str) -> str:
 
 def write_arms(parts: Sequence[str], folder: Path) -> list[str]:
     """Writes the arms' overlays; the methods of `compare`, the unchanged one first."""
-    own = yaml.safe_load((METHODS / "dawm-plus.yaml").read_text())["stages"]["agent"]["callbacks"]
+    dawm_plus = yaml.safe_load((METHODS / "dawm-plus.yaml").read_text())
+    imagining, evaluating = dawm_plus["stages"]["agent"]["callbacks"]
     folder.mkdir(parents=True, exist_ok=True)
     methods = [BASE]
     for part in parts:
@@ -87,10 +89,11 @@ def write_arms(parts: Sequence[str], folder: Path) -> list[str]:
                 continue
             overlay = {key: value for key, value in change.items() if key != "rollouts"}
             if "rollouts" in change:  # a list of callbacks is given whole
-                imagining, evaluating = own
-                changed = imagining | {"init_args": imagining["init_args"] | (change["rollouts"] or {})}
-                kept = [evaluating] if change["rollouts"] is None else [changed, evaluating]
-                overlay["stages"] = {"agent": {"callbacks": kept}}
+                callbacks = [evaluating]
+                if change["rollouts"] is not None:
+                    changed = imagining | {"init_args": imagining["init_args"] | change["rollouts"]}
+                    callbacks = [changed, evaluating]
+                overlay["stages"] = {"agent": {"callbacks": callbacks}}
             path = folder / f"{name_of(part, label)}.yaml"
             path.write_text(yaml.safe_dump(overlay))
             methods.append(f"{BASE}+{path}")
@@ -142,8 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 0
     if not options.show:
         code = dawm([
-            "compare", "--config", str(ROOT / "lightning_configs" / "d4rl-locomotion.yaml"),
-            str(ROOT / "benchmarks" / "evidence" / "locomotion.yaml"),
+            "compare", "--config", *map(str, SHARED),
             "--methods", *write_arms(options.parts, options.output_dir / "arms"), "--datasets", options.dataset,
             "--seeds", str(options.seeds), "--workers", str(options.workers), "--output_dir", str(options.output_dir),
             "--", "--stages.agent.max_steps", str(options.updates), "--final_episodes", "20",

@@ -44,8 +44,7 @@ def test_each_arm_of_the_ablation_changes_one_part(tmp_path):
     parser = make_parser()
 
     def settings(method):
-        shared = [ablation.ROOT / "lightning_configs/d4rl-locomotion.yaml", "benchmarks/evidence/locomotion.yaml"]
-        arguments = [option for path in [*shared, *method.split("+")] for option in ("--config", str(path))]
+        arguments = [option for path in [*ablation.SHARED, *method.split("+")] for option in ("--config", str(path))]
         fit = parser.parse_args(["fit", *arguments]).fit.as_dict()
         return {key: fit[key] for key in ("horizon", "data", "agent", "stages")}
 
