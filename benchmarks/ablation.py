@@ -14,17 +14,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from matplotlib.figure import Figure
 
+from dawm.callbacks import RegenerateRollouts
 from dawm.cli.main import main as dawm
+from dawm.data.module import TransitionDataModule
 from dawm.evaluation.statistics import mean_interval
+from dawm.synthesis.guards import DataStatistics
+from dawm.synthesis.rollouts import Drawn, Rollouts, Synthesizer
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "lightning_configs" / "methods"
 SHARED = ROOT / "lightning_configs" / "d4rl-locomotion.yaml", ROOT / "benchmarks" / "evidence" / "locomotion.yaml"
 BASE = f"{METHODS}/aw.yaml+{METHODS}/dawm-plus.yaml"
 Change = Mapping[str, Any]
+
+
+class Endless(Synthesizer):
+    """A `Synthesizer` without termination channel: no imagined step ends the task."""
+
+    def judge(self, drawn: Drawn) -> Rollouts:
+        """As of the class above, whatever the models say of ends."""
+        never = torch.zeros_like(drawn.ends)
+        return super().judge(drawn._replace(ends=never, imagined_ends=never))
+
+
+class EndlessRollouts(RegenerateRollouts):
+    """Imagines with `Endless`."""
+
+    def synthesizer(self, data: TransitionDataModule, statistics: DataStatistics) -> Synthesizer:
+        """As of the class above, with its settings."""
+        return Endless(**vars(super().synthesizer(data, statistics)))
 
 
 def rollouts(**settings: Any) -> Change:
@@ -53,6 +75,7 @@ PARTS: dict[str, dict[str, Change | None]] = {  # None is dawm-plus on AW as it 
         "consistent 0.99": None,
         "certain 0.99": rollouts(max_inconsistency=None, max_forward_disagreement=0.99),
     },
+    "termination channel": {"without": {"callback": f"benchmarks.ablation.{EndlessRollouts.__name__}"}, "with": None},
     "cloning": {"all rows": agent(clone_real_only=False), "real rows": None},
     "alpha": {"1": agent(alpha=1.0), "2.5": None, "10": agent(alpha=10.0), "40": agent(alpha=40.0)},
     "horizon": {str(h): None if h == 8 else {"horizon": h} for h in (1, 2, 4, 8, 16)},
@@ -87,12 +110,12 @@ def write_arms(parts: Sequence[str], folder: Path) -> list[str]:
         for label, change in PARTS[part].items():
             if change is None:
                 continue
-            overlay = {key: value for key, value in change.items() if key != "rollouts"}
-            if "rollouts" in change:  # a list of callbacks is given whole
-                callbacks = [evaluating]
-                if change["rollouts"] is not None:
-                    changed = imagining | {"init_args": imagining["init_args"] | change["rollouts"]}
-                    callbacks = [changed, evaluating]
+            overlay = {key: value for key, value in change.items() if key not in ("rollouts", "callback")}
+            if overlay.keys() != change.keys():  # a list of callbacks is given whole
+                callbacks, settings = [evaluating], change.get("rollouts", {})
+                if settings is not None:
+                    kind, arguments = change.get("callback", imagining["class_path"]), imagining["init_args"]
+                    callbacks = [{"class_path": kind, "init_args": arguments | settings}, evaluating]
                 overlay["stages"] = {"agent": {"callbacks": callbacks}}
             path = folder / f"{name_of(part, label)}.yaml"
             path.write_text(yaml.safe_dump(overlay))

@@ -54,6 +54,8 @@ def test_each_arm_of_the_ablation_changes_one_part(tmp_path):
     (imagining, _), (other, _) = (each["stages"]["agent"]["callbacks"] for each in (base, arms[0]))
     changed = [key for key, value in imagining["init_args"].items() if other["init_args"][key] != value]
     assert changed == ["labels"]
+    (endless,) = (arm for arm in arms if "Endless" in arm["stages"]["agent"]["callbacks"][0]["class_path"])
+    assert endless["stages"]["agent"]["callbacks"][0]["init_args"] == imagining["init_args"]
 
 
 def test_the_ablation_draws_what_is_finished(tmp_path):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from benchmarks.ablation import Endless
 from dawm.callbacks import RegenerateRollouts
 from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Transitions
@@ -51,10 +52,10 @@ class Inverse(torch.nn.Module):
         return InferredActions(observations / 100, next_observations[:, 0])
 
 
-def run(world_model, count=2, generator=None, **settings):
+def run(world_model, count=2, generator=None, kind=Synthesizer, **settings):
     """Rollouts from 0, 10, 20, ..., whose real actions are -0.5, -0.6, ..."""
     starts, returns = torch.arange(count).float().unsqueeze(1), torch.arange(count).float()
-    synthesizer = Synthesizer(world_model, Inverse(), **settings)
+    synthesizer = kind(world_model, Inverse(), **settings)
     return synthesizer.judge(synthesizer.imagine(10 * starts, -0.5 - starts / 10, returns, generator))
 
 
@@ -86,6 +87,12 @@ def test_steps_after_an_imagined_termination_are_dropped():
     assert rollouts.transitions().terminations.tolist() == [0, 1, 0, 0, 0, 0]
     assert rollouts.counts["after_end"] == 2
     assert rollouts.counts["kept"] == 6
+
+
+def test_without_termination_channel_nothing_ends():
+    rollouts = run(Counting(terminations={(0, 1): 0.6, (0, 3): 0.9, (1, 0): 0.5}), kind=Endless)
+    assert rollouts.transitions().terminations.tolist() == [0] * 8
+    assert rollouts.counts["kept"] == 8
 
 
 @pytest.mark.parametrize(
