@@ -51,7 +51,8 @@ class RegenerateRollouts(EveryNUpdates):
         starts: How often rollouts start from each real row; None as often as the agent draws it (`real_weights`).
         imagination: ``diffusion``: the world model draws futures and the inverse dynamics infers their actions.
             ``ensemble``: the policy acts at every step, with ``first_action: policy`` and its noise, and the forward
-            models answer (`dawm.synthesis.ensemble`); target, guidance, labels and ``max_disagreement`` play no part.
+            models answer (`dawm.synthesis.ensemble`): nothing to guide, label or infer, and settings that would are
+            refused; ``target_return`` plays no part.
         first_action: Of each rollout: the ``recorded`` one, or that of the ``policy`` as it is at the refill. Agents
             trained side by side share the rollouts with the first, and have each their own with the second.
         first_action_noise: Standard deviation of Gaussian noise on the policy's actions, which are in [-1, 1].
@@ -108,15 +109,8 @@ class RegenerateRollouts(EveryNUpdates):
         drifts = {"max_reward_drift": max_reward_drift, "max_termination_drift": max_termination_drift}
         require(f"{self.key}.rollouts", rollouts, rollouts >= 1, "at least 1")
         require(f"{self.key}.max_rejected", max_rejected, 0 <= max_rejected <= 1, "from 0 to 1")
-        for name, value in {"margin": margin, "first_action_noise": first_action_noise, **drifts}.items():
+        for name, value in drifts.items():
             require(f"{self.key}.{name}", value, value >= 0, "at least 0")
-        quantiles = {"max_inconsistency": max_inconsistency, "max_forward_disagreement": max_forward_disagreement}
-        for name, quantile in quantiles.items():
-            require(f"{self.key}.{name}", quantile, quantile is None or 0 < quantile <= 1, "above 0 and at most 1")
-        require(f"{self.key}.noising", noising, noising is None or 0 < noising <= 1, "above 0 and at most 1")
-        plain = noising is None or (starts is None and first_action == "recorded")
-        expected = "none where starts are weighted or the policy's, as recorded segments have their own"
-        require(f"{self.key}.noising", noising, plain, expected, "leave it out")
         self.rollouts, self.seed, self.labels, self.noising = rollouts, seed, labels, noising
         self.imagination = imagination
         self.starts, self.first_action, self.first_action_noise = starts, first_action, first_action_noise
@@ -127,13 +121,31 @@ class RegenerateRollouts(EveryNUpdates):
         self.limits = {"max_rejected": max_rejected, **drifts}
         self._models: tuple[DiffusionWorldModel, InverseDynamics] | None = None
         self._asked: tuple[int, dict[str, Tensor]] | None = None  # update, and the agent's weights when it was asked
+        self.check_synthesis(f"{self.key}.")
+
+    def check_synthesis(self, prefix: str = "") -> None:
+        """Raises a UserError where the attributes that say how to imagine do not fit; ``prefix`` is for its message."""
+        for name in ("margin", "first_action_noise"):
+            require(prefix + name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        for name in ("max_inconsistency", "max_forward_disagreement", "noising"):
+            value = getattr(self, name)
+            require(prefix + name, value, value is None or 0 < value <= 1, "above 0 and at most 1")
+        plain: dict[str, Any] = {}  # settings that are without effect, and what leaves them out
+        if self.imagination == "ensemble":
+            acts = self.first_action == "policy"
+            require(f"{prefix}first_action", self.first_action, acts, "policy, whose actions the ensemble answers")
+            plain = {"labels": "imagined", "guidance": 1, "max_disagreement": None, "max_inconsistency": None}
+            plain["noising"] = None
+        elif self.noising is not None:  # recorded segments have starts and actions of their own
+            plain = {"starts": None, "first_action": "recorded"}
+        because = "imagination is ensemble" if self.imagination == "ensemble" else "recorded segments are noised"
+        for name, value in plain.items():
+            given, expected = getattr(self, name), f"{value}, as {because} and it would do nothing"
+            require(prefix + name, given, given == value, expected, "leave it out")
 
     def connect(self, world_model: DiffusionWorldModel, inverse_dynamics: InverseDynamics) -> None:
         """Names the models to imagine with."""
-        ensemble = self.imagination == "ensemble"
-        holds = not ensemble or self.first_action == "policy"
-        require(f"{self.key}.first_action", self.first_action, holds, "policy, whose actions the ensemble answers")
-        asked = {"imagination": ensemble, "labels": self.labels == "forward",
+        asked = {"imagination": self.imagination == "ensemble", "labels": self.labels == "forward",
                  "max_inconsistency": self.max_inconsistency is not None,
                  "max_forward_disagreement": self.max_forward_disagreement is not None}  # fmt: skip
         for name in (name for name, holds in asked.items() if holds):
@@ -211,8 +223,12 @@ class RegenerateRollouts(EveryNUpdates):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets an earlier training."""
         super().setup(trainer, pl_module, stage)
-        shift = getattr(pl_module, "reward_shift", 0.0)
-        require("agent.reward_shift", shift, not (self.value_expansion and shift), "0, as rows sum several rewards")
+        if self.value_expansion:
+            data: TransitionDataModule = trainer.datamodule  # type: ignore[attr-defined]
+            sums = {"agent.reward_shift": getattr(pl_module, "reward_shift", 0.0) or None,
+                    "data.termination_reward": data.termination_reward}  # fmt: skip
+            for name, value in sums.items():
+                require(name, value, value is None, "none, as rows sum several rewards", "leave it out")
         if stage == "fit":
             self._asked = None
 

@@ -118,8 +118,10 @@ class InverseDynamics(UpdateModule):
         self.log("step", float(self.trainer.global_step))  # the x-axis, in updates
         errors = self.validation_errors.means()
         self.validation_errors.reset()
-        # a validation after fit comes too late: the checkpoint is written, and a module must equal its checkpoint
-        if self.trainer.state.fn == TrainerFn.FITTING and errors.mean() < self.best_errors.mean():
+        # a validation after fit comes too late: the checkpoint is written, and a module must equal its checkpoint;
+        # Lightning's sanity check comes too early: the network has learnt nothing
+        learning = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if learning and errors.mean() < self.best_errors.mean():
             self.best_errors.copy_(errors)
             self.best_network.load_state_dict(self.network.state_dict())
         self.log("inverse_dynamics/validation_error", errors.mean(), prog_bar=True)

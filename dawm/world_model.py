@@ -180,7 +180,8 @@ class DiffusionWorldModel(UpdateModule):
         shape = len(observations), self.network.horizon, self.network.features
         noise = torch.randn(shape, generator=generator, device=observations.device)
         sigmas = self.preconditioning.sampler_sigmas(self.sampler.num_steps, observations.device)
-        sigmas = sigmas[self.sampler.num_steps - round(noising * self.sampler.num_steps) :]
+        # rounded up, if not by a rounding error of the product: without a step nothing would be imagined
+        sigmas = sigmas[self.sampler.num_steps - math.ceil(noising * self.sampler.num_steps - 1e-9) :]
         inpaint = self.preconditioning.inpainting(self.codec.known(observations))
         if x is not None:
             x = functional.pad(x, (0, 0, self.codec.known_steps, 0))  # known steps are inpainted

@@ -114,9 +114,10 @@ def test_a_resumed_run_asks_the_policy_of_the_refill(imagination, dataset, make_
 
 
 def test_it_needs_forward_models_and_the_policy():
-    callback = RegenerateRollouts(imagination="ensemble")
     with pytest.raises(UserError, match=r"first_action: got 'recorded', expected policy"):
-        callback.connect(model(forward_members=2), InverseDynamics(2, 1))
+        RegenerateRollouts(imagination="ensemble")
+    with pytest.raises(UserError, match=r"max_inconsistency: got 0.9, expected None, as imagination is ensemble"):
+        RegenerateRollouts(imagination="ensemble", first_action="policy", max_inconsistency=0.9)
     callback = RegenerateRollouts(imagination="ensemble", first_action="policy")
     with pytest.raises(UserError, match=r"forward_members: got 0, expected at least 1, as .*imagination"):
         callback.connect(model(forward_members=0), InverseDynamics(2, 1))
@@ -203,5 +204,8 @@ def test_value_expansion_reaches_the_agent(dataset, make_trainer):
     assert (rows.steps == 2).any()
     assert_close(rows.actions, recorded.actions[rows.observations[:, 0].long()])
     shifted = IQL(2, 1, hidden=(8,), reward_shift=-1.0)
-    with pytest.raises(UserError, match=r"reward_shift: got -1.0, expected 0"):
+    with pytest.raises(UserError, match=r"reward_shift: got -1.0, expected none"):
         make_trainer(4, callbacks=[callback]).fit(shifted, datamodule=data)
+    data = TransitionDataModule(dataset, horizon=2, termination_reward=-100.0)
+    with pytest.raises(UserError, match=r"termination_reward: got -100.0, expected none, as rows sum several rewards"):
+        make_trainer(4, callbacks=[callback]).fit(agent, datamodule=data)

@@ -1,5 +1,6 @@
 """Metrics of fidelity, by cases whose answer is known."""
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from dawm.evaluation import diagnosis
 from dawm.evaluation.diagnosis import Paths
 from dawm.evaluation.fidelity import ColumnDistances, Novelty, ReturnResponse, TransitionErrors
 from dawm.evaluation.simulator import Simulator
+from dawm.synthesis.rollouts import Rollouts
 
 
 def rows(count=4000):
@@ -131,10 +133,16 @@ def test_the_window_is_discounted_and_ends_with_the_task():
     assert found["x"]["slope"] == 1
 
 
-def test_edges_are_the_last_kept_steps_that_bootstrap():
+@pytest.mark.parametrize("beside", [False, True])
+def test_edges_are_the_kept_steps_that_bootstrap_and_do_not_lead_on(beside):
+    """Those that lead beside the next start are; else the last ones are."""
     terminations = torch.tensor([[0.0, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0]])
-    found = diagnosis.edges(torch.tensor([3, 2, 1, 0]), terminations)
-    assert found.tolist() == [[False, False, True], [False] * 3, [True, False, False], [False] * 3]
+    path, rows = torch.arange(16.0).reshape(4, 4, 1), torch.zeros(4, 3, 1)
+    lengths, following = torch.tensor([3, 2, 1, 0]), path[:, 1:].clone()
+    following[0, 0] += 0.1 * beside
+    edge, last = diagnosis.edges(Rollouts(path, rows, rows[..., 0], following, terminations, lengths, Counter()))
+    assert last.tolist() == [[False, False, True], [False] * 3, [True, False, False], [False] * 3]
+    assert edge.tolist() == [[beside, False, True], *last.tolist()[1:]]
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

@@ -120,6 +120,14 @@ class Interrupt(L.Callback):
             raise RuntimeError("pulled plug")
 
 
+def test_the_sanity_check_of_a_plain_trainer_is_no_validation(make_trainer):
+    """It sees the untrained network."""
+    model = Stepping([0.4, 0.1])
+    trainer = make_trainer(2, num_sanity_val_steps=1, val_check_interval=2)
+    trainer.fit(model, looping(HALF, 2, 2, 1), FixedBatches([HALF]))
+    assert model.answer() == 0.1
+
+
 def test_without_validation_the_last_network_infers(make_trainer):
     """Not the untrained one."""
     model = Stepping([0.1, 0.4])

@@ -121,6 +121,9 @@ def test_partial_noising(codec):
     torch.testing.assert_close(made.observations, TWO_STEPS.observations.expand(3, -1, -1))
     torch.testing.assert_close(made.actions, TWO_STEPS.actions.expand(3, -1, -1))
     torch.testing.assert_close(made.rewards, TWO_STEPS.rewards.expand(3, -1))
+    replace(synthesizer, noising=0.01).rollouts(Recorded(), 3, seed=0)
+    assert len(asked) == 1, "one step, not none"
+    asked.clear()
     made = replace(synthesizer, noising=0.5).rollouts(Recorded(), 3, seed=0)
     levels = world_model.preconditioning.sampler_sigmas(10)[5:10].tolist()
     assert [sigma for sigma, _ in asked] == pytest.approx(levels)

@@ -111,6 +111,17 @@ def test_the_best_build_that_the_processor_can_run_is_chosen(monkeypatch):
 
 
 @pytest.mark.usefixtures("each_build")
+def test_the_default_device_does_not_move_what_the_compiled_half_writes_to():
+    network, residual = BatchedMLP((), 4, (64,), 2), ResidualMLP(2, 3, 4, width=32, depth=1)
+    inputs = torch.randn(300, 4)
+    x, c_noise, condition = torch.randn(300, 2, 3), torch.rand(300), torch.randn(300, 4)
+    expected = network(inputs), residual(x, c_noise, condition)
+    with torch.device("meta"):
+        found = network(inputs), residual(x, c_noise, condition)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.usefixtures("each_build")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize(

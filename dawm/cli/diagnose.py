@@ -70,8 +70,8 @@ def diagnose_run(
     made.require_some("margin")
     imagined = diagnosis.imagined_paths(all_made, made.kept, start[2].cpu())
     rows = {"real": held_out, **imagined.rows()}
-    edge = diagnosis.edges(made.lengths, made.terminations)
-    learnt = rows | {"edge": imagined.steps[edge], "other": imagined.steps[made.kept & ~edge]}
+    edge, last = diagnosis.edges(made)
+    learnt = rows | {"last": imagined.steps[last], "earlier": imagined.steps[made.kept & ~last]}
     learnt.pop("before_filters")
 
     parts: dict[str, Callable[[], Any]] = {

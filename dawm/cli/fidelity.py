@@ -113,8 +113,8 @@ def _row_figures(fidelity: Mapping[str, Any]) -> list[list[str]]:
     if targets is not None:
         of = {name: _figure(found["mean"]) for name, found in targets.items()}
         rows.append(["TD target, mean", of["real"], "", of["after_filters"]])
-        rows.append(["  at an edge", "", "", of.get("edge", "")])
-        rows.append(["  elsewhere", "", "", of.get("other", "")])
+        rows.append(["  last step of a rollout", "", "", of.get("last", "")])
+        rows.append(["  steps before it", "", "", of.get("earlier", "")])
     return rows
 
 
@@ -123,6 +123,8 @@ def _notes(fidelity: Mapping[str, Any]) -> list[str]:
     fates = ", ".join(f"{fate.replace('_', ' ')} {_percent(part)}" for fate, part in fidelity["fates"].items())
     notes = [f"imagined steps by fate: {fates}"]
     simulator = fidelity["simulator"]
+    if fidelity["value_expansion"]:
+        notes.append("the agent learnt from one row of each rollout (value expansion); all figures are of single steps")
     if fidelity["judges_itself"]:
         notes.append("the forward models made these steps, so they are no judge of them")
     if "left_out" in simulator:
@@ -193,4 +195,4 @@ def _figure(value: float | None) -> str:
 
 
 def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{100 * fraction:.2g} %"
+    return "" if fraction is None else f"{100 * fraction:.3g} %"

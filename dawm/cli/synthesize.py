@@ -43,7 +43,7 @@ __all__ = ["load_synthesizer", "synthesize_dataset"]
 
 SETTINGS = (
     *("starts", "imagination", "first_action", "first_action_noise", "target_return", "guidance", "labels", "margin"),
-    *("max_disagreement", "max_inconsistency", "max_forward_disagreement"),
+    *("max_disagreement", "max_inconsistency", "max_forward_disagreement", "noising", "value_expansion"),
 )
 """What the metadata say of `RegenerateRollouts`."""
 FEWEST = 256  # starts of a chunk: the last ones, which make up for dropped steps, are not worth making smaller
@@ -71,6 +71,11 @@ def synthesize_dataset(
     require("transitions", transitions, transitions >= 1, "at least 1")
     check_output(output, overwrite)
     data, synthesizer, described = load_synthesizer(expanded(run), **options)
+    if described["value_expansion"]:
+        raise UserError(
+            f"--run: got {run}, whose agent learnt from whole rollouts as one row each (value_expansion), expected one "
+            "that learnt from transitions, as a data set holds them; name another run"
+        )
     episodes, horizon = data.episodes, synthesizer.world_model.horizon
     others = [part.strip() for part in episodes.name.split("+")]
     require("output", output, output not in others, "another name than that of the data set the run learnt from")
@@ -122,21 +127,18 @@ def load_synthesizer(
         num_steps: Steps of the sampler; None keeps the run's.
         device: Where to imagine: cpu, cuda, ...; auto takes a GPU if there is one.
     """
-    least = {"num_steps": (num_steps, 1), "margin": (margin, 0), "first_action_noise": (first_action_noise, 0)}
-    for key, (number, lowest) in least.items():
-        require(key, number, number is None or number >= lowest, f"at least {lowest}")
-    quantiles = {"max_inconsistency": max_inconsistency, "max_forward_disagreement": max_forward_disagreement}
-    for key, quantile in quantiles.items():
-        require(key, quantile, quantile is None or 0 < quantile <= 1, "above 0 and at most 1")
+    require("num_steps", num_steps, num_steps is None or num_steps >= 1, "at least 1")
     options = {"target_return": target_return, "guidance": guidance, "margin": margin, "labels": labels,
                "max_disagreement": max_disagreement, "starts": starts, "first_action": first_action,
-               "first_action_noise": first_action_noise, **quantiles}  # fmt: skip
+               "first_action_noise": first_action_noise, "max_inconsistency": max_inconsistency,
+               "max_forward_disagreement": max_forward_disagreement}  # fmt: skip
     place = _device(device)
     stages = read_results(run)["stages"]
     data, callback, unchosen = _read_settings(run / "config.yaml")
     chosen = {key: value for key, value in options.items() if value is not None}
     for key, value in chosen.items():
         setattr(callback, key, value)
+    callback.check_synthesis()
     if callback.noising is None and callback.starts is None:  # so it is described
         callback.starts = data.real_weights
     models, hashes = _load_models(run, stages, data.episodes.fingerprint, place)

@@ -24,15 +24,16 @@ Inpaint = Callable[[Tensor, Tensor], Tensor]
 
 
 class Estimate:
-    """A `Denoise` at one level for the whole batch; it clips, and remembers its last level and estimate."""
+    """A `Denoise` at one level for the whole batch; it inpaints, clips, and remembers its last level and estimate."""
 
-    def __init__(self, denoise: Denoise, clip: float | None) -> None:
-        self._denoise, self._clip = denoise, clip
+    def __init__(self, denoise: Denoise, inpaint: Inpaint | None, clip: float | None) -> None:
+        self._denoise, self._inpaint, self._clip = denoise, inpaint, clip
         self.last: tuple[float, Tensor] | None = None
 
     def __call__(self, x_t: Tensor, sigma: float) -> Tensor:
-        """Estimate of ``x`` from ``x_t``, (B, H, D) -> (B, H, D)."""
-        x = self._denoise(x_t, _full(x_t, sigma))
+        """Estimate of ``x`` from ``x_t``, (B, H, D) -> (B, H, D); the denoiser never sees a known step with noise."""
+        level = _full(x_t, sigma)
+        x = self._denoise(x_t if self._inpaint is None else self._inpaint(x_t, level), level)
         x = x if self._clip is None else x.clamp(-self._clip, self._clip)
         self.last = sigma, x
         return x
@@ -64,16 +65,14 @@ class Sampler(ABC):
     ) -> Tensor:
         """Clean samples ``x`` from standard normal numbers, (B, H, D) -> (B, H, D).
 
-        Over decreasing levels that end in 0, shape (N + 1,); the known steps are inpainted at the start and after every
-        step. Some samplers add noise of the generator on the way. Clean samples ``x``, if given, are noised to the
-        first level to begin with.
+        Over decreasing levels that end in 0, shape (N + 1,); the known steps are inpainted before every evaluation and
+        at the end. Some samplers add noise of the generator on the way. Clean samples ``x``, if given, are noised to
+        the first level to begin with.
         """
-        estimate = Estimate(denoise, self.clip)
+        estimate = Estimate(denoise, inpaint, self.clip)
         levels: list[float] = sigmas.tolist()
         x_t = levels[0] * noise if x is None else x + levels[0] * noise
         for sigma, lower in pairwise(levels):
-            if inpaint is not None:
-                x_t = inpaint(x_t, _full(x_t, sigma))
             x_t = self.step(x_t, sigma, lower, estimate, generator)
         return x_t if inpaint is None else inpaint(x_t, _full(x_t, levels[-1]))
 
@@ -98,6 +97,11 @@ class DDIM(Sampler):
     eta: float = 0.0
     temperature: float = 1.0
     clip: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        super().__post_init__()
+        require("world_model.sampler.eta", self.eta, 0 <= self.eta <= 1, "from 0 to 1")
 
     def step(self, x_t: Tensor, sigma: float, lower: float, estimate: Estimate, generator: Generator | None) -> Tensor:
         """Keeps a part of the level's noise and draws the rest, shape (B, H, D)."""

@@ -184,13 +184,15 @@ def _sample(rows: Transitions, most: int, generator: torch.Generator) -> Transit
     return rows if len(rows) <= most else rows[torch.randperm(len(rows), generator=generator)[:most]]
 
 
-def edges(lengths: Tensor, terminations: Tensor) -> Tensor:
-    """Where the next observation is no kept step's start and is still bootstrapped from, (B,), (B, H) -> (B, H), bool.
+def edges(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Kept steps whose next observation is no kept step's start, and the last of each rollout; each (B, H), bool.
 
-    It is the last kept step of a rollout, unless that ends the task.
+    Of those that bootstrap. Where the forward models say what a step leads to, the next one starts beside it.
     """
-    last = torch.arange(terminations.shape[1]) == lengths.unsqueeze(1) - 1
-    return last & (terminations < 0.5)
+    last = torch.arange(rollouts.rewards.shape[1]) == rollouts.lengths.unsqueeze(1) - 1
+    leads_on = (rollouts.next_observations == rollouts.observations[:, 1:]).all(dim=-1) & ~last
+    bootstraps = rollouts.kept & (rollouts.terminations < 0.5)
+    return bootstraps & ~leads_on, bootstraps & last
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ class CompiledMLP(torch.autograd.Function):
         outputs = x.new_empty(count, batch, layout.out_size)
         ctx.save_for_backward(x, weights, saved)
         ctx.layout, ctx.plain, ctx.rounds = layout, plain, _rounds
-        panel, halves = _scratch(max(batch, layout.widest), ctx.rounds)
+        panel, halves = _scratch(x, max(batch, layout.widest), ctx.rounds)
         library().mlp_forward(  # type: ignore[union-attr]
             torch.get_num_threads(), count, count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(),
             weights.stride(0), saved.data_ptr(), 0 if shared else saved.stride(0), outputs.data_ptr(), panel.data_ptr(),
@@ -145,7 +145,7 @@ class CompiledMLP(torch.autograd.Function):
         gradient = gradient.contiguous()
         of_x = x.new_empty(count, *x.shape[1:]) if ctx.needs_input_grad[0] else None
         of_weights = weights.new_empty(weights.shape) if ctx.needs_input_grad[1] else None
-        panel, halves = _scratch(max(batch, layout.widest), ctx.rounds)
+        panel, halves = _scratch(x, max(batch, layout.widest), ctx.rounds)
         between = x.new_empty(2 * batch * layout.widest)
         library().mlp_backward(  # type: ignore[union-attr]
             torch.get_num_threads(), count, count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(),
@@ -172,7 +172,7 @@ class CompiledResidual(torch.autograd.Function):
         ctx.save_for_backward(features, saved, *parameters)
         ctx.sizes, ctx.rounds = sizes, _rounds
         ctx.widest = max(len(x), 2 * width, width + x.shape[1], features.shape[1])
-        panel, halves = _scratch(ctx.widest, ctx.rounds)
+        panel, halves = _scratch(x, ctx.widest, ctx.rounds)
         library().residual_forward(  # type: ignore[union-attr]
             torch.get_num_threads(), *sizes, x.data_ptr(), features.data_ptr(), _pointers(parameters), saved.data_ptr(),
             outputs.data_ptr(), panel.data_ptr(), _address(halves),
@@ -186,7 +186,7 @@ class CompiledResidual(torch.autograd.Function):
         (features, saved, *parameters), gradient = ctx.saved_tensors, gradient.contiguous()
         batch, size, _, width, _ = ctx.sizes
         found = [torch.empty_like(parameter) for parameter in parameters]
-        panel, halves = _scratch(ctx.widest, ctx.rounds)
+        panel, halves = _scratch(features, ctx.widest, ctx.rounds)
         between = features.new_empty(batch * (6 * width + size))
         library().residual_backward(  # type: ignore[union-attr]
             torch.get_num_threads(), *ctx.sizes, features.data_ptr(), _pointers(parameters), saved.data_ptr(),
@@ -203,7 +203,7 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _scratch(size: int, rounds: bool) -> tuple[Tensor, Tensor | None]:
+def _scratch(like: Tensor, size: int, rounds: bool) -> tuple[Tensor, Tensor | None]:
     # aligned to 64 bytes, as all of PyTorch's memory; a panel for each thread
-    panel = torch.empty(torch.get_num_threads() * PANEL * size)
-    return panel, torch.empty((size + 1) // 2 * size) if rounds else None
+    panel = like.new_empty(torch.get_num_threads() * PANEL * size)
+    return panel, like.new_empty((size + 1) // 2 * size) if rounds else None

@@ -170,7 +170,8 @@ class Synthesizer:
         the number of the agent they are for, where agents that train side by side have each their own.
         """
         seed = derive_seed(seed, rank, step, "rollouts", *((block,) if block else ()))
-        generator = torch.Generator(self.world_model.device).manual_seed(seed)
+        # not the seed of the starts: two generators of one seed draw the same numbers
+        generator = torch.Generator(self.world_model.device).manual_seed(derive_seed(seed, "noise"))
         start, x = self.draw(data, count, seed)
         return self.judge(self.imagine(*start, generator, x))
 
@@ -200,20 +201,22 @@ class Synthesizer:
     def judge(self, drawn: Drawn) -> Rollouts:
         """Imagined futures as rollouts, with how much of each the filters keep."""
         following, rewards, ends = drawn.next_observations, drawn.rewards, drawn.ends
-        after, over = drawn.path[:, 1:], ((ends > 0.5) | (drawn.imagined_ends > 0.5)).float()
+        over = ((ends > 0.5) | (drawn.imagined_ends > 0.5)).float()
+        observed = drawn.path[:, :-1], drawn.path[:, 1:], following  # the first may be imagined, too
 
         def within(values: Tensor, limit: float | None) -> Tensor:
             return torch.ones_like(values, dtype=torch.bool) if limit is None else values <= limit
 
         kept, bounds, counts = within(ends, None), self.bounds, Counter[str]()
         if bounds is not None:
-            bounds = bounds.to(after.device)
+            bounds = bounds.to(ends.device)
+        finite = torch.stack([part.isfinite().all(-1) for part in observed]).all(0)
         good = {
             "after_end": over.cumsum(dim=1) - over == 0,
-            "non_finite": (after.isfinite() & following.isfinite()).all(-1) & rewards.isfinite() & ends.isfinite(),
+            "non_finite": finite & rewards.isfinite() & ends.isfinite(),
             "out_of_range": kept
             if bounds is None
-            else bounds.contain(after, rewards) & bounds.contain(following, rewards),
+            else torch.stack([bounds.contain(part, rewards) for part in observed]).all(0),
             "uncertain": within(drawn.uncertainty, self.max_disagreement),
             "inconsistent": within(drawn.inconsistency, self.max_inconsistency),
             "unfamiliar": within(drawn.unfamiliarity, self.max_forward_disagreement),

@@ -37,7 +37,7 @@ def test_figures_table_and_report(run, capsys):
     )
     assert sum(fidelity["fates"].values()) == pytest.approx(1)
     assert 0 <= fidelity["edge"]["fraction"] <= 1
-    assert {"real", "after_filters", "other"} <= fidelity["td_targets"].keys()
+    assert {"real", "after_filters", "earlier"} <= fidelity["td_targets"].keys()
     assert (run / "fidelity.png").stat().st_size > 0
     page = (run / "report.html").read_text()
     assert "Fidelity of imagined data" in page

@@ -129,7 +129,10 @@ RELABELLED = {
     **{"max_inconsistency": 1.0, "max_forward_disagreement": 1.0},
     "starts": {"class_path": "dawm.data.weights.TopShare", "init_args": {"share": 0.5}},
 }
-ACTED = {"imagination": "ensemble", "first_action": "policy", "starts": RELABELLED["starts"]}
+ACTED = {
+    **{"imagination": "ensemble", "first_action": "policy", "starts": RELABELLED["starts"]},
+    **{"guidance": 1.0, "max_disagreement": None},
+}
 
 
 @pytest.fixture(params=[{}])
@@ -193,6 +196,26 @@ def test_starts_follow_the_weights_of_the_runs_real_rows(hopper, aiming_run, noi
     reported = local_datasets()[output]["synthesis"]
     assert str(reported["starts"] and reported["starts"]["class_path"]).split(".")[-1] == starts
     assert reported["chosen_by"]["starts"] == "run"
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "message"),
+    [
+        (
+            {"noising": 0.5},
+            ["--first_action", "policy"],
+            "--first_action: got 'policy', expected recorded, as recorded",
+        ),
+        ({"value_expansion": True}, [], "whose agent learnt from whole rollouts as one row each"),
+    ],
+)
+def test_what_a_run_cannot_do_is_refused(hopper, aiming_run, made, options, message, capsys):
+    config = yaml.safe_load((aiming_run / "config.yaml").read_text())
+    config["stages"]["agent"]["callbacks"][0]["init_args"] |= made
+    (aiming_run / "config.yaml").write_text(yaml.safe_dump(config))
+    command = ["synthesize", "--run", str(aiming_run), "--output", "imagined/refused-v0", "--transitions", "20"]
+    assert main([*command, *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_options_override_the_runs_settings_and_the_metadata_say_so(hopper, aiming_run, monkeypatch):
