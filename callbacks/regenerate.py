@@ -21,7 +21,7 @@ from dawm.synthesis.starts import FirstAction, Starts, policy_of
 from dawm.synthesis.targets import LiftedReturn, TargetReturn
 from dawm.world_model import DiffusionWorldModel
 
-__all__ = ["RegenerateRollouts"]
+__all__ = ["RegenerateRollouts", "check_synthesis"]
 
 
 class RegenerateRollouts(EveryNUpdates):
@@ -121,27 +121,7 @@ class RegenerateRollouts(EveryNUpdates):
         self.limits = {"max_rejected": max_rejected, **drifts}
         self._models: tuple[DiffusionWorldModel, InverseDynamics] | None = None
         self._asked: tuple[int, dict[str, Tensor]] | None = None  # update, and the agent's weights when it was asked
-        self.check_synthesis(f"{self.key}.")
-
-    def check_synthesis(self, prefix: str = "") -> None:
-        """Raises a UserError where the attributes that say how to imagine do not fit; ``prefix`` is for its message."""
-        for name in ("margin", "first_action_noise"):
-            require(prefix + name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        for name in ("max_inconsistency", "max_forward_disagreement", "noising"):
-            value = getattr(self, name)
-            require(prefix + name, value, value is None or 0 < value <= 1, "above 0 and at most 1")
-        plain: dict[str, Any] = {}  # settings that are without effect, and what leaves them out
-        if self.imagination == "ensemble":
-            acts = self.first_action == "policy"
-            require(f"{prefix}first_action", self.first_action, acts, "policy, whose actions the ensemble answers")
-            plain = {"labels": "imagined", "guidance": 1, "max_disagreement": None, "max_inconsistency": None}
-            plain["noising"] = None
-        elif self.noising is not None:  # recorded segments have starts and actions of their own
-            plain = {"starts": None, "first_action": "recorded"}
-        because = "imagination is ensemble" if self.imagination == "ensemble" else "recorded segments are noised"
-        for name, value in plain.items():
-            given, expected = getattr(self, name), f"{value}, as {because} and it would do nothing"
-            require(prefix + name, given, given == value, expected, "leave it out")
+        check_synthesis(self, f"{self.key}.")
 
     def connect(self, world_model: DiffusionWorldModel, inverse_dynamics: InverseDynamics) -> None:
         """Names the models to imagine with."""
@@ -240,3 +220,24 @@ class RegenerateRollouts(EveryNUpdates):
         """Restores what `state_dict` gave."""
         super().load_state_dict(state_dict)
         self._asked = state_dict["asked"]
+
+
+def check_synthesis(callback: RegenerateRollouts, prefix: str = "") -> None:
+    """Raises a UserError where the settings that say how to imagine do not fit; ``prefix`` is for its message."""
+    for name in ("margin", "first_action_noise"):
+        require(prefix + name, getattr(callback, name), getattr(callback, name) >= 0, "at least 0")
+    for name in ("max_inconsistency", "max_forward_disagreement", "noising"):
+        value = getattr(callback, name)
+        require(prefix + name, value, value is None or 0 < value <= 1, "above 0 and at most 1")
+    plain: dict[str, Any] = {}  # settings that are without effect, and what leaves them out
+    if callback.imagination == "ensemble":
+        acts = callback.first_action == "policy"
+        require(f"{prefix}first_action", callback.first_action, acts, "policy, whose actions the ensemble answers")
+        plain = {"labels": "imagined", "guidance": 1, "max_disagreement": None, "max_inconsistency": None}
+        plain["noising"] = None
+    elif callback.noising is not None:  # recorded segments have starts and actions of their own
+        plain = {"starts": None, "first_action": "recorded"}
+    because = "imagination is ensemble" if callback.imagination == "ensemble" else "recorded segments are noised"
+    for name, value in plain.items():
+        given, expected = getattr(callback, name), f"{value}, as {because} and it would do nothing"
+        require(prefix + name, given, given == value, expected, "leave it out")

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -260,6 +262,15 @@ def test_two_processes_that_start_at_once_build_it_once(folder, dataset, tmp_pat
     outputs = [process.communicate(timeout=120)[0].split() for process in [start(dataset, place, n) for n in "ab"]]
     assert {output[-1] for output in outputs} == {plain(dataset, monkeypatch).fingerprint}
     assert sorted(len(output) for output in outputs) == [1, 2]  # one of them read the data set
+
+
+def test_a_process_that_waits_for_the_build_and_is_interrupted_leaves_it_alone(folder, dataset, tmp_path):
+    (tmp_path / "ready").mkdir()
+    processes = [start(dataset, tmp_path / "ready", name) for name in "ab"]
+    reading = select.select([process.stdout for process in processes], [], [], 60)[0]  # says so before it builds
+    (waiting,) = (process for process in processes if process.stdout not in reading)
+    waiting.send_signal(signal.SIGINT)
+    assert sorted(len(process.communicate(timeout=120)[0].split()) for process in processes) == [0, 2]
 
 
 def test_a_killed_build_is_begun_again(folder, dataset, tmp_path):

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 
-from dawm.data.batches import BatchLoader
+from dawm.data.batches import BatchLoader, RowStream
 from dawm.data.module import TransitionDataModule
 from dawm.data.segments import SegmentTable
 from dawm.data.transitions import Transitions
@@ -211,6 +211,15 @@ def test_a_refill_is_in_the_very_next_batch(dataset, make_trainer, recorder):
     make_trainer(8, callbacks=[RefillEveryStep()]).fit(recorder, datamodule=data)
     newest = [float(batch.rewards.min().clamp(max=0)) for batch in recorder.batches]
     assert newest == [0, 0, -2, -2, -4, -4, -6, -6]
+
+
+def test_a_stream_of_very_many_rows_is_passed_over_exactly():
+    """Of 2^28 rows and more each number takes more of the generator."""
+    for high in (2**28 - 1, 2**28, 2**40):
+        whole, resumed = RowStream(3, high=high), RowStream(3, high=high)
+        whole.draw(high, 4, 5)
+        resumed.skip(20)
+        assert torch.equal(whole.draw(high, 1, 5), resumed.draw(high, 1, 5))
 
 
 def test_lightning_resumes_the_stream(dataset, make_trainer, recorder, tmp_path):

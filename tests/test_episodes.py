@@ -140,6 +140,17 @@ def test_a_d4rl_file_without_next_observations(tmp_path):
     assert episodes.next_observed.tolist() == [True, True, False, True]
 
 
+def test_next_observations_that_were_made_by_shifting_count_as_missing(tmp_path):
+    columns = {key: np.concatenate(4 * [values]) for key, values in d4rl_columns().items()}
+    columns["observations"] = np.random.default_rng(0).normal(size=columns["observations"].shape).astype(np.float32)
+    missing = load_episodes(write_d4rl(tmp_path / "a.hdf5", **columns))
+    columns["next_observations"] = np.roll(columns["observations"], -1, axis=0)
+    with pytest.warns(
+        UserWarning, match="next_observations: at the ends of episodes they are the next episode's first"
+    ):
+        assert same(load_episodes(write_d4rl(tmp_path / "b.hdf5", **columns)), missing)
+
+
 def test_a_d4rl_file_without_timeouts(tmp_path):
     columns = d4rl_columns(rows=9)
     columns["next_observations"] = columns["observations"] + 2
@@ -185,6 +196,16 @@ def test_the_metadata_win_over_the_tables():
     write_minari("toy/none-v0", buffers, **hopper)
     assert load_episodes("toy/own-v0").reference == ReferenceScores(1, 2, "data set's metadata")
     assert load_episodes("toy/none-v0").reference.source == "Gymnasium v5 table"
+
+
+@pytest.mark.parametrize("references", [(5.0, 5.0), (9.0, 5.0), (float("nan"), 5.0), ("low", 5.0)])
+def test_reference_scores_that_score_nothing_are_refused(references):
+    minimum, maximum = references
+    hopper = {"env": gym.spec("Hopper-v5"), "action_space": UNIT, "eval_env": "Hopper-v5"}
+    write_minari("toy/own-v0", [episode(0, 2, True)], **hopper, ref_min_score=minimum, ref_max_score=maximum)
+    assert f"toy/own-v0 with ref_min_score {minimum!r} and ref_max_score 5.0, expected a lower" in error_of(
+        "toy/own-v0"
+    )
 
 
 def test_joined_data_sets(tmp_path):
@@ -482,6 +503,20 @@ def test_a_jump_inside_an_episode_is_refused(tmp_path, form):
     assert len(load_episodes(name(0.0))) > 190
     message = error_of(name(10.0 * (np.arange(200 + (form == "minari")) >= 120)[:, None]))
     assert "with 1 jumps of the observations inside episodes, the first in row 119" in message
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_observation_at_an_end_may_jump_where_the_task_ends(ended):
+    """Some environments return zeros there; a truncated end bootstraps from it."""
+    observations, last = walk() + 100, np.arange(200) == 199
+    observations[-1] = 0
+    rows = {"actions": walk(size=2)[:200] / 10, "rewards": np.arange(200.0)}
+    buffer = EpisodeBuffer(observations=observations, **rows, terminations=last & ended, truncations=last & (not ended))
+    name = write_minari("toy/zero-v0", [buffer], spaces.Box(-np.inf, np.inf, (4,)), UNIT)
+    if ended:
+        assert len(load_episodes(name)) == 200
+    else:
+        assert "1 jumps of the observations at the ends of episodes, the first in row 199" in error_of(name)
 
 
 def test_next_observations_that_do_not_lead_on_end_the_episode(tmp_path):

@@ -50,6 +50,14 @@ def test_the_baseline_is_least_squares_of_many_episodes_and_the_mean_where_obser
     assert same.tolist() == [1.5] * 4
 
 
+def test_the_baseline_is_the_same_block_by_block(monkeypatch):
+    observations, returns = torch.randn(50, 3), torch.randn(50)
+    rows = torch.randperm(50)[:40]
+    whole = linear_regression(observations[rows], returns[rows], observations)
+    monkeypatch.setattr("dawm.data.weights.BLOCK", 7)
+    torch.testing.assert_close(linear_regression(observations, returns[rows], observations, rows), whole)
+
+
 def test_few_episodes_of_many_dimensions_keep_their_advantages():
     """Least squares would fit them exactly, and rank them by rounding errors."""
     observations = torch.randn(10, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -21,17 +21,18 @@ _ROUNDING = 1e-3  # of a bound, in halves of the Box's width
 _JUMP = 25.0  # usual steps; half of what is refused by `fit`
 
 
-def check_dataset(console: Console, dataset: str) -> int:
+def check_dataset(console: Console, dataset: str, env_id: str | None = None) -> int:
     """Look for defects and print each on a line; "no defects" if there are none.
 
     Args:
         console: Where to draw.
         dataset: A Minari id, an embedded id, the path of an HDF5 file in D4RL's layout, or several joined with +.
+        env_id: Gymnasium environment of the data, for its bounds and its time limit; None takes the data set's own.
 
     Returns:
         Number of defects.
     """
-    recordings = read_recordings(dataset)
+    recordings = read_recordings(dataset, env_id)
     count = 0
     for recording in recordings:
         name = f"{recording.source.name}: " if len(recordings) > 1 else ""
@@ -51,9 +52,6 @@ def find_defects(recording: Recording) -> Iterator[str]:
         return
     for defects in (_not_finite, _outside, _jumps, _constant, _too_long, _repeated):
         yield from defects(recording)
-    reference = recording.source.reference
-    if reference is not None and not reference.minimum < reference.maximum:
-        yield f"reference scores: the minimum {reference.minimum:g} is not below the maximum {reference.maximum:g}"
 
 
 def _not_finite(recording: Recording) -> Iterator[str]:
@@ -91,7 +89,9 @@ def _outside(recording: Recording) -> Iterator[str]:
 
 
 def _jumps(recording: Recording) -> Iterator[str]:
-    rows = jumps(recording.observations, recording.next_observations, _last(recording), _JUMP)
+    last = _last(recording)
+    rows = jumps(recording.observations, recording.next_observations, last, _JUMP)
+    rows = rows[~last[rows] | ~recording.terminations[rows]]
     if len(rows):
         yield (
             f"observations: {len(rows)} jumps inside episodes, of {_JUMP:.0f} times the usual step or more, the first "

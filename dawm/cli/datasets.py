@@ -68,14 +68,15 @@ def list_datasets(console: Console, remote: bool = False) -> None:
     console.print(table)
 
 
-def show_dataset(console: Console, dataset: str) -> None:
+def show_dataset(console: Console, dataset: str, env_id: str | None = None) -> None:
     """Show what a data set holds: sizes, returns, scores, spaces, values that are not finite.
 
     Args:
         console: Where to draw.
         dataset: A Minari id, an embedded id, the path of an HDF5 file in D4RL's layout, or several joined with +.
+        env_id: Gymnasium environment of the data; None takes the data set's own.
     """
-    recordings = read_recordings(dataset)
+    recordings = read_recordings(dataset, env_id)
     returns = [recording.returns() for recording in recordings]
     for recording, own in zip(recordings, returns):
         console.print(Text(recording.source.name, style="bold"), _facts(recording, own), _histogram(own), sep="\n")

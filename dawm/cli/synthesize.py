@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dawm import __version__
-from dawm.callbacks import RegenerateRollouts
+from dawm.callbacks.regenerate import RegenerateRollouts, check_synthesis
 from dawm.cli.report import read_results
 from dawm.data.episodes import unscale_actions
 from dawm.data.module import TransitionDataModule
@@ -138,7 +138,7 @@ def load_synthesizer(
     chosen = {key: value for key, value in options.items() if value is not None}
     for key, value in chosen.items():
         setattr(callback, key, value)
-    callback.check_synthesis()
+    check_synthesis(callback)
     if callback.noising is None and callback.starts is None:  # so it is described
         callback.starts = data.real_weights
     models, hashes = _load_models(run, stages, data.episodes.fingerprint, place)

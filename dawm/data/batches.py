@@ -48,10 +48,14 @@ class WeightedRows:
 
 
 class RowStream:
-    """An endless stream of row numbers, uniform, or drawn by weight."""
+    """An endless stream of row numbers, uniform, or drawn by weight.
 
-    def __init__(self, seed: int, weighted: WeightedRows | None = None) -> None:
-        self._generator, self._weighted = torch.Generator().manual_seed(seed), weighted
+    ``high`` is the number of rows, or one near it: of 2^28 and more the generator gives numbers of another kind, and
+    `skip` has to pass over the same.
+    """
+
+    def __init__(self, seed: int, weighted: WeightedRows | None = None, high: int = 1) -> None:
+        self._generator, self._weighted, self._high = torch.Generator().manual_seed(seed), weighted, high
 
     def draw(self, high: int, updates: int, batch_size: int) -> Tensor:
         """The next row numbers in [0, high), shape (K, B)."""
@@ -62,7 +66,7 @@ class RowStream:
     def skip(self, count: int) -> None:
         """Passes over row numbers already used."""
         for start in range(0, count, SKIP_CHUNK):
-            self.draw(2, 1, min(SKIP_CHUNK, count - start))
+            self.draw(self._high, 1, min(SKIP_CHUNK, count - start))
 
 
 class Ranges:

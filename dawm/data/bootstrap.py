@@ -56,8 +56,7 @@ def end_values(episodes: Episodes, returns_to_go: Tensor, discount: float) -> Te
         rewards = episodes.transitions.rewards[episodes.sample_rows()]
         values[truncated] = rewards.double().mean() / (1 - discount)
         return values
-    known = returns_to_go[rows].double()
-    observations, last = episodes.transitions.observations[rows], episodes.transitions.next_observations[ends]
-    predicted = linear_regression(observations.double(), known, last.double())
+    known, transitions = returns_to_go[rows].double(), episodes.transitions
+    predicted = linear_regression(transitions.observations, known, transitions.next_observations[ends], rows)
     values[truncated] = predicted.clamp(known.min(), known.max())
     return values

@@ -82,9 +82,9 @@ class Mixture:
         ``updates_per_step`` None draws single batches, fields of shape (B, ...). ``seeds`` say what sets the draws of
         each agent apart; several agents get fields of shape (K, S, B, ...). The real rows come first.
         """
-        kinds = {"real": self._weighted, "synthetic": None}
+        kinds = {"real": (self._weighted, len(self.real)), "synthetic": (None, 1)}
         streams = [
-            [RowStream(derive_seed(*parts[:2], kind, *parts[2:]), weighted) for kind, weighted in kinds.items()]
+            [RowStream(derive_seed(*parts[:2], kind, *parts[2:]), *how) for kind, how in kinds.items()]
             for parts in seeds
         ]
         synthetic_size = round(batch_size * fraction)

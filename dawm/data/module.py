@@ -99,21 +99,21 @@ class TransitionDataModule(L.LightningDataModule):
         self.cache_dir, self.memory_limit = cache_dir, memory_limit
         _check(self)
         self._episodes: Episodes | None = None
-        # agents are scored in their environment, and Lightning warns where there is no validation
+        # agents are scored in their environment: Lightning need not warn that there is no validation
         warnings.filterwarnings("ignore", ".*(have no `validation_step`|have no `val_dataloader`).*")
 
     def setup(self, stage: str | None = None) -> None:
         """Loads the data set once, and splits off the held-out episodes."""
         if self._episodes is not None:
             return
-        self._episodes = episodes = _load(self)
+        episodes = _load(self)
         weights = None if self.real_weights is None else checked(self.real_weights(episodes), len(episodes))
-        mapped = episodes.cache is not None
-        self._mixture = Mixture(episodes.rows, episodes.sizes, mapped, weights, self.termination_reward)
+        place = episodes.rows, episodes.sizes, episodes.cache is not None
+        self._mixture = Mixture(*place, weights, self.termination_reward)
         goal = self.discount, self.return_window, self.bootstrap_truncated
         self.returns_to_go = bootstrapped_returns_to_go(episodes, *goal)
-        split = _split(len(episodes.ends), self.validation_fraction, self.seed)
-        self.validation_episodes, self.training_episodes = split
+        self.validation_episodes, self.training_episodes = _split(self, len(episodes.ends))
+        self._episodes = episodes  # last: an error leaves nothing half done
 
     @property
     def episodes(self) -> Episodes:
@@ -152,14 +152,15 @@ class TransitionDataModule(L.LightningDataModule):
     def train_dataloader(self) -> Iterable[Any]:
         """What the module that is trained asks for; for a plain module the mixture, fields of shape (B, ...)."""
         assert self.trainer is not None
-        module, updates, rank = self.trainer.lightning_module, self.trainer.max_steps, self.trainer.global_rank
+        updates, rank = self.trainer.max_steps, self.trainer.global_rank
         require("trainer.max_steps", updates, updates >= 0, "a number of updates", "give it to the Trainer")
         self.to(self.trainer.strategy.root_device)
-        if (ask := getattr(module, "train_loader", None)) is not None:
+        if (ask := getattr(self.trainer.lightning_module, "train_loader", None)) is not None:
             return ask(self, updates, rank)
-        require("data.updates_per_step", self.updates_per_step, self.updates_per_step == 1,
-                "1, as a plain LightningModule trains on one batch per step",
-                "set it to 1, or derive the agent from dawm.agents.OfflineAgent")  # fmt: skip
+        expected = "1, as a plain LightningModule trains on one batch per step, and on max_steps of them"
+        for place, key in ((self, "data.updates_per_step"), (self.trainer, "trainer.accumulate_grad_batches")):
+            count = getattr(place, key.partition(".")[2])
+            require(key, count, count == 1, expected, "set it to 1, or derive the agent from dawm.agents.OfflineAgent")
         return self.mixed_loader(updates, rank, squeeze=True)
 
     def val_dataloader(self) -> Iterable[Any]:
@@ -243,11 +244,8 @@ def _drawn(
 ) -> BatchLoader:
     """Batches of a size, for so many updates."""
     count, gather = source
-    stream = RowStream(derive_seed(data.seed, rank, kind))
-
-    def draw(batches: int) -> Any:
-        return gather(stream.draw(count, batches, size))
-
+    stream = RowStream(derive_seed(data.seed, rank, kind), high=count)
+    draw = lambda batches: gather(stream.draw(count, batches, size))  # noqa: E731
     return BatchLoader(draw, [(stream, size)], updates, data.updates_per_step)
 
 
@@ -272,10 +270,10 @@ def _load(data: TransitionDataModule) -> Episodes:
     return episodes
 
 
-def _split(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def _split(data: TransitionDataModule, count: int) -> tuple[Tensor, Tensor]:
     """Numbers of the episodes to validate on, and of those to train on, each ascending."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held_out = min(max(1, round(fraction * count)), count - 1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(data.seed))
+    held_out = min(max(1, round(data.validation_fraction * count)), count - 1)
     training = order[held_out:].sort()[0]
     # of a single episode nothing can be held out: validate on what is there
     return (order[:held_out].sort()[0] if held_out else training), training

@@ -14,6 +14,8 @@ from dawm.errors import require
 
 __all__ = ["AdvantageWeights", "RowWeights", "TopShare", "checked", "linear_regression"]
 
+BLOCK = 1 << 16  # rows held in double precision at once
+
 
 class RowWeights(ABC):
     """Says how often each recorded row is drawn."""
@@ -40,7 +42,7 @@ class AdvantageWeights(RowWeights):
     def __call__(self, episodes: Episodes) -> Tensor:
         """The weights, shape (N,)."""
         returns = episodes.episode_returns.double()
-        firsts = episodes.transitions.observations[episodes.starts].double()
+        firsts = episodes.transitions.observations[episodes.starts]
         advantages = returns - linear_regression(firsts, returns, firsts)
         extent = float(advantages.max() - advantages.min()) or 1.0  # 0 where all are the same
         return _over_rows(((advantages - advantages.max()) / (extent * self.temperature)).exp(), episodes.lengths)
@@ -74,18 +76,26 @@ def checked(weights: Tensor, rows: int, key: str = "data.real_weights") -> Tenso
     return weights.double()
 
 
-def linear_regression(observations: Tensor, returns: Tensor, asked: Tensor) -> Tensor:
+def linear_regression(observations: Tensor, returns: Tensor, asked: Tensor, rows: Tensor | None = None) -> Tensor:
     """Ridge regression with intercept of returns, shape (E,), on observations, (E, O): what it predicts for others.
 
-    Observations are standardised, and the penalty is O: nothing beside many episodes, while few are not fitted exactly,
-    as plain least squares would, which leaves advantages of rounding errors alone.
+    Or on the ``rows``, shape (E,), of more observations. They are standardised, and the penalty is O: nothing beside
+    many episodes, while few are not fitted exactly, as plain least squares would, which leaves advantages of rounding
+    errors alone. Sums are taken block by block, in double precision.
     """
-    std, mean = torch.std_mean(observations, dim=0, correction=0)
-    scale = torch.where(std > 0, std, torch.inf)
-    inputs = (observations - mean) / scale
-    size, centre = inputs.shape[1], returns.mean()
-    covariance = inputs.T @ inputs + size * torch.eye(size, dtype=inputs.dtype)
-    return centre + (asked - mean) / scale @ torch.linalg.solve(covariance, inputs.T @ (returns - centre))
+    rows = torch.arange(len(observations)) if rows is None else rows
+    blocks, returns = rows.split(BLOCK), returns.double()
+    mean = torch.stack([observations[block].double().sum(dim=0) for block in blocks]).sum(dim=0) / len(rows)
+    size, centre = observations.shape[1], returns.mean()
+    products, towards = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    for block, targets in zip(blocks, returns.split(BLOCK)):
+        inputs = observations[block].double() - mean
+        products += inputs.T @ inputs
+        towards += inputs.T @ (targets - centre)
+    std = (products.diagonal() / len(rows)).sqrt()
+    scale = torch.where(std > 1e-9 * mean.abs(), std, torch.inf)  # one that does not vary says nothing
+    covariance = products / scale / scale.unsqueeze(-1) + size * torch.eye(size, dtype=torch.float64)
+    return centre + (asked.double() - mean) / scale @ torch.linalg.solve(covariance, towards / scale)
 
 
 def _over_rows(weights: Tensor, lengths: Tensor) -> Tensor:

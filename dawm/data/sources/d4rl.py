@@ -5,7 +5,9 @@
 * ``next_observations`` missing: inside an episode ``s_{t+1}`` is the next row's observation. The last row of a
   truncated episode has none and is dropped, because it would have to bootstrap from a made-up ``s_{t+1}``. The last row
   of a terminated episode is kept: it alone says that the task ends there, and it never bootstraps. Its ``s_{t+1}`` is
-  filled with ``s_t`` and marked in ``Block.next_observed``; it can teach neither dynamics nor inverse dynamics.
+  filled with ``s_t`` and marked in ``Block.next_observed``, so that no action is inferred from it.
+* ``next_observations`` made by shifting ``observations``, so that episodes end in the next one's first observation: the
+  column counts as missing.
 * ``next_observations[t]`` is not ``observations[t + 1]`` inside an episode: the episode is truncated at row t.
 * ``timeouts`` missing: an episode is cut at the environment's time limit where the environment is known, and the
   file's end truncates the last one.
@@ -44,6 +46,7 @@ _EVALUATED_IN = {"hopper": "Hopper-v5", "walker2d": "Walker2d-v5", "halfcheetah"
 
 _RANKS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1, "next_observations": 2}
 _REQUIRED = ("observations", "actions", "rewards", "terminals")
+_ENDS = 64  # of episodes, to look at
 
 
 def is_d4rl_name(name: str) -> bool:
@@ -158,7 +161,11 @@ class D4RLFile(contextlib.AbstractContextManager):
         rows = shapes["observations"][0] if shapes["observations"] else 0
         for key, shape in shapes.items():
             rank = _RANKS[key]
-            if shape[:1] != (rows,) or (len(shape) != rank and not (rank == 1 and shape == (rows, 1))):
+            if (
+                shape[:1] != (rows,)
+                or 0 in shape[1:]
+                or (len(shape) != rank and not (rank == 1 and shape == (rows, 1)))
+            ):
                 kind = "vectors" if rank == 2 else "numbers"
                 raise UserError(f"{got} {key} of shape {shape}, expected {rows} rows of {kind}; mend the file")
         ours, nexts = shapes["observations"], shapes.get("next_observations")
@@ -187,14 +194,27 @@ class D4RLFile(contextlib.AbstractContextManager):
         """Where episodes end."""
         self.defects: tuple[str, ...] = ()
         self.terminations: NDArray[np.bool_] = self.read("terminals")
-        if self._has_timeouts:
-            self.last = self.terminations | self.read("timeouts")
-        else:
+        flagged = self.terminations | self.read("timeouts") if self._has_timeouts else self.terminations
+        self.last = flagged.copy()
+        if not self._has_timeouts:
             limit = self.env_spec.max_episode_steps if self.env_spec is not None else None
             self.last = self.terminations | _time_limits(self.terminations, limit)
             cut = "at terminals alone" if limit is None else f"at terminals and every {limit} steps"
             self.defects = (f"timeouts: the file has none; episodes are cut {cut}",)
         self.last[-1:] = True
+        if self.next_observations and self._are_shifted(flagged):
+            self.next_observations = ()
+            found = "at the ends of episodes they are the next episode's first observations, so none is used"
+            self.defects += (f"next_observations: {found}",)
+
+    def _are_shifted(self, ended: NDArray[np.bool_]) -> bool:
+        """Whether ``s_{t+1}`` of rows that ended an episode, flags of shape (N,), is the next episode's first one."""
+        ends = np.flatnonzero(ended[:-1])
+        shifted = [
+            bool((self.read("next_observations", end, end + 1) == self.read("observations", end + 1, end + 2)).all())
+            for end in ends[:: max(1, len(ends) // _ENDS)].tolist()
+        ]
+        return sum(shifted) > max(2, len(shifted) / 2)  # a few may be so by chance
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:

@@ -5,7 +5,9 @@ every step is known. An episode ends where Minari ends it, and after every termi
 read straight into packed rows, many times faster than by its episode objects; other formats go through Minari.
 """
 
+import contextlib
 import logging
+import math
 import re
 import shutil
 import warnings
@@ -60,7 +62,7 @@ class MinariSource(Source):
         minimum, maximum = metadata.get("ref_min_score"), metadata.get("ref_max_score")
         if minimum is not None and maximum is not None:
             source = f"data set's metadata, {metadata[SOURCE]}" if SOURCE in metadata else "data set's metadata"
-            self.reference = ReferenceScores(float(minimum), float(maximum), source)
+            self.reference = _reference(minimum, maximum, source, name)
         self.count, self._episodes = int(metadata["total_steps"]), int(metadata["total_episodes"])
         self._repeated = bool(metadata.get(REPEATED))
         self.path = dataset.storage.data_path.parent
@@ -141,6 +143,18 @@ class MinariSource(Source):
 
     def _block(self, rows: NDArray[np.float32], last: NDArray[np.bool_]) -> Block:
         return Block(rows, last, rows[:, -1] == 0 if self._repeated else None)
+
+
+def _reference(minimum: object, maximum: object, source: str, name: str) -> ReferenceScores:
+    """The reference scores of a data set's metadata, or a UserError where nothing can be scored by them."""
+    with contextlib.suppress(TypeError, ValueError):
+        low, high = float(minimum), float(maximum)  # type: ignore[arg-type]
+        if -math.inf < low < high < math.inf:
+            return ReferenceScores(low, high, source)
+    raise UserError(
+        f"--data.dataset: got {name} with ref_min_score {minimum!r} and ref_max_score {maximum!r}, expected a lower "
+        "and a higher return; correct its metadata"
+    )
 
 
 def _open(dataset_id: str) -> minari.MinariDataset:

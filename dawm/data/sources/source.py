@@ -79,11 +79,14 @@ class Source(ABC):
 
     def read(self) -> "Recording":
         """Read everything, with whatever is wrong in its numbers."""
-        blocks = [Block(np.empty((0, self.width), np.float32), np.zeros(0, bool)), *self.blocks()]
-        rows, last = np.concatenate([b.rows for b in blocks]), np.concatenate([b.last for b in blocks])
-        known = [np.ones(len(b.rows), bool) if b.next_observed is None else b.next_observed for b in blocks]
+        rows, last, known = np.empty((self.count, self.width), np.float32), *np.ones((2, self.count), bool)
+        start = 0
+        for block in self.blocks():
+            part = slice(start, start := start + len(block.rows))
+            rows[part], last[part] = block.rows, block.last
+            known[part] = True if block.next_observed is None else block.next_observed
         parts, ends = columns(rows, *self.sizes), np.flatnonzero(last) + 1
-        return Recording(self, *parts[:-1], parts.terminations != 0, ends, np.concatenate(known))
+        return Recording(self, *parts[:-1], parts.terminations != 0, ends, known)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ def observation_box(space: gym.Space, name: str) -> gym.spaces.Box:
     """The flat Box that observations fill, or a UserError for images, discrete values, tuples and text."""
     boxes = [box for _, box in observation_leaves(space, name)]
     low = np.concatenate([box.low.ravel() for box in boxes])
+    if not low.size:
+        raise UserError(
+            f"--data.dataset: got {name} with empty observations, expected numbers; choose another data set"
+        )
     return gym.spaces.Box(low, np.concatenate([box.high.ravel() for box in boxes]), dtype=low.dtype.type)
 
 
@@ -51,6 +55,8 @@ def action_box(space: gym.Space, name: str) -> gym.spaces.Box:
     got = f"--data.dataset: got {name} with the action space {space}, expected"
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
         raise UserError(f"{got} a flat Box of real numbers; choose another data set")
+    if not space.shape[0]:
+        raise UserError(f"{got} at least one action; choose another data set")
     if not (np.isfinite([space.low, space.high]).all() and (space.low < space.high).all()):
         raise UserError(f"{got} finite bounds; record them in it")
     return space

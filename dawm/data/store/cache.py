@@ -135,23 +135,24 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
 def _build(folder: Path, sources: Sequence[Source], identity: dict[str, Any]) -> Table:
     """Read the sources into the cache, unless another process has while this one waited."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock(folder, patience=math.inf) as locked:
-            stored = _stored(folder)
-            if stored is not None:
-                return stored
-            if locked:  # what is here is damaged, or a killed process left it
-                for left in folder.iterdir():
-                    shutil.rmtree(left, ignore_errors=True)
+    with lock(folder, patience=math.inf) as locked:
+        stored = _stored(folder)
+        if stored is not None:
+            return stored
+        folder.mkdir(exist_ok=True)  # who held the lock before may have failed, and removed it
+        if locked:  # what is here is damaged, or a killed process left it
+            for left in folder.iterdir():
+                shutil.rmtree(left, ignore_errors=True)
+        try:
             with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as staged:
                 _write(Path(staged), sources, identity)
                 with contextlib.suppress(OSError):  # a process that could not be locked out was first: use its copy
                     os.rename(staged, folder / "data")
-            stored = _stored(folder)
-        _remove_outdated(folder)
-    finally:
-        if not (folder / "data").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing was built
+        stored = _stored(folder)
+    _remove_outdated(folder)
     if stored is None:
         raise OSError(errno.EIO, f"what was written to {folder} cannot be read")
     return stored
@@ -189,7 +190,7 @@ def _remove_outdated(folder: Path) -> None:
             found[path.parent.parent] = json.loads(path.read_text())
     mine = found.pop(folder, {})
     for other, meta in found.items():
-        if all(meta.get(key) == mine.get(key) for key in ("places", "bounds")):
+        if all(meta.get(key) == mine.get(key) for key in ("places", "bounds", "settings")):
             shutil.rmtree(other, ignore_errors=True)
 
 

@@ -30,6 +30,7 @@ _OTHER_UNITS = 1.0
 
 _FINITE = "finite numbers; remove those episodes from the data set"
 _IN_ONE_PIECE = "each episode in one piece; end an episode (timeouts, truncations) there"
+_OWN_END = "the observation that the last action led to, as the agent learns from it; record it before the reset"
 _CLIPPED = "they are clipped"
 _INSIDE = "them inside; name the environment with the right bounds in --data.env_id, or clip the recorded actions"
 
@@ -41,7 +42,8 @@ class Table:
     The rows are packed (`dawm.data.transitions.Transitions.pack`), float32 on the CPU, actions in [-1, 1]. Never write
     to them: of a large data set they are a mapped file. ``end_observed`` is False where the last ``s_{t+1}`` of an
     episode was not recorded and is filled with ``s_t``. Only terminated rows of files without ``next_observations`` are
-    so; they serve one-step TD, because they never bootstrap, but must not teach the dynamics or the inverse dynamics.
+    so. They serve one-step TD, as they never bootstrap; the inverse dynamics does not see them; the world model and the
+    forward models learn from them that the task ends, and that the observation stays.
     """
 
     rows: Tensor  # shape (N, D)
@@ -136,7 +138,10 @@ class _Checks:
                     self._note(f"NaN or infinite values in {where}", _FINITE, np.flatnonzero(bad[:, column]))
         else:
             jumped = jumps(parts.observations, parts.next_observations, block.last)
-            self._note("jumps of the observations inside episodes", _IN_ONE_PIECE, jumped)
+            self._note("jumps of the observations inside episodes", _IN_ONE_PIECE, jumped[~block.last[jumped]])
+            # where the task ends the observation is free to be anything
+            cut = jumped[block.last[jumped] & (parts.terminations[jumped] == 0)]
+            self._note("jumps of the observations at the ends of episodes", _OWN_END, cut)
         actions = torch.from_numpy(parts.actions)
         actions.copy_(scale_actions(actions, self._source.action_space))
         excess = actions.abs().amax(dim=-1).numpy() - 1.0
