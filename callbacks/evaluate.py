@@ -49,6 +49,12 @@ class EvaluateInEnvironment(EveryNUpdates):
         self.episodes, self.seed, self.num_envs, self.env_id = episodes, seed, num_envs, env_id
         self.history: list[dict[str, Any]] = []
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets an earlier training."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.history = []
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks the settings, so that a mistake shows before the first update and not at the first evaluation."""
         super().on_train_start(trainer, pl_module)

@@ -1,12 +1,15 @@
 """Files that are written whole or not at all."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["expanded", "whole", "write_whole"]
+from dawm.errors import UserError
+
+__all__ = ["expanded", "hash_of", "whole", "writable", "write_whole"]
 
 
 @contextmanager
@@ -47,6 +50,15 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits.
+
+    Args:
+        path: Of the file.
+    """
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def expanded(path: str | os.PathLike) -> Path:
     """A path with ``~`` and environment variables replaced.
 
@@ -54,3 +66,21 @@ def expanded(path: str | os.PathLike) -> Path:
         path: As a user typed it.
     """
     return Path(os.path.expanduser(os.path.expandvars(path)))
+
+
+def writable(folder: Path, key: str = "output_dir") -> Path:
+    """A folder, created if need be, or a UserError where nothing can be written to it.
+
+    Args:
+        folder: The folder.
+        key: The setting that names it, for messages.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        expected = f"a folder to write to ({error.strerror})"
+        raise UserError(f"--{key}: got {folder}, expected {expected}; set another") from None
+    return folder

@@ -242,7 +242,7 @@ def together(*arguments):  # no process may build before all have found the cach
 def slow(self):
     print("reads", flush=True)
     for block in blocks(self):
-        time.sleep(0.02)
+        time.sleep(float(sys.argv[4]))
         yield block
 
 cache._build, d4rl.D4RLSource.blocks = together, slow
@@ -250,10 +250,9 @@ print(load_episodes(sys.argv[1], memory_limit=0.0).fingerprint)
 """
 
 
-def start(dataset, place, name):
-    return subprocess.Popen(
-        [sys.executable, "-c", PROCESS, dataset, str(place), name], stdout=subprocess.PIPE, text=True
-    )
+def start(dataset, place, name, pause=0.02):
+    arguments = dataset, str(place), name, str(pause)
+    return subprocess.Popen([sys.executable, "-c", PROCESS, *arguments], stdout=subprocess.PIPE, text=True)
 
 
 def test_two_processes_that_start_at_once_build_it_once(folder, dataset, tmp_path, monkeypatch):
@@ -266,9 +265,10 @@ def test_two_processes_that_start_at_once_build_it_once(folder, dataset, tmp_pat
 
 def test_a_process_that_waits_for_the_build_and_is_interrupted_leaves_it_alone(folder, dataset, tmp_path):
     (tmp_path / "ready").mkdir()
-    processes = [start(dataset, tmp_path / "ready", name) for name in "ab"]
+    processes = [start(dataset, tmp_path / "ready", name, pause=0.2) for name in "ab"]
     reading = select.select([process.stdout for process in processes], [], [], 60)[0]  # says so before it builds
     (waiting,) = (process for process in processes if process.stdout not in reading)
+    time.sleep(1)  # until it waits; the other one takes five seconds
     waiting.send_signal(signal.SIGINT)
     assert sorted(len(process.communicate(timeout=120)[0].split()) for process in processes) == [0, 2]
 

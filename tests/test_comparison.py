@@ -40,6 +40,16 @@ def test_one_group_has_its_seeds_and_is_said_to_share_a_world_model():
     assert "share one world model" in found.explanation()
 
 
+def test_areas_are_over_the_updates_that_all_methods_were_evaluated_at():
+    """Both curves rise by 1 an update; the one begins at 10, the other at 20, and ends at 30."""
+    fine, coarse = result("real", "a", 0, [0.0, 0.0]), result("mixed", "a", 0, [0.0, 0.0])
+    fine["curve"] = [{"step": step, "scores": [step, step + 2.0]} for step in (10, 20, 40)]
+    coarse["curve"] = [{"step": step, "scores": [step, step + 2.0]} for step in (20, 30)]
+    found = compare([fine, coarse])
+    assert found.span("a") == (20, 30)
+    assert [found.row(method, "a")[4].value for method in ("real", "mixed")] == [26.0, 26.0]
+
+
 def test_summaries_need_scores_on_all_data_sets():
     grid = [(m, d, [float(k) for k in range(4)]) for m in ("real", "mixed") for d in "ab"]
     assert [row[:1] for row in compare([result(m, d, 0, s) for m, d, s in grid]).summary()] == [("real",), ("mixed",)]

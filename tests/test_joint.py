@@ -98,6 +98,8 @@ def test_whole_segments_depend_on_the_return_alone():
 class Recorded:
     """Data of one segment."""
 
+    seed = 0
+
     def random_segments(self, count, seed):
         return TWO_STEPS[torch.zeros(count, dtype=torch.int64)]
 

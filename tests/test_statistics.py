@@ -68,3 +68,9 @@ def test_summaries_agree_with_rliable():
 def test_the_area_under_a_curve():
     area = area_under_curve([0, 10, 40], [[0.0, 1.0], [10.0, 1.0], [10.0, 1.0]])
     assert area == pytest.approx([(5 * 10 + 10 * 30) / 40, 1.0])
+    part = area_under_curve([0, 10, 40], [[0.0, 1.0], [10.0, 1.0], [10.0, 1.0]], (5, 20))
+    assert part == pytest.approx([(7.5 * 5 + 10 * 10) / 15, 1.0])
+
+
+def test_one_seed_has_no_interval():
+    assert np.isnan(stratified_bootstrap(interquartile_mean, [[1.0], [2.0]])[1:]).all()

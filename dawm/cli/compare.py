@@ -29,13 +29,15 @@ from dawm.cli.report import read_results
 from dawm.cli.settings import parse_fit
 from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError, require
-from dawm.files import expanded, write_whole
-from dawm.training.build import import_class, parameters_of
+from dawm.files import expanded, writable, write_whole
+from dawm.training.build import import_class, parameters_of, sources_of
 from dawm.training.checkpoints import read_checkpoint
+from dawm.training.ranks import only_run_in
 
 __all__ = ["Cell", "compare", "make_compare_parser"]
 
 GRID = "compare.json"  # in the folder of a comparison: what belongs to it, in order
+OWN = ("--seeds", "--data.dataset", "--output_dir", "--stages_dir", "--wait")  # of a cell, set by the comparison
 LAYOUT = 2  # of a result; one of another layout is collected again from its run, whose stages are reused
 
 
@@ -126,6 +128,8 @@ def compare(args: Sequence[str], console: Console) -> int:
         if comparison.results:
             write_comparison(folder, comparison)
             show_comparison(console, folder, comparison)
+        else:
+            console.print("no cell is finished")
     for name, error in failed.items():
         console.print(f"failed: {name}: {error}", style="bold red", markup=False, soft_wrap=True)
     return 1 if failed else 0
@@ -140,21 +144,25 @@ def _train(
     for name in ("seeds", "groups", "workers"):
         require(name, options[name], options[name] >= 1, "at least 1")
     require("launcher", options.launcher, options.launcher in LAUNCHERS, f"one of {', '.join(LAUNCHERS)}")
-    cells = _cells(options, further, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in (option.partition("=")[0] for option in further):
+        expected = "it as compare's own option, before --, or a setting of one cell"
+        require(name.removeprefix("--"), "it among the options of fit", name not in OWN, expected, "move or remove it")
+    cells, command = _cells(options, further, folder), ["compare", *own, "--", *further]
+    launcher = LAUNCHERS[options.launcher]
+    writable(folder)
     if options.cell is not None:
         require("cell", options.cell, 0 <= options.cell < len(cells), f"a number from 0 to {len(cells) - 1}")
-        cells = cells[options.cell : options.cell + 1]
-    else:
+        cell = cells[options.cell]
+        return {} if cell.done() else launcher([cell], options.workers, command, console)
+    with only_run_in(folder, wait=False):
         grid = {
             "methods": [_name(path) for path in options.methods], "datasets": options.datasets, "note": options.note,
             "command": shlex.join(["python", "-m", "dawm", "compare", *own, *further]),
             "keys": {cell.name: cell.key for cell in cells},
         }  # fmt: skip
         write_whole(folder / GRID, json.dumps(grid, indent=1) + "\n")
-    missing = sorted((cell for cell in cells if not cell.done()), key=lambda cell: -cell.cost)
-    command = ["compare", *own, "--", *further]
-    return LAUNCHERS[options.launcher](missing, options.workers, command, console) if missing else {}
+        missing = sorted((cell for cell in cells if not cell.done()), key=lambda cell: -cell.cost)
+        return launcher(missing, options.workers, command, console) if missing else {}
 
 
 def _read(folder: Path, note: str) -> Comparison:
@@ -189,17 +197,22 @@ def _cells(options: Namespace, further: Sequence[str], folder: Path) -> list[Cel
     for path, method in zip(options.methods, names):
         configs = *options.config, *path.split("+")
         shared = [part for config in configs for part in ("--config", str(expanded(config)))]
-        with as_user_error(f"methods: {path}"):
-            plain = parse_fit([*shared, *further]).plain
+        try:
+            with as_user_error("methods"):
+                plain = parse_fit([*shared, *further]).plain
+        except UserError as error:
+            raise UserError(f"{error} (of the method {path})") from None
         side_by_side = "seeds" in parameters_of(import_class(plain["agent"]["class_path"]))
         count, seeds = (options.groups, options.seeds) if side_by_side else (options.groups * options.seeds, 1)
         imagines = plain["data"]["synthetic_fraction"] > 0
         updates = {name: stage["max_steps"] for name, stage in plain["stages"].items()}
         cost = updates.pop("agent") * seeds + imagines * sum(updates.values())
-        key = hashlib.sha256(json.dumps({**plain, "output_dir": ""}, sort_keys=True, default=str).encode()).hexdigest()
+        known = {**plain, "output_dir": "", "sources": sources_of(plain)}
+        key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
         for dataset in options.datasets:
             for number in range(count):
-                own = ("--data.dataset", dataset, "--seeds", str(seeds), "--seed_everything", str(number))
+                seed = plain["seed_everything"] + number
+                own = ("--data.dataset", dataset, "--seeds", str(seeds), "--seed_everything", str(seed))
                 parts = f"{key} {dataset} {seeds} {number} {__version__} {LAYOUT}"
                 identity = hashlib.sha256(parts.encode()).hexdigest()[:16]
                 arguments = (*shared, *further, *own)

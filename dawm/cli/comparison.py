@@ -33,7 +33,7 @@ UPDATES = "updates"  # in a cell's seconds: those of the agent alone
 EXPLANATION = """Scores are those of the last checkpoint, over the final episodes of every seed. Brackets hold 95 %
 intervals: of means Student's over the seeds, of differences Welch's, over data sets stratified bootstrap. p is that of
 the difference, adjusted by Holm's method for all comparisons of the table. The area under the curve, the mean score
-while training, says how fast a method learns."""
+while training between the first and the last update at which all methods were evaluated, says how fast one learns."""
 ONE_GROUP = """All seeds of a method that imagines share one world model, so these intervals do not contain what differs
 between world models: --groups trains several."""
 GROUPS = """The seeds of a group share a world model: of methods that imagine, intervals and p are over the means of the
@@ -90,6 +90,12 @@ class Comparison:
         steps = [entry["step"] for entry in curves[0][:common]] if common else []
         return steps, np.array([[s for curve in curves for s in curve[k]["scores"]] for k in range(common)])
 
+    def span(self, dataset: str) -> tuple[float, float] | None:
+        """The updates that the curves of all methods reach over; None where they have none in common."""
+        curves = [steps for method in self.methods if (steps := self.curve(method, dataset)[0])]
+        low, high = max((steps[0] for steps in curves), default=0), min((steps[-1] for steps in curves), default=-1)
+        return (low, high) if low <= high else None
+
     @cached_property
     def differences(self) -> dict[tuple[str, str], tuple[Difference, float]]:
         """Of each method and data set: its difference to the first method, and Holm's p."""
@@ -106,9 +112,9 @@ class Comparison:
         scores = self.scores(method, dataset)
         minus, p = self.differences.get((method, dataset), (None, math.nan))
         steps, curve = self.curve(method, dataset)
-        area = None
-        if steps:
-            area = mean_interval(self.independent(method, dataset, area_under_curve(steps, curve)))
+        area, span = None, self.span(dataset)
+        if steps and span is not None:
+            area = mean_interval(self.independent(method, dataset, area_under_curve(steps, curve, span)))
         return mean_interval(self.independent(method, dataset, scores)), len(scores), minus, p, area
 
     def pairs(self) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dawm.cli.fidelity import draw_fidelity, fidelity_section, show_fidelity
-from dawm.cli.report import add_to_report, read_results
+from dawm.cli.report import add_to_report, checkpoint_hashes, read_results
 from dawm.cli.synthesize import load_synthesizer
 from dawm.data.batches import derive_seed
 from dawm.data.module import TransitionDataModule
@@ -94,6 +94,7 @@ def diagnose_run(
     if simulator is not None:
         parts["simulator"] = lambda: _against_simulator(simulator, (real, imagined), data, units)
     fidelity = described | {"rollouts": rollouts, "seed": seed, "held_out_segments": len(segments)}
+    fidelity["checkpoints"] = checkpoint_hashes(results)
     fidelity["judges_itself"] = synthesizer.labels == "forward" or isinstance(synthesizer, EnsembleSynthesizer)
     fidelity["columns"] = diagnosis.column_names(data.observation_size, data.action_size)
     fidelity["fates"] = {fate: count / made.counts.total() for fate, count in made.counts.items()}

@@ -41,7 +41,8 @@ def evaluate_run(
         every: Score every checkpoint of the agent's stage, into ``evaluations.json`` and ``evaluations.png``.
         max_episode_steps: Time limit of an environment that has none.
     """
-    require("episodes", episodes, episodes >= 1, "at least 1")
+    for key, number in (("episodes", episodes), ("max_episode_steps", max_episode_steps)):
+        require(key, number, number is None or number >= 1, "at least 1")
     folder, options = expanded(run), (episodes, seed, env_id, max_episode_steps)
     last = expanded(checkpoint) if checkpoint else Path(read_results(folder)["stages"]["agent"]["checkpoint"])
     if not every:

@@ -19,7 +19,7 @@ from dawm.data.module import TransitionDataModule
 from dawm.data.sources.environments import describe_environment
 from dawm.errors import UserError
 from dawm.evaluation.checks import check_environment
-from dawm.files import expanded
+from dawm.files import expanded, writable
 from dawm.training.build import build_logger, import_class, parameters_of
 from dawm.training.checkpoints import plain
 from dawm.training.experiment import Experiment
@@ -35,7 +35,7 @@ def fit(args: Sequence[str], console: Console) -> None:
     with as_user_error("config"):
         settings = parse_fit(args)
     check_launcher(settings.plain["trainer"])
-    output_dir = _writable(Path(settings.plain["output_dir"]))
+    output_dir = writable(Path(settings.plain["output_dir"]))
     with disk_errors(output_dir), only_run_in(output_dir, settings.plain["wait"]):
         _run(settings, output_dir, shlex.join(["python", "-m", "dawm", "fit", *args]), console)
 
@@ -48,7 +48,7 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     with as_user_error("logger"):
         loggers = [build_logger(description) for description in settings.plain["logger"]]
     shared = settings.plain["stages_dir"]
-    folder = output_dir if shared is None else _writable(expanded(shared), "stages_dir")
+    folder = output_dir if shared is None else writable(expanded(shared), "stages_dir")
     experiment = Experiment(data, settings.plain, folder, environment, loggers, console, shared is not None)
     _say_what_is_left_out(settings.plain, console)
     _check_modules(experiment, stages)
@@ -130,15 +130,3 @@ def _quieten() -> None:
     warnings.showwarning = lambda message, *args, **kwargs: Console(stderr=True, soft_wrap=True).print(
         f"warning: {message}", style="yellow", markup=False, highlight=False
     )
-
-
-def _writable(folder: Path, key: str = "output_dir") -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        expected = f"a folder to write to ({error.strerror})"
-        raise UserError(f"--{key}: got {folder}, expected {expected}; set another") from None
-    return folder

@@ -57,7 +57,7 @@ def train(cell: Work, folder: str) -> str | None:
             code = process.wait()
         finally:
             _stop([process])
-        if code >= 0:
+        if not _was_killed(code):
             break
     return _finish(cell, code, time.monotonic() - start)
 
@@ -78,8 +78,8 @@ def run_locally(cells: Sequence[Any], workers: int, command: Sequence[str], cons
                 if (code := process.poll()) is None:
                     continue
                 del running[process]
-                kills[cell.name] += code < 0
-                if code < 0 and kills[cell.name] <= RETRIES:
+                kills[cell.name] += _was_killed(code)
+                if _was_killed(code) and kills[cell.name] <= RETRIES:
                     waiting.insert(0, cell)
                     continue
                 error = _finish(cell, code, time.monotonic() - start)
@@ -158,7 +158,7 @@ def submit_to_slurm(cells: Sequence[Any], workers: int, command: Sequence[str], 
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=1
 #SBATCH --requeue
-#SBATCH --output={logs}
+#SBATCH --output="{logs}"
 cd {shlex.quote(os.getcwd())}
 export OMP_NUM_THREADS=1
 exec {line.replace("'$SLURM_ARRAY_TASK_ID'", '"$SLURM_ARRAY_TASK_ID"')}
@@ -240,6 +240,11 @@ def _start(cell: Work) -> subprocess.Popen:
         return subprocess.Popen(
             cell.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
+
+
+def _was_killed(code: int) -> bool:
+    """Whether a process ended by a signal; 130 is that of a `fit` that saved first."""
+    return code < 0 or code == 130
 
 
 def _finish(cell: Work, code: int, seconds: float) -> str | None:

@@ -61,6 +61,12 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         errors.print("stopped, because another process of this run ended; its own error, if it had one, is above")
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        line = f"got {error.filename} ({error.strerror}), expected a file to read or write; mend it, or name another"
+        errors.print(f"error: {one_line(line)}", style="bold red", markup=False, highlight=False)
+        return 2
     except KeyboardInterrupt:
         errors.print("interrupted", style="bold")
         return 130

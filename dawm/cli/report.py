@@ -20,7 +20,7 @@ from dawm.data.episodes import Episodes
 from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError
 from dawm.evaluation.episodes import Evaluation
-from dawm.files import write_whole
+from dawm.files import hash_of, write_whole
 from dawm.training.experiment import StageResult
 
 __all__ = [
@@ -143,10 +143,15 @@ def write_files(output_dir: Path, results: Mapping[str, Any], settings: Mapping[
     write_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     write_whole(output_dir / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
     draw_curves(output_dir, results)
-    measured = output_dir / "fidelity.json"  # by `diagnose`, of these stages if none was trained since
-    holds = measured.exists() and all(stage["reused"] for stage in results["stages"].values())
-    fidelity = fidelity_section(json.loads(measured.read_text())) if holds else ""
+    measured = output_dir / "fidelity.json"  # by `diagnose`, perhaps of other stages
+    found = json.loads(measured.read_text()) if measured.exists() else {}
+    fidelity = fidelity_section(found) if found and found["checkpoints"] == checkpoint_hashes(results) else ""
     write_report(output_dir, results, settings, command, _rows(results), fidelity)
+
+
+def checkpoint_hashes(results: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the stages' checkpoints, by stage."""
+    return {name: hash_of(Path(stage["checkpoint"])) for name, stage in results["stages"].items()}
 
 
 def add_to_report(run: Path, results: Mapping[str, Any], fidelity: str) -> None:

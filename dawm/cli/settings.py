@@ -153,7 +153,7 @@ def parse_fit(args: Sequence[str]) -> Settings:
 
 
 def _forgetting_replaced_lists(args: Sequence[str]) -> Iterator[str]:
-    """The arguments, with each list of callbacks emptied before it is given again.
+    """The arguments, with each list of callbacks or loggers emptied before it is given again.
 
     jsonargparse lets the n-th element of a new list inherit what the old one's n-th was given, whatever their classes.
     """
@@ -163,11 +163,12 @@ def _forgetting_replaced_lists(args: Sequence[str]) -> Iterator[str]:
             path = expanded(value or (args[index + 1] if index + 1 < len(args) else ""))
             try:
                 content = yaml.safe_load(path.read_text())
-                stages = [stage for stage, own in content["stages"].items() if "callbacks" in own]
+                stages = [stage for stage, own in content.get("stages", {}).items() if "callbacks" in own]
+                yield from ["--logger=[]"] if "logger" in content else []
             except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
                 stages = []  # the parser says what is wrong with it
             yield from (f"--stages.{stage}.callbacks=[]" for stage in stages if stage in STAGES)
-        elif name.startswith("--stages.") and name.endswith(".callbacks"):
+        elif name == "--logger" or (name.startswith("--stages.") and name.endswith(".callbacks")):
             yield f"{name}=[]"
         yield argument
 

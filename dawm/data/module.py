@@ -91,9 +91,8 @@ class TransitionDataModule(L.LightningDataModule):
         self.dataset, self.env_id = dataset, env_id
         self.horizon, self.discount, self.return_window = horizon, discount, return_window
         self.batch_size, self.segment_batch_size = batch_size, segment_batch_size
-        self.bootstrap_truncated = bootstrap_truncated
+        self.bootstrap_truncated, self.termination_reward = bootstrap_truncated, termination_reward
         self.synthetic_fraction, self.real_weights, self.seed = synthetic_fraction, real_weights, seed
-        self.termination_reward = termination_reward
         self.episode_fraction, self.validation_fraction = episode_fraction, validation_fraction
         self.updates_per_step, self.max_episode_steps = updates_per_step, max_episode_steps
         self.cache_dir, self.memory_limit = cache_dir, memory_limit

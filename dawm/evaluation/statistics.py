@@ -93,7 +93,7 @@ def stratified_bootstrap(
 ) -> Interval:
     """A statistic of score tables with its percentile interval: seeds, or whole groups of them, are redrawn by task.
 
-    Tables have the shape (T, S), or (T, G, S) for groups.
+    Tables have the shape (T, S), or (T, G, S) for groups. NaN bounds where there is but one seed, or group, to draw.
     """
     generator = np.random.default_rng(seed)
     tables = [np.asarray(table, np.float64) for table in scores]
@@ -101,15 +101,24 @@ def stratified_bootstrap(
     def redrawn(table: Floats) -> Floats:
         return table[np.arange(len(table))[:, None], generator.integers(table.shape[1], size=table.shape[:2])]
 
+    if min(table.shape[1] for table in tables) < 2:
+        return Interval(statistic(*tables), math.nan, math.nan)
     found = [statistic(*map(redrawn, tables)) for _ in range(draws)]
     low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(statistic(*tables), float(low), float(high))
 
 
-def area_under_curve(steps: ArrayLike, scores: ArrayLike) -> Floats:
-    """Mean height of learning curves, by trapezoids: steps (K,), scores (K, S) -> (S,). It says how fast one learns."""
+def area_under_curve(steps: ArrayLike, scores: ArrayLike, span: tuple[float, float] | None = None) -> Floats:
+    """Mean height of learning curves, by trapezoids: steps (K,), scores (K, S) -> (S,). It says how fast one learns.
+
+    Over a ``span`` of steps, within those of the curve, or over all of it.
+    """
     x, y = np.asarray(steps, np.float64), np.asarray(scores, np.float64)
-    if len(x) < 2:
+    if span is not None:
+        ends = np.array([[np.interp(end, x, column) for column in y.T] for end in span])
+        inside = (x > span[0]) & (x < span[1])
+        x, y = np.array([span[0], *x[inside], span[1]]), np.concatenate([ends[:1], y[inside], ends[1:]])
+    if x[0] == x[-1]:
         return y.mean(axis=0)
     return ((y[1:] + y[:-1]) / 2 * np.diff(x)[:, None]).sum(axis=0) / (x[-1] - x[0])
 

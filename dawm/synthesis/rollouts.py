@@ -164,12 +164,12 @@ class Synthesizer:
     def rollouts(
         self, data: TransitionDataModule, count: int, seed: int, rank: int = 0, step: int = 0, block: int = 0
     ) -> Rollouts:
-        """B rollouts from random real starts; what is drawn depends on the last four arguments alone.
+        """B rollouts from random real starts; what is drawn depends on the data's seed and the last four arguments.
 
         They are the seed, the process (or another number that sets these rollouts apart), the update they are for, and
         the number of the agent they are for, where agents that train side by side have each their own.
         """
-        seed = derive_seed(seed, rank, step, "rollouts", *((block,) if block else ()))
+        seed = derive_seed(seed, data.seed, rank, step, "rollouts", *((block,) if block else ()))
         # not the seed of the starts: two generators of one seed draw the same numbers
         generator = torch.Generator(self.world_model.device).manual_seed(derive_seed(seed, "noise"))
         start, x = self.draw(data, count, seed)

@@ -4,6 +4,7 @@ This description travels in the checkpoint, so that `load_module` needs nothing 
 hyper-parameters too, so that ``SomeModule.load_from_checkpoint(path, weights_only=True)`` works.
 """
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
@@ -16,9 +17,13 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_c
 from lightning.pytorch.loggers import Logger
 
 from dawm.errors import UserError
+from dawm.files import hash_of
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
 
-__all__ = ["SIZES", "build_logger", "build_module", "import_class", "load_module", "parameters_of", "restore_module"]
+__all__ = [
+    *("SIZES", "build_logger", "build_module", "import_class", "load_module", "parameters_of", "restore_module"),
+    "sources_of",
+]
 
 SIZES = ("observation_size", "action_size")
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -63,6 +68,19 @@ def import_class(class_path: str, kind: type = L.LightningModule) -> type[Any]:
         raise UserError(f"--agent: got {found}, expected one that imports ({error}); correct it") from None
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise UserError(f"--agent: got class path {class_path!r}, expected a {kind.__name__}; name another class")
+    return found
+
+
+def sources_of(settings: Any) -> dict[str, str]:
+    """Hashes of the files that hold the classes in some settings, by class path; of a user's own classes alone."""
+    found: dict[str, str] = {}
+    for part in settings.values() if isinstance(settings, Mapping) else settings if isinstance(settings, list) else ():
+        found |= sources_of(part)
+    path = settings.get("class_path") if isinstance(settings, Mapping) else None
+    if path is not None and path.partition(".")[0] not in ("dawm", "lightning", "torch"):
+        with contextlib.suppress(TypeError):  # of a built-in one there is no file
+            if (file := inspect.getsourcefile(import_class(path, object))) and Path(file).exists():
+                found[path] = hash_of(Path(file))
     return found
 
 

@@ -25,8 +25,8 @@ from dawm import __version__
 from dawm.data.batches import derive_seed
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError, require
-from dawm.files import expanded, write_whole
-from dawm.training.build import build_module
+from dawm.files import expanded, hash_of, write_whole
+from dawm.training.build import build_module, sources_of
 from dawm.training.checkpoints import LAYOUT, ORIGIN, previous_of, read_checkpoint
 from dawm.training.ranks import end_with_first_rank, only_run_in
 from dawm.training.save_checkpoint import SaveCheckpoint, remove_requeue_checkpoints
@@ -88,7 +88,7 @@ class Experiment:
         if stage.ckpt_path is not None:
             path = expanded(stage.ckpt_path)
             checkpoint = self._load(module, path, f"stages.{stage.name}.ckpt_path")
-            self._keys[stage.name] = _hash_of(path)
+            self._keys[stage.name] = hash_of(path)
             self.results[stage.name] = StageResult(str(path), checkpoint["global_step"], 0.0, True, {})
             return module.eval()
         if stage.init_from is not None:
@@ -121,7 +121,8 @@ class Experiment:
         parts |= {
             "fingerprint": self.data.episodes.fingerprint, "seed": self.seed, "version": __version__, "layout": LAYOUT,
             "before": [self._keys[name] for name in stage.after if name in self._keys],
-            "init_from": None if stage.init_from is None else _hash_of(expanded(stage.init_from)),
+            "init_from": None if stage.init_from is None else hash_of(expanded(stage.init_from)),
+            "sources": sources_of(parts),
         }  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -234,7 +235,3 @@ def _steps_of(path: Path) -> int:
         return int(read_checkpoint(path)["global_step"])
     except UserError:
         return 0
-
-
-def _hash_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from dawm.training.checkpoints import ORIGIN
+from dawm.training.random_states import random_states, restore_random_states
 
 __all__ = ["Interrupted", "SaveCheckpoint", "remove_requeue_checkpoints"]
 
@@ -45,7 +45,7 @@ class SaveCheckpoint(Checkpoint):
         self.seconds = 0.0  # of training, over all starts of the run
         self._started = 0.0
         self.finished = False  # a callback has ended the stage before its last update
-        self._last_step = 0
+        self._last_step = self._last_kept = 0  # updates after which ``last.ckpt`` was saved, and one was kept
         self._signals: list[int] = []
         self._handlers: dict[int, Any] = {}
         self._requeue: int | None = None  # upon which Lightning asks SLURM to start this job again
@@ -57,7 +57,7 @@ class SaveCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes over the signals, and does not resume what was stopped early."""
         trainer.should_stop |= self.finished
-        self._last_step = trainer.global_step
+        self._last_step = self._last_kept = trainer.global_step
         trial = self.path.with_name(".trial.ckpt")
         trainer.save_checkpoint(trial, weights_only=False)
         if trainer.is_global_zero:
@@ -102,10 +102,11 @@ class SaveCheckpoint(Checkpoint):
 
     def _save_or_stop(self, trainer: L.Trainer) -> None:
         """Saves if a checkpoint is due; saves and stops where a signal has come to any rank."""
-        keep, step, last = self.keep_every_n_steps, trainer.global_step, self._last_step
-        if step // self.every_n_steps > last // self.every_n_steps:
+        keep, step = self.keep_every_n_steps, trainer.global_step
+        if step // self.every_n_steps > self._last_step // self.every_n_steps:
             self._save(trainer)
-        if keep is not None and step // keep > last // keep:
+        if keep is not None and step // keep > self._last_kept // keep:
+            self._last_kept = step
             self._save(trainer, self.path.with_name(f"step-{step}.ckpt"))
         if trainer.strategy.reduce_boolean_decision(bool(self._signals), all=False):
             self._save(trainer)
@@ -119,21 +120,22 @@ class SaveCheckpoint(Checkpoint):
     def _save(self, trainer: L.Trainer, path: Path | None = None) -> None:
         now = time.monotonic()
         self.seconds, self._started = self.seconds + now - self._started, now
-        self._last_step = trainer.global_step
+        self._last_step = trainer.global_step if path is None else self._last_step
         self.finished = trainer.should_stop
         trainer.save_checkpoint(path or self.path, weights_only=False)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the origin and every rank's random state."""
+        """Adds the origin and every rank's random states."""
         checkpoint[ORIGIN] = self.origin
-        state = torch.get_rng_state().to(trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        state = random_states(device).to(device)
         checkpoint["random_states"] = trainer.strategy.all_gather(state).reshape(trainer.world_size, -1).cpu()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Resumes the random numbers where the interrupted run stopped."""
         states = checkpoint["random_states"]
         if len(states) == trainer.world_size:
-            torch.set_rng_state(states[trainer.global_rank])
+            restore_random_states(states[trainer.global_rank], trainer.strategy.root_device)
 
     def state_dict(self) -> dict[str, Any]:
         """The seconds trained so far, and whether the stage has ended early."""

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dawm.cli import launchers
 from dawm.cli.main import main
+from dawm.training.ranks import only_run_in
 
 
 @pytest.fixture
@@ -78,8 +79,23 @@ def test_a_mistake_in_a_method_shows_before_anything_is_trained(grid, tmp_path, 
     options, folder = grid
     (tmp_path / "mixed.yaml").write_text("data: {synthetic_fractoin: 0.5}\n")
     assert main(["compare", *options]) == 2
-    assert "synthetic_fractoin" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "synthetic_fractoin" in said
+    assert f"(of the method {tmp_path / 'mixed.yaml'})" in said
     assert not folder.exists()
+    assert main(["compare", *options, "--", "--seeds", "3"]) == 2
+    assert "--seeds: got 'it among the options of fit', expected it as compare's own" in capsys.readouterr().err
+
+
+def test_two_comparisons_do_not_share_a_folder(grid, tmp_path, capsys):
+    options, folder = grid
+    (tmp_path / "file").touch()
+    assert main(["compare", *options, "--output_dir", str(tmp_path / "file")]) == 2
+    assert "expected a folder to write to" in capsys.readouterr().err
+    folder.mkdir()
+    with only_run_in(folder, wait=False):
+        assert main(["compare", *options]) == 2
+    assert f"got {folder}, which process {os.getpid()}" in " ".join(capsys.readouterr().err.split())
 
 
 class Cell:
@@ -105,7 +121,7 @@ class Cell:
 def test_a_killed_cell_starts_again_and_one_that_fails_names_its_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launchers, "INTERVAL", 0.02)
     failing = "print('error: --agent: ' + ('old' if first else 'new')); print('more'); sys.exit(2)"
-    scripts = ("first and os.kill(os.getpid(), 9)", failing, "os.kill(os.getpid(), 9)", "pass")
+    scripts = ("first and os.kill(os.getpid(), 9)", failing, "os.kill(os.getpid(), 9)", "sys.exit(130 * first)")
     cells = [Cell(tmp_path, number, script) for number, script in enumerate(scripts)]
     failed = launchers.run_locally(cells[1:2], 1, [], Console())
     assert failed == {"1": f"--agent: old (log: {cells[1].log})"}

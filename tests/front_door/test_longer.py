@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dawm.cli.main import main
+from dawm.training.checkpoints import read_checkpoint
 
 
 def weights(run: Path, stage: str = "agent") -> dict[str, torch.Tensor]:
@@ -75,6 +76,14 @@ def test_every_checkpoint_of_a_run_is_scored(fit, capsys):
     (entry,) = (entry for entry in curve if entry["checkpoint"].endswith("step-20.ckpt"))
     assert round(entry["return"], 1) == alone
     assert (run / "evaluations.png").stat().st_size > 0
+
+
+def test_a_checkpoint_that_is_kept_does_not_stand_in_for_the_last(fit):
+    """The stage ends between two multiples of ``checkpoint_every_n_steps``, at one of ``keep_every_n_steps``."""
+    run = fit("run", "--stages.agent.keep_every_n_steps", "20", "--stages.agent.checkpoint_every_n_steps", "30")
+    (last,) = (run / "agent").glob("*/last.ckpt")
+    assert read_checkpoint(last)["global_step"] == 40
+    assert read_checkpoint(last.with_name("step-20.ckpt"))["global_step"] == 20
 
 
 def test_a_stage_of_a_fast_dev_run_is_not_taken_for_a_whole_one(fit, capsys):

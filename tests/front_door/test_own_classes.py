@@ -6,6 +6,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import torch
 import yaml
 
 from dawm.cli.main import main
@@ -13,9 +14,12 @@ from dawm.training.build import load_module
 
 AGENTS = '''
 import enum
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Literal
+
+import numpy as np
 
 import lightning as L
 import torch
@@ -54,6 +58,12 @@ class Typed(OfflineAgent):
 
     def configure_optimizers(self):
         return [self.optimizer]
+
+class Noisy(Typed):
+    """Draws from NumPy and from Python."""
+    def update(self, batch):
+        kept = torch.from_numpy(np.random.rand(*batch.actions.shape) < random.random()).float()
+        return super().update(replace(batch, actions=batch.actions * kept))
 
 class Two(L.LightningModule):
     """A plain module with an actor and a critic, optimised by hand."""
@@ -132,6 +142,33 @@ def test_arguments_of_every_kind_are_saved_in_plain_forms(own, smoke):
     assert main(["evaluate", "--run", str(run), "--episodes", "1"]) == 0
     assert main(["fit", "--config", str(run / "config.yaml")]) == 0, "the written config is itself one"
     assert json.loads((run / "results.json").read_text())["stages"]["agent"]["reused"]
+
+
+def test_an_edited_class_is_trained_anew(own, smoke):
+    path = config_with(smoke, {"class_path": "typed_agents.Typed"})
+    command = ["fit", "--config", path, "--data.synthetic_fraction", "0"]
+
+    def reused():
+        assert main(command) == 0
+        return json.loads((own / "run" / "results.json").read_text())["stages"]["agent"]["reused"]
+
+    assert (reused(), reused()) == (False, True)
+    (own / "typed_agents.py").write_text(AGENTS + "# another loss")
+    assert not reused()
+
+
+def test_numpys_and_pythons_random_numbers_resume_too(own, smoke):
+    path = config_with(smoke, {"class_path": "typed_agents.Noisy"})
+    command = ["fit", "--config", path, "--data.synthetic_fraction", "0"]
+
+    def weights(name, *lengths):
+        for length in lengths:
+            assert main([*command, "--output_dir", str(own / name), "--stages.agent.max_steps", length]) == 0
+        stages = json.loads((own / name / "results.json").read_text())["stages"]
+        return load_module(Path(stages["agent"]["checkpoint"])).state_dict()
+
+    once, resumed = weights("once", "40"), weights("resumed", "20", "40")
+    assert all(torch.equal(once[name], value) for name, value in resumed.items())
 
 
 def test_a_callbacks_state_survives_a_kill(own, smoke):
