@@ -63,7 +63,11 @@ class ForwardEnsemble(nn.Module):
         rewards, ends = segments.rewards[rows, steps], segments.terminations[rows, steps]
         target = [codec.difference_normalizer(after - before), codec.reward_normalizer(rewards.unsqueeze(-1))]
         errors = self(codec, before, segments.actions[rows, steps]) - torch.cat([*target, 2 * ends[..., None] - 1], -1)
-        return errors.square().mean(dim=(-2, -1))
+        squares = errors.square()
+        if segments.observed is not None:
+            observed = segments.observed[rows, steps].unsqueeze(-1)
+            squares = torch.cat([squares[..., :-2] * observed, squares[..., -2:]], dim=-1)
+        return squares.mean(dim=(-2, -1))
 
     @torch.no_grad()
     def predict(

@@ -76,7 +76,8 @@ class InverseDynamics(UpdateModule):
 
     def fit_normalizers(self, data: TransitionDataModule) -> None:
         """Takes the normalizers' statistics from the training episodes."""
-        transitions = data.episodes.transitions[data.episodes.sample_rows(data.training_episodes)]
+        rows = data.episodes.sample_rows(data.training_episodes)
+        transitions = data.episodes.transitions[rows[data.episodes.next_observed[rows]]]
         self.observation_normalizer.fit(transitions.observations)
         self.difference_normalizer.fit(transitions.next_observations - transitions.observations)
 

@@ -114,6 +114,7 @@ class DiffusionWorldModel(UpdateModule):
     def fit_normalizers(self, data: TransitionDataModule) -> None:
         """Takes the codec's statistics from the training episodes."""
         rows = data.episodes.sample_rows(data.training_episodes)
+        rows = rows[data.episodes.next_observed[rows]]
         self.codec.fit(data.episodes.transitions[rows], data.returns_to_go[rows])
 
     def train_loader(self, data: TransitionDataModule, updates: int, rank: int) -> BatchLoader:
@@ -129,8 +130,11 @@ class DiffusionWorldModel(UpdateModule):
         start, x = batch.observations[:, 0], self.codec.encode(batch)
         keep = (torch.rand(len(start), device=start.device) >= self.return_dropout).to(start)
         condition = self.codec.condition(start, batch.actions[:, 0], batch.returns_to_go, keep)
+        weights = self.step_weights
+        if batch.observed is not None:
+            weights = weights * self.codec.recorded(batch.observed)
         loss, metrics = denoising_loss(
-            self.preconditioning, self.network, x, condition, weights=self.step_weights, known=self.codec.known(start)
+            self.preconditioning, self.network, x, condition, weights=weights, known=self.codec.known(start)
         )
         self.minimize(loss, self.optimizer, self.max_gradient_norm)
         self.ema.update_parameters(self.network)
@@ -205,7 +209,7 @@ class DiffusionWorldModel(UpdateModule):
         difference = (imagined.observations - batch.observations)[:, 1:] / self.observation_normalizer.std
         reward_error = (imagined.rewards - batch.rewards) / self.codec.reward_normalizer.std
         wrong = (imagined.terminations > 0.5) != (batch.terminations > 0.5)
-        errors.update(difference.square(), reward_error.square(), wrong.float(), batch.valid)
+        errors.update(difference.square(), reward_error.square(), wrong.float(), batch.valid, batch.observed)
 
     def on_validation_epoch_end(self) -> None:
         """Logs every error at every step, and the first step's ratio to the forward models'."""

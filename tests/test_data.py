@@ -1,6 +1,7 @@
 """The data set of these tests (see conftest) has 26 rows: episodes 5T 3 7T 4 1 6T, where T ends with a termination."""
 
 import warnings
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -76,10 +77,23 @@ def test_segments_equal_a_loop_over_the_rows(dataset, horizon):
     ]
     assert len(table) == len(expected) == {1: 26, 3: 21, 6: 18}[horizon]
     got = table.gather(torch.arange(len(table)))
+    assert vars(got).pop("observed") is None
     for key, values in vars(got).items():
         torch.testing.assert_close(
             values, torch.tensor([e[key] for e in expected], dtype=torch.float32), msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+def test_segments_say_which_observations_were_not_recorded(dataset):
+    """Those of terminated episodes' last steps in a file without next observations, and of the absorbing steps."""
+    data = module(dataset)
+    assert next(iter(data.segment_loader(4))).observed is None
+    episodes = replace(data.episodes, end_observed=~data.episodes.terminated)
+    everything = torch.arange(len(episodes.ends))
+    table = SegmentTable(episodes, everything, data.episodes.transitions.pack(), data.returns_to_go, 3)
+    segments = table.gather(torch.arange(len(table)))
+    assert 0 < segments.terminations.sum() < segments.terminations.numel()
+    assert torch.equal(segments.observed, 1 - segments.terminations)
 
 
 def test_segments_keep_the_shape_of_their_numbers(dataset):

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -16,7 +16,7 @@ from small_world_model import (
 )
 
 from dawm.data.transitions import Transitions
-from dawm.diffusion.codecs import Absolute, Differences, InpaintedAbsolute
+from dawm.diffusion.codecs import Absolute, Differences, InpaintedAbsolute, JointDifferences, JointSegments
 from dawm.diffusion.denoisers import ResidualMLP, TemporalUNet
 from dawm.diffusion.preconditioning import NoisePrediction
 from dawm.diffusion.samplers import DDIM, Sampler
@@ -69,6 +69,26 @@ def test_imagine_inverts_the_encoding(codec, known, expected):
     torch.testing.assert_close(imagined.observations[1:], SEGMENT.observations)
     torch.testing.assert_close(imagined.rewards[1:], SEGMENT.rewards)
     assert imagined.terminations.tolist() == [[1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("codec", [Differences, Absolute, InpaintedAbsolute, JointDifferences, JointSegments])
+def test_an_observation_that_was_not_recorded_is_no_target(codec):
+    """Whatever stands in for it: reward and end still count."""
+    world_model = model(codec=codec, forward_members=3)
+
+    def targets(after, reward=5.0, observed=0.0):
+        """What the world model's loss is taken of, and the forward models' loss."""
+        observations, rewards = torch.tensor([[[0.0, 0.0], [after, after]]]), torch.tensor([[reward]])
+        segment = replace(
+            SEGMENT[:], observations=observations, actions=SEGMENT.actions[:, :1], rewards=rewards,
+            terminations=torch.ones(1, 1), valid=torch.ones(1, 1), observed=torch.full((1, 1), observed),
+        )  # fmt: skip
+        x = world_model.codec.encode(segment) * world_model.codec.recorded(segment.observed)
+        return torch.cat([x.flatten(), world_model.forward_model.loss(world_model.codec, segment)])
+
+    torch.testing.assert_close(targets(1.0), targets(9.0))
+    assert (targets(1.0) != targets(1.0, reward=6.0)).sum() == 1 + 3
+    assert (targets(1.0, observed=1.0) != targets(9.0, observed=1.0)).sum() == 2 + 3
 
 
 def test_condition_layout():

@@ -9,7 +9,6 @@ from small_world_model import SEGMENT, TINY, accelerating, model
 
 from dawm.data.batches import FixedBatches
 from dawm.data.module import TransitionDataModule
-from dawm.data.transitions import Segments
 from dawm.diffusion.samplers import DPMSolverPP2M
 from dawm.world_model import DiffusionWorldModel, Imagined
 
@@ -17,7 +16,7 @@ from dawm.world_model import DiffusionWorldModel, Imagined
 def test_errors_per_step_by_hand_without_invalid_steps(make_trainer, monkeypatch):
     """Errors in units of the variance; the absorbing step, wildly wrong here, must not count."""
     world_model = model()
-    later = Segments(*(torch.cat([values] * 2) for values in vars(SEGMENT).values()))
+    later = SEGMENT[torch.zeros(2, dtype=torch.int64)]
     later.valid[1, 1] = 1.0
     imagined = Imagined(
         observations=later.observations + torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 4.0]]),

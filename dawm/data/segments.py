@@ -29,6 +29,8 @@ class SegmentTable:
         self._packed, self._returns_to_go, self._horizon = packed, returns_to_go, horizon
         self._sizes = episodes.sizes
         starts, self._ends = episodes.starts[episode_ids], episodes.ends[episode_ids]
+        observed = episodes.end_observed[episode_ids]
+        self._end_observed = None if bool(observed.all()) else observed
         stops = torch.where(episodes.truncated[episode_ids], self._ends - horizon + 1, self._ends)
         self._starts = Ranges(starts, (stops - starts).clamp(min=0))
 
@@ -43,9 +45,11 @@ class SegmentTable:
         valid = rows < ends
         steps = Transitions.unpack(take(self._packed, torch.minimum(rows, ends - 1)), *self._sizes)
         # After a termination the last row repeats: its next observation stays and so does its termination flag.
-        # (Where a file did not record that observation it is filled in as "no change"; nothing bootstraps from it.)
         observations = torch.cat([steps.observations[..., :1, :], steps.next_observations], dim=-2)
         mask = valid.to(self._packed)
         returns_to_go = take(self._returns_to_go.unsqueeze(-1), first).squeeze(-1).to(mask.device)
         actions, rewards = steps.actions * mask.unsqueeze(-1), steps.rewards * mask
-        return Segments(observations, actions, rewards, steps.terminations, mask, returns_to_go)
+        observed = None
+        if self._end_observed is not None:
+            observed = ((rows < ends - 1) | self._end_observed[which].unsqueeze(-1)).to(mask)
+        return Segments(observations, actions, rewards, steps.terminations, mask, returns_to_go, observed)

@@ -91,7 +91,8 @@ class Segments(_Batch):
     """A batch of H consecutive steps of one episode each; a segment never crosses an episode's end.
 
     A segment that meets a termination before its H-th step is continued by absorbing rows: the observation stays, the
-    reward is 0, the termination stays 1.
+    reward is 0, the termination stays 1. Where a data set did not record ``s_{t+1}`` of the step that ended the task,
+    ``s_t`` stands in, and ``observed`` keeps losses from taking that for what happened.
     """
 
     observations: Tensor  # s_t .. s_{t+H}, shape (B, H + 1, O)
@@ -100,3 +101,4 @@ class Segments(_Batch):
     terminations: Tensor  # 1 at the step that ended the task and after it, shape (B, H)
     valid: Tensor  # 1 for a recorded step, 0 for an absorbing row, shape (B, H)
     returns_to_go: Tensor  # at s_t, shape (B,)
+    observed: Tensor | None = None  # 0 where s_{t+1} .. s_{t+H} was not recorded, else 1, (B, H); None: all were

@@ -68,6 +68,13 @@ class Codec(nn.Module, ABC):
         rewards = self.reward_normalizer(segments.rewards.unsqueeze(-1))
         return torch.cat([observations, rewards, 2 * segments.terminations.unsqueeze(-1) - 1], dim=-1)
 
+    def recorded(self, observed: Tensor) -> Tensor:
+        """1 for the entries of ``x`` that were recorded, else 0, from `Segments.observed`, (B, H) -> (B, H, D)."""
+        mask = observed.unsqueeze(-1).repeat(1, 1, self.features)
+        size = len(self.observation_normalizer.mean)
+        mask[..., : -2 - size], mask[..., -2:] = 1, 1  # all but the observation where the step leads
+        return mask
+
     def decode(self, start: Tensor, action: Tensor, x: Tensor) -> Imagined:
         """The futures that start with ``s_t``, (B, O), and ``a_t``, (B, A), and hold the steps ``x``, (B, H, D)."""
         observations = self.decode_observations(start, x[..., :-2])

@@ -56,7 +56,9 @@ class HorizonErrors(nn.Module):
         super().__init__()
         self.parts = nn.ModuleDict({key: MeanPerColumn(horizon) for key in ("observation", "reward", "termination")})
 
-    def update(self, observation: Tensor, reward: Tensor, termination: Tensor, valid: Tensor) -> None:
+    def update(
+        self, observation: Tensor, reward: Tensor, termination: Tensor, valid: Tensor, observed: Tensor | None = None
+    ) -> None:
         """Adds segments.
 
         Args:
@@ -64,10 +66,12 @@ class HorizonErrors(nn.Module):
             reward: Errors of the rewards, shape (B, H).
             termination: Errors of the terminations, shape (B, H).
             valid: 0 where a step was not recorded, else 1, shape (B, H).
+            observed: 0 where its observation was not, else 1, shape (B, H); None: all were.
         """
         errors = {"observation": observation.mean(dim=-1), "reward": reward, "termination": termination}
         for key, values in errors.items():
-            self.parts[key].update(values, valid)
+            counts = valid if observed is None or key != "observation" else valid * observed
+            self.parts[key].update(values, counts)
 
     def compute_and_reset(self) -> dict[str, Tensor]:
         """Mean error at each step since the last call, by name, each shape (H,)."""

@@ -39,7 +39,7 @@ def segments() -> Segments:
         "returns_to_go": torch.randn(ROWS),
         "valid": torch.ones(ROWS, HORIZON),
     }
-    return Segments(**{key: fields[key] for key in Segments.__dataclass_fields__})
+    return Segments(**{key: fields[key] for key in Segments.__dataclass_fields__ if key in fields})
 
 
 def cases() -> dict:

@@ -5,7 +5,7 @@
 * ``next_observations`` missing: inside an episode ``s_{t+1}`` is the next row's observation. The last row of a
   truncated episode has none and is dropped, because it would have to bootstrap from a made-up ``s_{t+1}``. The last row
   of a terminated episode is kept: it alone says that the task ends there, and it never bootstraps. Its ``s_{t+1}`` is
-  filled with ``s_t`` and marked in ``Block.next_observed``, so that no action is inferred from it.
+  filled with ``s_t`` and marked in ``Block.next_observed``; it teaches neither dynamics nor inverse dynamics.
 * ``next_observations`` made by shifting ``observations``, so that episodes end in the next one's first observation: the
   column counts as missing.
 * ``next_observations[t]`` is not ``observations[t + 1]`` inside an episode: the episode is truncated at row t.

@@ -42,8 +42,8 @@ class Table:
     The rows are packed (`dawm.data.transitions.Transitions.pack`), float32 on the CPU, actions in [-1, 1]. Never write
     to them: of a large data set they are a mapped file. ``end_observed`` is False where the last ``s_{t+1}`` of an
     episode was not recorded and is filled with ``s_t``. Only terminated rows of files without ``next_observations`` are
-    so. They serve one-step TD, as they never bootstrap; the inverse dynamics does not see them; the world model and the
-    forward models learn from them that the task ends, and that the observation stays.
+    so. They serve one-step TD, as they never bootstrap, but must not teach the dynamics or the inverse dynamics: the
+    world model and the forward models learn of them reward and end alone.
     """
 
     rows: Tensor  # shape (N, D)
