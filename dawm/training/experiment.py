@@ -79,6 +79,7 @@ class Experiment:
         module = build_module(self.settings[stage.name], self.data.observation_size, self.data.action_size)
         if isinstance(module, UpdateModule):
             module.matmul_precision = self.settings["matmul_precision"]
+        stage.check(module, self.data.updates_per_step)
         return module
 
     def run(self, stage: Stage, trained: Mapping[str, L.LightningModule]) -> L.LightningModule:

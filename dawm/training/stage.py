@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging as SWA
 
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError, require
+from dawm.training.updates import UpdateModule
 
 __all__ = ["AgentStage", "InverseDynamicsStage", "Stage", "Stages", "WorldModelStage"]
 
@@ -80,6 +81,16 @@ class Stage:
             if isinstance(callback, CANNOT_WORK):
                 found, expected = type(callback).__name__, "callbacks that leave the modules' own optimisers alone"
                 raise UserError(f"--stages.{self.name}.callbacks: got {found}, expected {expected}; remove it")
+
+    def check(self, module: L.LightningModule, updates_per_step: int) -> None:
+        """Raises a UserError where the module cannot be validated as the settings say."""
+        key, every, chunk = f"stages.{self.name}", self.validate_every_n_steps, updates_per_step
+        fits = not self.imagines or every >= self.max_steps or every % chunk == 0
+        expected = f"a multiple of data.updates_per_step, which is {chunk}"
+        require(f"{key}.validate_every_n_steps", every, fits, expected, "change one of the two")
+        validates = getattr(type(module), "validation_loader", None) is not UpdateModule.validation_loader
+        expected = f"None, as {type(module).__name__} has no validation"
+        require(f"{key}.patience", self.patience, self.patience is None or validates, expected, "leave it out")
 
     def hashed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that this stage's result depends on."""

@@ -11,7 +11,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from dawm.errors import UserError, require
+from dawm.errors import UserError
 from dawm.training.checkpoints import AtomicCheckpointIO
 from dawm.training.graphs import CUDAGraphs
 from dawm.training.progress import StageProgress
@@ -30,13 +30,6 @@ def make_trainer(
 ) -> L.Trainer:  # fmt: skip
     """A Trainer that counts, logs, validates and saves by updates."""
     chunk: int = settings["data"]["updates_per_step"]
-    every, name = stage.validate_every_n_steps, f"stages.{stage.name}"
-    fits = not stage.imagines or every >= stage.max_steps or every % chunk == 0
-    expected = f"a multiple of data.updates_per_step, which is {chunk}"
-    require(f"{name}.validate_every_n_steps", every, fits, expected, "change one of the two")
-    validates = getattr(type(module), "validation_loader", None) is not UpdateModule.validation_loader
-    expected = f"None, as {type(module).__name__} has no validation"
-    require(f"{name}.patience", stage.patience, stage.patience is None or validates, expected, "leave it out")
     unit = "updates" if isinstance(module, UpdateModule) else "training steps"
     callbacks = [*stage.callbacks, StageProgress(stage.name.replace("_", " "), console, settings["quiet"], unit), save]
     if not isinstance(module, UpdateModule):
@@ -55,7 +48,7 @@ def make_trainer(
             logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard"), *loggers],
             default_root_dir=folder, plugins=[AtomicCheckpointIO()],
             log_every_n_steps=max(1, stage.log_every_n_steps // chunk),
-            val_check_interval=max(1, min(every, stage.max_steps) // chunk),
+            val_check_interval=max(1, min(stage.validate_every_n_steps, stage.max_steps) // chunk),
             check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_model_summary=False,
             # Lightning shards only its own loaders' samplers; ours draw by rank themselves
             use_distributed_sampler=False,

@@ -52,6 +52,11 @@ def mistake(smoke, capsys):
         (["--trainer.devices", "0"], ["--trainer", "devices"]),
         (["--trainer.precision", "odd"], ["--trainer.precision", "odd"]),
         (["--data.updates_per_step", "3"], ["every_n_steps", "updates_per_step"]),
+        (["--stages.agent.patience", "2"], ["stages.agent.patience: got 2, expected None, as TD3BC has no validation"]),
+        (
+            ["--stages.inverse_dynamics.validate_every_n_steps", "7"],
+            ["got 7, expected a multiple of data.updates_per_"],
+        ),
         (["--data.env_id", "NoSuchEnv-v0"], ["data.env_id", "NoSuchEnv"]),
         (["--config", "/nowhere/file.yaml"], ["/nowhere/file.yaml", "does not exist"]),
     ],
