@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["draw_curves", "imagined_figures", "learning_figures", "picture", "read_curve", "read_logs", "svg"]
+__all__ = ["draw_curves", "imagined_figures", "learning_figures", "picture", "read_logs", "svg"]
 
 Curve = tuple[list[int], list[float]]  # updates, and the metric's value at each
 Draw = Callable[[Any], None]  # onto an axis of matplotlib
@@ -59,11 +59,6 @@ def read_logs(stage_folder: Path) -> dict[str, Curve]:
                     for metric in filter(row.get, row):
                         curves[metric][step] = float(row[metric])
     return {metric: (sorted(curve), [curve[s] for s in sorted(curve)]) for metric, curve in sorted(curves.items())}
-
-
-def read_curve(stage_folder: Path, metric: str) -> Curve:
-    """One metric over the updates of a stage."""
-    return read_logs(stage_folder).get(metric, ([], []))
 
 
 def stage_logs(results: Mapping[str, Any]) -> dict[str, dict[str, Curve]]:

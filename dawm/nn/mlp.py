@@ -79,16 +79,14 @@ class BatchedMLP(nn.Module):
         """
         return self._outputs(inputs, self.weights)
 
-    def head(self, inputs: Tensor, index: int, detach: bool = True) -> Tensor:
-        """Outputs of one network of the innermost dimension, shape (*ensemble[:-1], B, out).
+    def head(self, inputs: Tensor, index: int) -> Tensor:
+        """Outputs of one network of the innermost dimension, with constant weights, shape (*ensemble[:-1], B, out).
 
         Args:
             inputs: Inputs, as in `forward`.
             index: Its number; with the ensemble (5, 2), 0 asks the first network of each of the five.
-            detach: Take its weights as constants.
         """
-        weights = self.weights[..., index, :]
-        return self._outputs(inputs, weights.detach() if detach else weights)
+        return self._outputs(inputs, self.weights[..., index, :].detach())
 
     def _outputs(self, inputs: Tensor, weights: Tensor) -> Tensor:
         ensemble = weights.shape[:-1]

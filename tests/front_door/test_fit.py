@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dawm.agents import TD3BC
-from dawm.cli.curves import read_curve
+from dawm.cli.curves import read_logs
 from dawm.cli.main import main
 from dawm.training.build import load_module
 from dawm.world_model import DiffusionWorldModel
@@ -46,11 +46,11 @@ def test_fit_trains_all_stages_and_leaves_what_it_promises(smoke, tmp_path, caps
         assert line in table
 
     agent_folder = Path(results["stages"]["agent"]["checkpoint"]).parent
-    assert read_curve(agent_folder, "eval/return")[0] == [20, 40]
-    assert read_curve(agent_folder, "synthetic/kept")[0] == [0, 10, 20, 30]
-    assert read_curve(agent_folder, "agent/critic_loss")[0][-1] == 40
+    assert read_logs(agent_folder)["eval/return"][0] == [20, 40]
+    assert read_logs(agent_folder)["synthetic/kept"][0] == [0, 10, 20, 30]
+    assert read_logs(agent_folder)["agent/critic_loss"][0][-1] == 40
     wm_folder = Path(results["stages"]["world_model"]["checkpoint"]).parent
-    assert read_curve(wm_folder, "world_model/forward_observation_error/step_3")[0] == [10, 20]
+    assert read_logs(wm_folder)["world_model/forward_observation_error/step_3"][0] == [10, 20]
 
     # each stage's checkpoint loads alone, ours and Lightning's way
     agent = load_module(Path(results["stages"]["agent"]["checkpoint"]))

@@ -6,7 +6,7 @@ import logging
 import pytest
 import yaml
 
-from dawm.cli.curves import read_curve
+from dawm.cli.curves import read_logs
 from dawm.cli.main import main
 
 LOGGERS = "lightning.pytorch.loggers"
@@ -24,14 +24,14 @@ def test_any_logger_gets_settings_curves_and_summary(smoke, tmp_path):
     """Lightning's own CSV logger, given as a user gives any other."""
     given = {"class_path": f"{LOGGERS}.CSVLogger", "init_args": {"save_dir": str(tmp_path / "mine"), "name": "logs"}}
     results = fit(smoke, tmp_path, given)
-    assert read_curve(tmp_path / "mine", "world_model/validation_error")[0] == [10, 20]
-    assert read_curve(tmp_path / "mine", "eval/return")[0] == [20, 40]
-    score = read_curve(tmp_path / "mine", "final/normalized_score")
+    assert read_logs(tmp_path / "mine")["world_model/validation_error"][0] == [10, 20]
+    assert read_logs(tmp_path / "mine")["eval/return"][0] == [20, 40]
+    score = read_logs(tmp_path / "mine")["final/normalized_score"]
     assert score == ([40], [pytest.approx(results["agent"]["normalized_score"]["mean"])])
     hyperparameters = yaml.safe_load((tmp_path / "mine" / "logs" / "version_0" / "hparams.yaml").read_text())
     assert hyperparameters["stages"]["agent"]["max_steps"] == 40
     # where the experiment's own logs go is not changed, and the run can be given again
-    assert read_curve(next((tmp_path / "run" / "agent").iterdir()), "eval/return")[0] == [20, 40]
+    assert read_logs(next((tmp_path / "run" / "agent").iterdir()))["eval/return"][0] == [20, 40]
     assert main(["fit", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
 
 
