@@ -76,8 +76,7 @@ class InverseDynamics(UpdateModule):
 
     def fit_normalizers(self, data: TransitionDataModule) -> None:
         """Takes the normalizers' statistics from the training episodes."""
-        rows = data.episodes.sample_rows(data.training_episodes)
-        transitions = data.episodes.transitions[rows[data.episodes.next_observed[rows]]]
+        transitions = data.episodes.transitions[data.episodes.observed_rows(data.training_episodes)]
         self.observation_normalizer.fit(transitions.observations)
         self.difference_normalizer.fit(transitions.next_observations - transitions.observations)
 

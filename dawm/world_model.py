@@ -113,8 +113,7 @@ class DiffusionWorldModel(UpdateModule):
 
     def fit_normalizers(self, data: TransitionDataModule) -> None:
         """Takes the codec's statistics from the training episodes."""
-        rows = data.episodes.sample_rows(data.training_episodes)
-        rows = rows[data.episodes.next_observed[rows]]
+        rows = data.episodes.observed_rows(data.training_episodes)
         self.codec.fit(data.episodes.transitions[rows], data.returns_to_go[rows])
 
     def train_loader(self, data: TransitionDataModule, updates: int, rank: int) -> BatchLoader:

@@ -104,11 +104,9 @@ def data_of(transitions: Transitions, episode_returns: Sequence[float] = (0.0,))
     """What `fit_normalizers` asks of a data module whose rows are all used for training."""
     rows = torch.arange(len(transitions))
     episodes = SimpleNamespace(
-        transitions=transitions,
-        sample_rows=lambda *_: rows,
+        transitions=transitions, sample_rows=lambda *_: rows, observed_rows=lambda *_: rows,
         episode_returns=torch.tensor(episode_returns),
-        next_observed=torch.ones(len(transitions), dtype=torch.bool),
-    )
+    )  # fmt: skip
     return SimpleNamespace(episodes=episodes, training_episodes=None)
 
 

@@ -44,8 +44,8 @@ def test_rows_stay_together_in_index_and_cat():
 
 
 def test_segments_index_every_field():
-    segments = Segments(*(torch.arange(5.0) + 10 * i for i in range(6)))
-    assert [float(getattr(segments[3], f.name)) for f in fields(Segments)] == [3, 13, 23, 33, 43, 53]
+    segments = Segments(*(torch.arange(5.0) + 10 * i for i in range(7)))
+    assert [float(getattr(segments[3], f.name)) for f in fields(Segments)] == [3, 13, 23, 33, 43, 53, 63]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

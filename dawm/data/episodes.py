@@ -111,6 +111,12 @@ class Episodes(Table):
             numbers = torch.randint(len(ranges), (STATISTICS_ROWS,), generator=generator).sort()[0]
         return ranges.find(numbers)[0]
 
+    def observed_rows(self, episode_ids: Tensor | None = None) -> Tensor:
+        """Those of `sample_rows` whose ``s_{t+1}`` was recorded; all of them where none was."""
+        rows = self.sample_rows(episode_ids)
+        observed = rows[self.next_observed[rows]]
+        return observed if len(observed) else rows
+
     def subset(self, fraction: float, seed: int) -> "Episodes":
         """A random fraction of the episodes, at least one, copied into memory; the same seed draws the same.
 

@@ -71,8 +71,7 @@ class Units:
 
     def __init__(self, data: TransitionDataModule) -> None:
         episodes = data.episodes
-        numbers = episodes.sample_rows(data.training_episodes)
-        self.training = episodes.transitions[numbers[episodes.next_observed[numbers]]]
+        self.training = episodes.transitions[episodes.observed_rows(data.training_episodes)]
         differences, rewards = Normalizer(data.observation_size), Normalizer(1)
         differences.fit(self.training.next_observations - self.training.observations)
         rewards.fit(self.training.rewards.unsqueeze(-1))
