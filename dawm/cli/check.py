@@ -89,9 +89,8 @@ def _outside(recording: Recording) -> Iterator[str]:
 
 
 def _jumps(recording: Recording) -> Iterator[str]:
-    last = _last(recording)
-    rows = jumps(recording.observations, recording.next_observations, last, _JUMP)
-    rows = rows[~last[rows] | ~recording.terminations[rows]]
+    ended = recording.terminations
+    rows = jumps(recording.observations, recording.next_observations, _last(recording), ended, _JUMP)
     if len(rows):
         yield (
             f"observations: {len(rows)} jumps inside episodes, of {_JUMP:.0f} times the usual step or more, the first "

@@ -145,7 +145,7 @@ def write_files(output_dir: Path, results: Mapping[str, Any], settings: Mapping[
     draw_curves(output_dir, results)
     measured = output_dir / "fidelity.json"  # by `diagnose`, perhaps of other stages
     found = json.loads(measured.read_text()) if measured.exists() else {}
-    fidelity = fidelity_section(found) if found and found["checkpoints"] == checkpoint_hashes(results) else ""
+    fidelity = fidelity_section(found) if found and found.get("checkpoints") == checkpoint_hashes(results) else ""
     write_report(output_dir, results, settings, command, _rows(results), fidelity)
 
 

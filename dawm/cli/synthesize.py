@@ -3,7 +3,6 @@
 Memory holds one chunk of B rollouts, whatever the size of the data set. An interrupted command leaves nothing.
 """
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -31,7 +30,7 @@ from dawm.data.store.minari_writer import EpisodeColumns, write_dataset
 from dawm.data.store.staging import check_output, progress_bar
 from dawm.data.weights import RowWeights
 from dawm.errors import UserError, first_line, require
-from dawm.files import expanded
+from dawm.files import expanded, hash_of
 from dawm.synthesis.guards import DataStatistics, list_fates
 from dawm.synthesis.rollouts import CHUNK, Labels, Rollouts, Synthesizer
 from dawm.synthesis.starts import FirstAction, policy_of
@@ -207,7 +206,7 @@ def _load_models(
                 "the data set as it is now; restore it, or run `fit` again"
             )
         models[name] = restore_module(path, checkpoint).to(device)
-        hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        hashes[name] = hash_of(path)
     return models, hashes
 
 

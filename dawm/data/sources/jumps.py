@@ -12,8 +12,9 @@ _SAMPLE = 4096  # rows from which to tell how far a usual step goes
 
 
 def jumps(
-    observations: NDArray, next_observations: NDArray, last: NDArray[np.bool_], factor: float = 50.0
-) -> NDArray[np.int64]:
+    observations: NDArray, next_observations: NDArray, last: NDArray[np.bool_], ended: NDArray[np.bool_],
+    factor: float = 50.0,
+) -> NDArray[np.int64]:  # fmt: skip
     """Rows from which the observation jumps, ascending.
 
     A jump is a single step in which at least half of the dimensions that move, and three at least, move by ``factor``
@@ -21,7 +22,7 @@ def jumps(
     contacts, which last or move few dimensions, nor glitches, which come back, nor the start of a movement are jumps.
 
     Observations ``s_t`` of consecutive rows and ``s_{t+1}`` have the shape (N, O); ``last``, shape (N,), says whether
-    a row is the last of its episode.
+    a row is the last of its episode, ``ended`` whether the task ended there: then ``s_{t+1}`` is free to be anything.
     """
     count = len(last)
     with np.errstate(invalid="ignore"):
@@ -38,4 +39,4 @@ def jumps(
     rows = rows[np.median(steps[rows][:, moving] * scale[moving], axis=1) > factor] if len(rows) else rows
     before = np.where((rows > 0) & ~last[rows - 1], size[rows - 1], 0.0)
     after = np.where(~last[rows] & (rows + 1 < count), size[np.minimum(rows + 1, count - 1)], 0.0)
-    return rows[np.maximum(before, after) < size[rows] / 4]
+    return rows[(np.maximum(before, after) < size[rows] / 4) & ~ended[rows]]

@@ -137,11 +137,10 @@ class _Checks:
                     where = f"{key}[{column}]" if values.ndim > 1 else key
                     self._note(f"NaN or infinite values in {where}", _FINITE, np.flatnonzero(bad[:, column]))
         else:
-            jumped = jumps(parts.observations, parts.next_observations, block.last)
-            self._note("jumps of the observations inside episodes", _IN_ONE_PIECE, jumped[~block.last[jumped]])
-            # where the task ends the observation is free to be anything
-            cut = jumped[block.last[jumped] & (parts.terminations[jumped] == 0)]
-            self._note("jumps of the observations at the ends of episodes", _OWN_END, cut)
+            jumped = jumps(parts.observations, parts.next_observations, block.last, parts.terminations != 0)
+            at_end = block.last[jumped]
+            self._note("jumps of the observations inside episodes", _IN_ONE_PIECE, jumped[~at_end])
+            self._note("jumps of the observations at the ends of episodes", _OWN_END, jumped[at_end])
         actions = torch.from_numpy(parts.actions)
         actions.copy_(scale_actions(actions, self._source.action_space))
         excess = actions.abs().amax(dim=-1).numpy() - 1.0
