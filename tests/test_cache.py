@@ -225,11 +225,12 @@ def test_data_that_cannot_be_used_leave_nothing(folder, dataset):
 
 
 PROCESS = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from dawm.data.sources import d4rl
 from dawm.data.store import cache
 from dawm.data.episodes import load_episodes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background has it ignored
 d4rl.BLOCK = 1
 look, blocks = cache._build, d4rl.D4RLSource.blocks
 
