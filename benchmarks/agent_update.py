@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.measure import interleave, one_core, ratio, report, rows, with_dawm_matmuls
+from benchmarks.measure import command_of, interleave, one_core, ratio, report, rows, with_dawm_matmuls
 from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
 from dawm.agents import IQL, TD3BC
 from dawm.data.batches import BatchLoader, RowStream, take
@@ -229,11 +229,9 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     if against_jax:
         head = ["case", f"DAWM in its Trainer / {JAX}", f"{options.seeds} seeds side by side / {JAX}, one seed"]
         tables.insert(0, (f"DAWM against {JAX}", head, against_jax))
-    command = f"python -m benchmarks.agent_update --updates {options.updates} --rounds {options.rounds}"
-    command += f" --threads {options.threads} --shapes {' '.join(options.shapes)} --device {options.device}"
     notes = "Contestants" + __doc__.split("Contestants", 1)[1].rstrip()
     name = "agent-update" if options.threads == 1 else f"agent-update-{options.threads}-threads"
-    report(name, command, tables, notes)
+    report(name, command_of(__doc__, options), tables, notes)
     return headlines
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.agent_update import BATCH, random_data
 from benchmarks.data_scale import RandomRows
-from benchmarks.measure import interleave, ratio, report, rows
+from benchmarks.measure import command_of, interleave, ratio, report, rows
 from benchmarks.plain_agents import PlainBuffer
 from dawm.data import episodes
 from dawm.data.module import TransitionDataModule
@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
         first = next(iter(growth))
         header = ["DAWM, K=32, from", "transitions/s, median", "min to max", f"x {first}"]
         tables.append(("Growth", header, rows(interleave(growth, options.rounds), [first])))
-    command = f"python -m benchmarks.batch_drawing --rows {options.rows} --rounds {options.rounds}"
-    report("batch-drawing", command, tables, "Contestants" + __doc__.split("Contestants", 1)[1].rstrip())
+    notes = "Contestants" + __doc__.split("Contestants", 1)[1].rstrip()
+    report("batch-drawing", command_of(__doc__, options), tables, notes)
     return [(f"drawing, K=32: x {name}", ratio(results, "DAWM, K=32", name)) for name in references]
 
 

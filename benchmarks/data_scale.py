@@ -31,7 +31,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from benchmarks.measure import report
+from benchmarks.measure import command_of, report
 from dawm.data import episodes
 from dawm.data.module import TransitionDataModule
 from dawm.data.sources.source import BLOCK, Block, Source
@@ -235,10 +235,9 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     costs = ["build, s", "s per M", "peak, MiB", "load cold, s", "load warm, s", "own, MiB", "files, MiB"]
     times = ["transitions, first", "then", "ns a row", "segments, first", "then", "ns a row", "own, MiB"]
-    counts = f"--rows {' '.join(map(str, settings.rows))} --minari {' '.join(map(str, settings.minari))}"
     report(
         "data-scale",
-        f"python -m benchmarks.data_scale {counts} --repeats {settings.repeats}",
+        command_of(__doc__, settings),
         [
             ("Building the cache and loading from it", ["rows", "count", *costs], built),
             (f"Drawing {UPDATES} batches of {BATCH}, page cache warm, ms", ["rows are", "count", *times], drawn),

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from benchmarks.measure import interleave, ratio, report, rows
+from benchmarks.measure import command_of, interleave, ratio, report, rows
 from dawm.agents import TD3BC
 from dawm.evaluation.episodes import Policy, run_episodes
 
@@ -153,8 +153,8 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
             )
             last = list(works)[-1]
             headlines.append((f"evaluation, {name}: {last} x {first}", ratio(results, last, first)))
-    command = f"python -m benchmarks.evaluation --episodes {options.episodes} --rounds {options.rounds}"
-    report("evaluation", command, tables, "All contestants" + __doc__.split("All contestants", 1)[1].rstrip())
+    notes = "All contestants" + __doc__.split("All contestants", 1)[1].rstrip()
+    report("evaluation", command_of(__doc__, options), tables, notes)
     return headlines
 
 

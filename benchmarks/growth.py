@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.batch_drawing import batches
-from benchmarks.measure import interleave, report, rows
+from benchmarks.measure import command_of, interleave, report, rows
 from dawm.agents import TD3BC
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.nn.matmul import prefer_onednn
@@ -89,10 +89,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
         header = ["with", f"{what}/s, median", "min to max", f"x {first}", "us each"]
         tables.append((title, header, body))
         headlines.append((f"{what}/s, {last} x {first}", next(row[3] for row in body if row[0] == last)))
-    sizes = f"--rows {' '.join(map(str, options.rows))} --numbers {' '.join(map(str, options.numbers))}"
-    sizes += f" --horizons {' '.join(map(str, options.horizons))}"
-    command = f"python -m benchmarks.growth {sizes} --starts {options.starts} --rounds {options.rounds}"
-    report("growth", command, tables, " ".join(__doc__.split("\n\n")[2].split()))
+    report("growth", command_of(__doc__, options), tables, " ".join(__doc__.split("\n\n")[2].split()))
     return headlines
 
 

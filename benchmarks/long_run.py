@@ -22,7 +22,7 @@ from typing import Any
 import lightning as L
 import yaml
 
-from benchmarks.measure import report
+from benchmarks.measure import command_of, report
 
 WINDOWS = 10
 KEYS = ("memory", "allocated", "files", "threads", "system threads")
@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     what = f"most memory allocated over {options.updates:,} updates, last tenth against first"
     notes = " ".join(__doc__.split("\n\n")[2].split()) + f"\n\nChange of the {what}: {growth}."
     header = ["updates", "seconds", "resident, MiB", "allocated, MiB", "open files", "Python threads", "system threads"]
-    command = f"python -m benchmarks.long_run --updates {options.updates} --every {options.every}"
-    report("long-run", command, [("What the process holds, least to most of a tenth of the run", header, body)], notes)
+    title = "What the process holds, least to most of a tenth of the run"
+    report("long-run", command_of(__doc__, options), [(title, header, body)], notes)
     return [(what, growth)]
 
 

@@ -3,6 +3,7 @@
 Only ratios within one table mean anything: absolute rates drift with what else the machine does.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import os
@@ -109,8 +110,18 @@ def show(console: Console, title: str, header: Sequence[str], body: Sequence[Seq
     console.print(table)
 
 
+def command_of(doc: str, options: argparse.Namespace) -> str:
+    """The command that a script's docstring names, with all options that have a value."""
+    words = [re.findall(r"python -m benchmarks\.\w+", doc)[0]]
+    for name, value in vars(options).items():
+        if value is not None and value is not False and value != []:
+            values = "" if value is True else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"--{name} {values}".rstrip())
+    return " ".join(words)
+
+
 def report(question: str, command: str, tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]],
-           notes: str = "") -> Path:  # fmt: skip
+           notes: str = "") -> None:  # fmt: skip
     """Prints the tables and writes them to ``results/<question>-<hardware>-<date>.md``."""
     console = Console()
     for table in tables:
@@ -120,7 +131,6 @@ def report(question: str, command: str, tables: Sequence[tuple[str, Sequence[str
     head = f"# {question}\n\n`{command}`, {today}\n\n{hardware()}\n\n{versions()}\n\n{notes}\n\n"
     path.write_text(re.sub(r"\n{3,}", "\n\n", head + "\n".join(markdown(*table) for table in tables)))
     console.print(f"written to {path}", soft_wrap=True)
-    return path
 
 
 def processor() -> str:

@@ -16,12 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 
 from benchmarks.agent_update import random_data
-from benchmarks.measure import Rates, report, rows
+from benchmarks.measure import Rates, command_of, report, rows
 from benchmarks.world_model_step import random_segments
 from dawm.agents import IQL, TD3BC
 from dawm.diffusion.denoisers import ResidualMLP
@@ -38,9 +37,7 @@ WAYS = DEFAULT, KEPT = "glibc's default", "kept"
 
 def world_model() -> DiffusionWorldModel:
     network = functools.partial(ResidualMLP, width=256, depth=3)
-    model = DiffusionWorldModel(OBSERVATIONS, ACTIONS, HORIZON, network=network)
-    model._trainer = SimpleNamespace(max_steps=-1)
-    return model
+    return DiffusionWorldModel(OBSERVATIONS, ACTIONS, HORIZON, network=network)
 
 
 def updates_of_agent(kind: type) -> tuple[Callable[[], object], float]:
@@ -118,10 +115,8 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
             pages = statistics.median(count for _, count in found[name, row[0]])
             body.append([name, *row, f"{pages:,.0f}"])
     header = ["what", "freed memory", "a second, median", "min to max", f"x {DEFAULT}", "pages"]
-    command = f"python -m benchmarks.memory --rounds {options.rounds} --seconds {options.seconds:g}"
-    report(
-        "memory", command, [("Freed memory", header, body)], "Contestants" + __doc__.split("Contestants", 1)[1].rstrip()
-    )
+    notes = "Contestants" + __doc__.split("Contestants", 1)[1].rstrip()
+    report("memory", command_of(__doc__, options), [("Freed memory", header, body)], notes)
     *_, many, few = WORK
     gain = tables[few][1].median / tables[many][0].median
     return [(f"{few}, freed memory kept, x {many}, {DEFAULT}", f"{gain:.2f}")]

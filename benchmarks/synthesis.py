@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import RESULTS, hardware_slug, interleave, ratio, report, rows
+from benchmarks.measure import RESULTS, command_of, hardware_slug, interleave, ratio, report, rows
 from dawm.cli.report import read_results
 from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Segments
@@ -116,8 +116,8 @@ def held_out(run: Path) -> tuple[DiffusionWorldModel, Segments]:
     data = TransitionDataModule(results["data"]["dataset"], horizon=model.horizon, seed=results["seed"])
     data.setup()
     batches = list(data.validation_segment_loader())
-    parts = [torch.cat([getattr(batch, name) for batch in batches]) for name in Segments.__dataclass_fields__]
-    segments = Segments(*parts)
+    recorded = (name for name, values in vars(batches[0]).items() if values is not None)
+    segments = Segments(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in recorded})
     return model, segments[segments.valid.bool().all(dim=1)]
 
 
@@ -191,9 +191,8 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
         title = f"One world model on {len(real)} held-out segments of {dataset}, horizon {model.horizon}"
         tables.append((title, header, body))
         draw_plot(RESULTS / f"sampler-quality-{hardware_slug()}.png", curves, floor)
-    command = f"python -m benchmarks.synthesis --widths {' '.join(options.widths)} --rounds {options.rounds}"
-    command += " --run RUN" if options.run else ""
-    report("synthesis", command, tables, "Contestants" + __doc__.split("Contestants", 1)[1].rstrip())
+    notes = "Contestants" + __doc__.split("Contestants", 1)[1].rstrip()
+    report("synthesis", command_of(__doc__, options), tables, notes)
     return headlines
 
 

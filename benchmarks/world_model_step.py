@@ -11,10 +11,9 @@ DAWM's learns H transitions of each segment of its batch at once, one of SynthER
 import argparse
 from collections.abc import Callable
 
-import lightning as L
 import torch
 
-from benchmarks.measure import interleave, ratio, report, rows, with_dawm_matmuls
+from benchmarks.measure import command_of, interleave, ratio, report, rows, with_dawm_matmuls
 from benchmarks.synthesis import ACTIONS, OBSERVATIONS
 from dawm.data.transitions import Segments
 from dawm.diffusion.denoisers import Denoiser, ResidualMLP, TemporalTransformer, TemporalUNet
@@ -44,7 +43,6 @@ def random_segments(batch: int, horizon: int, observations: int = OBSERVATIONS, 
 
 def ours(network: Callable[..., Denoiser], horizon: int, batch: int, updates: int = 4) -> Callable[[], int]:
     model = DiffusionWorldModel(OBSERVATIONS, ACTIONS, horizon, network=network, forward_members=0)
-    model.trainer = L.Trainer(max_steps=100_000, accelerator="cpu", logger=False, enable_checkpointing=False)
     segments = random_segments(batch, horizon)
 
     def work() -> int:
@@ -89,8 +87,8 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
             tables.append((f"Horizon {horizon}, batch {batch}", header, rows(results, [PEER])))
             what = f"world model update, horizon {horizon}, batch {batch}: default x {PEER}"
             headlines.append((what, ratio(results, next(iter(NETWORKS)), PEER)))
-    command = f"python -m benchmarks.world_model_step --rounds {options.rounds}"
-    report("world-model-step", command, tables, "Contestants" + __doc__.split("Contestants", 1)[1].rstrip())
+    notes = "Contestants" + __doc__.split("Contestants", 1)[1].rstrip()
+    report("world-model-step", command_of(__doc__, options), tables, notes)
     return headlines
 
 

@@ -116,8 +116,7 @@ class InverseDynamics(UpdateModule):
     def on_validation_epoch_end(self) -> None:
         """Keeps the network if it is the best so far; logs the error of each action dimension and their mean."""
         self.log("step", float(self.trainer.global_step))  # the x-axis, in updates
-        errors = self.validation_errors.means()
-        self.validation_errors.reset()
+        errors = self.validation_errors.compute_and_reset()
         # a validation after fit comes too late: the checkpoint is written, and a module must equal its checkpoint;
         # Lightning's sanity check comes too early: the network has learnt nothing
         learning = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking

@@ -26,11 +26,12 @@ from dawm.diffusion.preconditioning import EDM, Preconditioning, denoising_loss,
 from dawm.diffusion.samplers import DPMSolverPP2M, Sampler
 from dawm.errors import require
 from dawm.forward_model import ForwardEnsemble
-from dawm.nn.normalizer import Normalizer
-from dawm.training.metrics import HorizonErrors
+from dawm.training.metrics import MeanPerColumn
 from dawm.training.updates import UpdateModule
 
 __all__ = ["DiffusionWorldModel", "Imagined"]
+
+ERRORS = ("observation", "reward", "termination")  # of which validation takes the mean, at each step
 
 
 class DiffusionWorldModel(UpdateModule):
@@ -100,12 +101,7 @@ class DiffusionWorldModel(UpdateModule):
         self.forward_model: ForwardEnsemble | None = None
         if forward_members:
             self.forward_model = ForwardEnsemble(observation_size, action_size, forward_members, learning_rate)
-        self.validation_errors, self.forward_errors = HorizonErrors(horizon), HorizonErrors(horizon)
-
-    @property
-    def observation_normalizer(self) -> Normalizer:
-        """The codec's normalizer of observations."""
-        return self.codec.observation_normalizer
+        self.validation_errors, self.forward_errors = (MeanPerColumn(len(ERRORS), horizon) for _ in range(2))
 
     def configure_optimizers(self) -> list[Optimizer]:
         """The denoiser's optimiser and, where there are forward models, theirs."""
@@ -147,9 +143,7 @@ class DiffusionWorldModel(UpdateModule):
     def learning_rates(self, index: int) -> list[float]:
         """Linear warm-up, then cosine decay to 0 at the stage's last update; the same for the forward models."""
         warmup = min(1.0, (index + 1) / max(self.warmup_steps, 1))
-        total = self.trainer.max_steps
-        rate = self.learning_rate * warmup * (0.5 * (1 + math.cos(math.pi * index / total)) if total > 0 else 1.0)
-        return [rate] * len(self.parameter_groups())
+        return [self.decayed(self.learning_rate * warmup, index)] * len(self.parameter_groups())
 
     @torch.no_grad()
     def imagine(
@@ -204,11 +198,15 @@ class DiffusionWorldModel(UpdateModule):
         if self.forward_model is not None:
             self._record(self.forward_errors, self.forward_model.roll_out(self.codec, batch), batch)
 
-    def _record(self, errors: HorizonErrors, imagined: Imagined, batch: Segments) -> None:
-        difference = (imagined.observations - batch.observations)[:, 1:] / self.observation_normalizer.std
+    def _record(self, errors: MeanPerColumn, imagined: Imagined, batch: Segments) -> None:
+        difference = (imagined.observations - batch.observations)[:, 1:] / self.codec.observation_normalizer.std
         reward_error = (imagined.rewards - batch.rewards) / self.codec.reward_normalizer.std
         wrong = (imagined.terminations > 0.5) != (batch.terminations > 0.5)
-        errors.update(difference.square(), reward_error.square(), wrong.float(), batch.valid, batch.observed)
+        observed = batch.valid if batch.observed is None else batch.valid * batch.observed
+        errors.update(
+            torch.stack([difference.square().mean(dim=-1), reward_error.square(), wrong.float()], dim=1),
+            torch.stack([observed, batch.valid, batch.valid], dim=1),
+        )
 
     def on_validation_epoch_end(self) -> None:
         """Logs every error at every step, and the first step's ratio to the forward models'."""
@@ -217,9 +215,9 @@ class DiffusionWorldModel(UpdateModule):
         if self.forward_model is not None:
             sources["forward"] = self.forward_errors.compute_and_reset()
         for source, errors in sources.items():
-            for key, values in errors.items():
+            for key, values in zip(ERRORS, errors):
                 self.log_dict({f"world_model/{source}_{key}_error/step_{k + 1}": v for k, v in enumerate(values)})
-        first = {source: float(errors["observation"][0]) for source, errors in sources.items()}
+        first = {source: float(errors[0, 0]) for source, errors in sources.items()}
         self.log("world_model/validation_error", first["validation"], prog_bar=True)
         if "forward" in first:
             self.log("world_model/first_step_error_ratio", first["validation"] / max(first["forward"], 1e-12))

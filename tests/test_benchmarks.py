@@ -1,16 +1,19 @@
 """Every benchmark runs, at its smallest size; what it measures there means nothing."""
 
+import argparse
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import small_world_model
 import torch
 from torch import nn
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import ablation, end_to_end, measure, memory
+from benchmarks import ablation, end_to_end, growth, measure, memory, synthesis
 from benchmarks.agent_update import random_data
 from benchmarks.plain_agents import PlainBuffer, PlainIQL, PlainTD3BC
 from dawm.agents import IQL, TD3BC
@@ -28,6 +31,20 @@ def test_every_benchmark_runs_and_writes_its_results(tmp_path, monkeypatch, caps
     assert "x plain PyTorch" in " ".join(capsys.readouterr().out.split()).replace(" loop", "")
     written = {path.name.split("-xeon")[0].rsplit("-", 4)[0] for path in tmp_path.glob("*.md")}
     assert len(written) == 6
+
+
+def test_the_samplers_are_judged_on_a_runs_held_out_segments(dataset, monkeypatch):
+    results = {"stages": {"world_model": {"checkpoint": ""}}, "data": {"dataset": dataset}, "seed": 0}
+    monkeypatch.setattr(synthesis, "read_results", lambda run: results)
+    monkeypatch.setattr(synthesis, "load_module", lambda path: small_world_model.model())
+    model, segments = synthesis.held_out(Path())
+    assert segments.valid.all()
+    assert synthesis.quality(model, segments, model.sampler)[1] > 0
+
+
+def test_the_command_in_a_results_file_has_every_option():
+    options = argparse.Namespace(rows=[1, 20], run=None, seeds=3, quick=False)
+    assert measure.command_of(growth.__doc__, options) == "python -m benchmarks.growth --rows 1 20 --seeds 3"
 
 
 @pytest.mark.parametrize("name", memory.WORK)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dawm.agents import losses
+from dawm.training.updates import cosine_decay
 
 
 def test_td_target_bootstraps_unless_terminated():
@@ -83,8 +84,8 @@ def test_gaussian_log_likelihood_agrees_with_torch():
 
 
 def test_cosine_decay_falls_from_one_to_zero():
-    assert [losses.cosine_decay(step, 100) for step in (0, 50, 100, 150)] == pytest.approx([1, 0.5, 0, 0])
-    assert losses.cosine_decay(25, 100) == pytest.approx(0.5 + math.sqrt(0.5) / 2)
+    assert [cosine_decay(step, 100) for step in (0, 50, 100, 150)] == pytest.approx([1, 0.5, 0, 0])
+    assert cosine_decay(25, 100) == pytest.approx(0.5 + math.sqrt(0.5) / 2)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from small_world_model import (
     starts_of,
 )
 
-from dawm.data.transitions import Transitions
+from dawm.data.transitions import Segments, Transitions
 from dawm.diffusion.codecs import Absolute, Differences, InpaintedAbsolute, JointDifferences, JointSegments
 from dawm.diffusion.denoisers import ResidualMLP, TemporalUNet
 from dawm.diffusion.preconditioning import NoisePrediction
@@ -267,3 +267,13 @@ def test_a_checkpoint_loads_without_unpickling_and_imagines_the_same(make_traine
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     loaded = DiffusionWorldModel.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
     assert torch.equal(seeded(loaded, starts_of(data)), seeded(world_model, starts_of(data)))
+
+
+def test_a_training_loop_of_ones_own_needs_no_trainer():
+    trained = model(warmup_steps=2, learning_rate=0.5)
+    batches = Segments(
+        **{name: part[None].expand(2, *part.shape) for name, part in vars(SEGMENT).items() if part is not None}
+    )
+    trained.run_updates(batches)
+    assert trained.learning_rates(0) == [0.25, 0.25]
+    assert trained.optimizer.param_groups[0]["lr"] == 0.5

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dawm.agents.losses import cosine_decay
 from dawm.data.batches import BatchLoader
 from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Transitions
@@ -123,11 +122,6 @@ class OfflineAgent(UpdateModule):
         """
         shape = self.seed_shape if ensemble is None else (*self.seed_shape, ensemble)
         return BatchedMLP(shape, in_size, hidden, out_size, **options)
-
-    def decayed(self, learning_rate: float, index: int) -> float:
-        """A learning rate that falls to 0 along a cosine over the run; constant where no trainer sets a length."""
-        total = self._trainer.max_steps if self._trainer is not None else -1
-        return learning_rate * cosine_decay(index, total) if total > 0 else learning_rate
 
     @staticmethod
     def target_network(network: nn.Module) -> nn.Module:

@@ -16,15 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from dawm.agents import losses
 from dawm.agents.base import OfflineAgent
-from dawm.agents.losses import (
-    advantage_weights,
-    critic_loss,
-    expectile_loss,
-    gaussian_log_likelihood,
-    masked,
-    td_target,
-)
 from dawm.data.transitions import Transitions
 from dawm.errors import require
 
@@ -103,9 +96,9 @@ class IQL(OfflineAgent):
         """Both critics' squared TD error against one target, on prepared transitions."""
         with torch.no_grad():
             next_values = self.value(batch.next_observations).squeeze(-1)
-            target = td_target(batch.rewards, batch.terminations, next_values, self.discount, batch.steps)
+            target = losses.td_target(batch.rewards, batch.terminations, next_values, self.discount, batch.steps)
         values = self.critics(torch.cat([batch.observations, batch.actions], dim=-1)).squeeze(-1)
-        loss = critic_loss(values, target)
+        loss = losses.critic_loss(values, target)
         return loss, {"critic_loss": loss.detach(), "q": values.detach().mean()}
 
     def actor_loss(self, batch: Transitions, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -114,9 +107,9 @@ class IQL(OfflineAgent):
         if self.deterministic_actor:
             errors = (means - batch.actions).square().sum(dim=-1)
         else:
-            errors = -gaussian_log_likelihood(batch.actions, means, self.log_std.clamp(*LOG_STD_RANGE))
-        weights = advantage_weights(advantages, self.beta, self.max_weight)
-        loss = masked(weights * errors, batch.real if self.actor_on_real else None).mean(dim=-1)
+            errors = -losses.gaussian_log_likelihood(batch.actions, means, self.log_std.clamp(*LOG_STD_RANGE))
+        weights = losses.advantage_weights(advantages, self.beta, self.max_weight)
+        loss = losses.masked(weights * errors, batch.real if self.actor_on_real else None).mean(dim=-1)
         return loss, {"actor_loss": loss.detach(), "actor_weight": weights.mean()}
 
     def total_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,7 +117,7 @@ class IQL(OfflineAgent):
         with torch.no_grad():
             target_values = self.target_critics(torch.cat([batch.observations, batch.actions], dim=-1))
         advantages = target_values.squeeze(-1).amin(dim=-2) - self.value(batch.observations).squeeze(-1)
-        value_loss = expectile_loss(advantages, self.expectile)  # the expectile regression of V on the target critics
+        value_loss = losses.expectile_loss(advantages, self.expectile)
         value_metrics = {"value_loss": value_loss.detach(), "advantage": advantages.detach().mean()}
         critic_loss, critic_metrics = self.critic_loss(batch)
         actor_loss, actor_metrics = self.actor_loss(batch, advantages)

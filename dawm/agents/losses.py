@@ -19,7 +19,6 @@ from torch import Tensor
 __all__ = [
     "advantage_weights",
     "behaviour_cloning_loss",
-    "cosine_decay",
     "critic_loss",
     "expectile_loss",
     "gaussian_log_likelihood",
@@ -113,11 +112,6 @@ def masked(values: Tensor, mask: Tensor | None) -> Tensor:
     _require_equal_shapes(values_of_a_dimension=values[..., 0] if by_row else values, mask=mask)
     weights = mask / mask.mean(dim=-1, keepdim=True).clamp(min=1e-9)  # a bound below one row of any batch
     return values * (weights.unsqueeze(-1) if by_row else weights)
-
-
-def cosine_decay(step: int, total: int) -> float:
-    """Factor of a learning rate that falls from 1 to 0 along half a cosine, after ``step`` of ``total`` updates."""
-    return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
 
 
 def _require_equal_shapes(**tensors: Tensor) -> None:

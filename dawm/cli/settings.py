@@ -178,10 +178,9 @@ def _share(config: Namespace, given: Namespace) -> None:
     for name in SHARED:
         if f"data.{name}" in config and config.data[name] is None:
             config.data[name] = config[name]
-    described = [(config[name], given.get(name)) for name in MODULES]
-    for stage in STAGES:
-        own = given.get(f"stages.{stage}.callbacks") or []
-        described += list(zip(config.stages[stage].callbacks or [], own))
+    described = [(config[name], given.get(name)) for name in MODULES]  # what they hold they build themselves
+    for group in ("data", "stages"):
+        described += _described(config[group], given.get(group))
     for description, explicit in described:
         arguments = (explicit.get("init_args") if explicit is not None else None) or Namespace()
         taken = parameters_of(import_class(description.class_path, object))
@@ -189,3 +188,16 @@ def _share(config: Namespace, given: Namespace) -> None:
             if name in taken and name not in arguments:
                 description.init_args = description.get("init_args") or Namespace()
                 description.init_args[name] = config[name]
+
+
+def _described(settings: Any, given: Any) -> Iterator[tuple[Namespace, Namespace | None]]:
+    """Every class described within some settings, with what of its description was given."""
+    if isinstance(settings, list):
+        for index, part in enumerate(settings):
+            yield from _described(part, given[index] if isinstance(given, list) and index < len(given) else None)
+    elif isinstance(settings, Namespace):
+        own = given if isinstance(given, Namespace) else Namespace()
+        if "class_path" in settings:
+            yield settings, own
+        for name, part in list(vars(settings).items()):
+            yield from _described(part, own.get(name))

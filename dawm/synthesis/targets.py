@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from dawm.agents.losses import cosine_decay, expectile_loss
+from dawm.agents.losses import expectile_loss
 from dawm.data.transitions import Transitions
 from dawm.errors import require
 from dawm.nn.mlp import BatchedMLP
 from dawm.nn.normalizer import Normalizer
+from dawm.training.updates import cosine_decay
 
 __all__ = [
     "ConstantReturn",

@@ -1,5 +1,6 @@
 """StageProgress: how far a stage is, as a bar on a terminal and as plain lines in a log file."""
 
+from datetime import timedelta
 from time import monotonic
 from typing import Any
 
@@ -36,10 +37,6 @@ class StageProgress(ProgressBar):
     def disable(self) -> None:
         """Prints nothing; Lightning calls this on all ranks but the first."""
         self._enabled = False
-
-    def enable(self) -> None:
-        """Prints."""
-        self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draws the bar or prints the first line."""
@@ -131,7 +128,4 @@ def _figure(rate: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds, as in ``5:51`` and ``1:05:51``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return str(timedelta(seconds=round(seconds)))

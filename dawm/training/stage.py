@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging as SWA
 
 from dawm.data.module import TransitionDataModule
 from dawm.errors import UserError, require
-from dawm.training.updates import UpdateModule
 
 __all__ = ["AgentStage", "InverseDynamicsStage", "Stage", "Stages", "WorldModelStage"]
 
@@ -88,7 +87,7 @@ class Stage:
         fits = not self.imagines or every >= self.max_steps or every % chunk == 0
         expected = f"a multiple of data.updates_per_step, which is {chunk}"
         require(f"{key}.validate_every_n_steps", every, fits, expected, "change one of the two")
-        validates = getattr(type(module), "validation_loader", None) is not UpdateModule.validation_loader
+        validates = hasattr(module, "validation_loader")
         expected = f"None, as {type(module).__name__} has no validation"
         require(f"{key}.patience", self.patience, self.patience is None or validates, expected, "leave it out")
 

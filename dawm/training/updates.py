@@ -6,6 +6,7 @@ at once; `UpdateModule.training_step` runs K updates on them, so that what Light
 logging, progress bar) is paid once for K updates. Results do not depend on K.
 """
 
+import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,14 +23,15 @@ from dawm.errors import UserError, require
 from dawm.nn.compiled import has_bf16, rounding
 from dawm.nn.normalizer import Normalizer
 
-__all__ = ["UpdateModule"]
+__all__ = ["UpdateModule", "cosine_decay"]
 
 
 class UpdateModule(L.LightningModule):
     """A LightningModule that trains by `update`, several times per training step.
 
     Subclasses build their networks and optimisers in the constructor, list the optimisers in `configure_optimizers`,
-    and write the update itself with `minimize`. ``name`` prefixes the logged metrics.
+    and write the update itself with `minimize`. ``name`` prefixes the logged metrics. One that validates has a
+    ``validation_loader(data, rank, world_size)`` too, which gives the held-out batches of a rank.
     """
 
     name: str
@@ -79,10 +81,6 @@ class UpdateModule(L.LightningModule):
             rank: This process.
         """
         return data.mixed_loader(updates, rank, seeds=getattr(self, "seeds", 1))
-
-    def validation_loader(self, data: Any, rank: int, world_size: int) -> Iterable[Any] | None:
-        """The held-out batches of this rank; None, the default, does not validate."""
-        return None
 
     # Updates
 
@@ -138,6 +136,11 @@ class UpdateModule(L.LightningModule):
                     values[key].append(value)
         self.update_index = first + len(rates)
         return {key: torch.stack(parts).mean() for key, parts in values.items()}
+
+    def decayed(self, learning_rate: float, index: int) -> float:
+        """A learning rate that falls to 0 along a cosine over the run; constant where no trainer sets a length."""
+        total = self._trainer.max_steps if self._trainer is not None else -1
+        return learning_rate * cosine_decay(index, total) if total > 0 else learning_rate
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of all optimisers, in order."""
@@ -206,3 +209,8 @@ def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
         group["lr"].copy_(torch.as_tensor(rate))
     else:
         group["lr"] = rate
+
+
+def cosine_decay(step: int, total: int) -> float:
+    """Factor of a learning rate that falls from 1 to 0 along half a cosine, after ``step`` of ``total`` updates."""
+    return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))

@@ -67,6 +67,13 @@ def test_wrong_setting(mistake, options, named):
         assert part in line
 
 
+def test_patience_of_a_plain_module_that_nothing_validates(mistake, tmp_path, monkeypatch):
+    (tmp_path / "plain.py").write_text("import lightning\n\nclass Plain(lightning.LightningModule):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = mistake("--agent", "plain.Plain", "--stages.agent.patience", "2")
+    assert "stages.agent.patience: got 2, expected None, as Plain has no validation" in line
+
+
 def test_labels_that_no_model_will_give_are_refused_before_the_world_model_is_trained(mistake, tmp_path):
     line = mistake("--world_model.forward_members", "0", "--stages.agent.callbacks", json.dumps([RELABELLING]))
     assert "--world_model.forward_members: got 0" in line

@@ -24,6 +24,21 @@ def test_shared_numbers_reach_every_constructor_that_has_them():
     assert (settings.parts.data.horizon, settings.parts.data.discount) == (3, 0.9)
 
 
+def test_shared_numbers_reach_what_data_and_callbacks_hold(tmp_path, monkeypatch):
+    own = "import dawm.data.weights as w\n\nclass Own(w.AdvantageWeights):\n"
+    (tmp_path / "own_weights.py").write_text(
+        f"{own}    def __init__(self, discount: float = 0.5): super().__init__()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine, explicit = ({"class_path": "own_weights.Own"} | extra for extra in ({}, {"init_args": {"discount": 0.7}}))
+    callbacks = [{"class_path": "RegenerateRollouts", "init_args": {"starts": part}} for part in (mine, explicit)]
+    config = write(tmp_path / "a.yaml", data={"real_weights": mine}, stages={"agent": {"callbacks": callbacks}})
+    plain = parse_fit([config, "--discount=0.9"]).plain
+    first, second = (callback["init_args"]["starts"] for callback in plain["stages"]["agent"]["callbacks"])
+    reached = [part["init_args"]["discount"] for part in (plain["data"]["real_weights"], first, second)]
+    assert reached == [0.9, 0.9, 0.7]
+
+
 def test_an_explicit_argument_wins_even_if_it_equals_the_default(tmp_path):
     config = write(tmp_path / "a.yaml", agent={"class_path": "TD3BC", "init_args": {"discount": 0.99}})
     assert parse_fit([config, "--discount=0.9"]).plain["agent"]["init_args"]["discount"] == 0.99
