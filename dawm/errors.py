@@ -28,7 +28,7 @@ def require(key: str, value: Any, holds: bool, expected: str, remedy: str = "cha
         remedy: What to do about it.
     """
     if not holds:
-        raise UserError(f"--{key}: got {value!r}, expected {expected}; {remedy}"[:300])
+        raise UserError(f"--{key}: got {value!r:.120}, expected {expected}; {remedy}")
 
 
 def first_line(error: Exception) -> str:

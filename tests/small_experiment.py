@@ -17,7 +17,7 @@ def datasets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("minari")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder))
-        build("embedded/hopper/medium-replay", steps=STEPS, progress=False)
+        build("embedded/hopper/medium-replay", steps=STEPS)
     return folder
 
 

@@ -210,7 +210,7 @@ def test_a_full_disk(folder, dataset, when, monkeypatch):
     with pytest.raises(UserError, match="^--data.cache_dir: got .*No space left on device.*name a folder") as caught:
         mapped(dataset)
     assert "\n" not in str(caught.value)
-    assert not list(folder.iterdir())
+    assert not list(folder.glob("*/*"))
     if when == "while_writing":
         monkeypatch.setattr(cache.os, "fsync", fsync)
         assert len(mapped(dataset)) == 26
@@ -221,7 +221,26 @@ def test_data_that_cannot_be_used_leave_nothing(folder, dataset):
         file["rewards"][7] = np.nan
     with pytest.raises(UserError, match="1 NaN or infinite values in rewards, the first in row 7"):
         mapped(dataset)
-    assert not list(folder.iterdir())
+    assert not list(folder.glob("*/*"))
+
+
+def test_a_failed_build_leaves_the_lock_to_who_waits_for_it(folder, dataset, monkeypatch):
+    """Who comes later must meet the folder that is locked, or it removes what is being written there."""
+    fcntl = pytest.importorskip("fcntl")
+    waiting: list[int] = []
+
+    def fail(staged, *_):
+        waiting.append(os.open(staged.parent, os.O_RDONLY))  # as `lock` does
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(cache, "_write", fail)
+    with pytest.raises(UserError, match="broken"):
+        mapped(dataset)
+    fcntl.flock(waiting[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    (place,) = folder.iterdir()
+    with cache.lock(place, patience=0.0) as locked:
+        assert not locked
+    os.close(waiting[0])
 
 
 PROCESS = """

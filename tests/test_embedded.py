@@ -7,6 +7,7 @@ from importlib.resources import files
 import minari
 import pytest
 
+from dawm.data import progress
 from dawm.data.episodes import load_episodes
 from dawm.data.sources import behaviour, embedded
 from dawm.data.sources.catalog import EMBEDDED
@@ -165,11 +166,14 @@ def test_without_a_lock_the_first_to_finish_wins(root, monkeypatch):
     assert hidden(root) == []
 
 
-def test_the_progress_bar_is_shown_when_wanted(root, capfd):
-    build("embedded/hopper/medium", steps=1, progress=True)
-    assert "Building embedded/hopper/medium" in capfd.readouterr().err
-    build("embedded/hopper/medium", steps=2, progress=False)
-    assert capfd.readouterr() == ("", "")
+@pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
+def test_the_progress_bar_is_shown_on_a_terminal_unless_it_shall_be_quiet(root, capfd, monkeypatch, terminal, quiet):
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")  # rich takes this for a terminal
+    monkeypatch.setattr(progress, "quiet", quiet)
+    build("embedded/hopper/medium", steps=1)
+    shown = capfd.readouterr()
+    assert ("Building embedded/hopper/medium" in shown.err) == (terminal and not quiet)
+    assert shown.out == ""
 
 
 def test_an_unknown_name(root):

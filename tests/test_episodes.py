@@ -344,6 +344,16 @@ def test_unusable_actions():
     assert "expected finite bounds" in error_of("toy/unbounded-v0")
 
 
+def test_an_unusable_environment_is_named_and_closed(monkeypatch):
+    closed = []
+    monkeypatch.setattr("gymnasium.envs.classic_control.CartPoleEnv.close", lambda env: closed.append(env))
+    write_minari("toy/line-v0", [episode(0, 3, terminated=True)])
+    message = error_of("toy/line-v0", env_id="CartPole-v1")
+    assert message.startswith("--data.env_id: got 'CartPole-v1' with the action space Discrete(2), expected a flat Box")
+    assert "data.dataset" not in message
+    assert len(closed) == 1
+
+
 def test_empty_data(tmp_path):
     write_minari("toy/empty-v0", [])
     assert "got toy/empty-v0, expected complete steps, but it is empty" in error_of("toy/empty-v0")
@@ -503,6 +513,19 @@ def test_a_jump_inside_an_episode_is_refused(tmp_path, form):
     assert len(load_episodes(name(0.0))) > 190
     message = error_of(name(10.0 * (np.arange(200 + (form == "minari")) >= 120)[:, None]))
     assert "with 1 jumps of the observations inside episodes, the first in row 119" in message
+
+
+def test_a_glitch_may_come_back_in_the_next_block(tmp_path, monkeypatch):
+    """Of 100 rows each; the observation that stands out is the last of a block, the first, or the second."""
+    monkeypatch.setattr("dawm.data.sources.d4rl.BLOCK", 100)
+    rows = {"actions": walk(size=2)[:200] / 10, "rewards": np.arange(200.0)}
+    rows |= {"terminals": np.zeros(200, bool), "timeouts": np.zeros(200, bool)}
+    for row in (99, 100, 101):
+        observations = walk()[:200]
+        observations[row] += 100
+        load_episodes(write_d4rl(tmp_path / f"{row}.hdf5", observations=observations, **rows))
+    observations = walk()[:200] + 10.0 * (np.arange(200) > 150)[:, None]
+    assert "1 jumps" in error_of(write_d4rl(tmp_path / "jump.hdf5", observations=observations, **rows))
 
 
 @pytest.mark.parametrize("ended", [True, False])

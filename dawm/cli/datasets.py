@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dawm.data.episodes import read_recordings
+from dawm.data.progress import progress_bar
 from dawm.data.sources.catalog import EMBEDDED, REMOTE, dataset_folder, local_datasets
 from dawm.data.sources.d4rl import D4RLSource
 from dawm.data.sources.embedded import STEPS, build
@@ -21,7 +22,7 @@ from dawm.data.sources.minari import REPEATED, SOURCE
 from dawm.data.sources.scores import ReferenceScores
 from dawm.data.sources.source import Recording
 from dawm.data.store.minari_writer import in_episodes, write_dataset
-from dawm.data.store.staging import check_output, progress_bar
+from dawm.data.store.staging import check_output
 from dawm.errors import UserError, first_line
 from dawm.files import expanded
 
@@ -94,7 +95,7 @@ def build_dataset(console: Console, name: str, seed: int = 0, overwrite: bool = 
         seed: Seed of the episodes' starts and of the actions' noise; another one than 0 becomes part of the name.
         overwrite: Build it again if it is there already.
     """
-    dataset_id = build(name, seed, progress=True, overwrite=overwrite)
+    dataset_id = build(name, seed, overwrite=overwrite)
     console.print(Text(f"{dataset_id} is ready in {dataset_folder(dataset_id)}"))
 
 
@@ -130,7 +131,7 @@ def import_file(
     metadata: dict[str, Any] = {} if source.has_next_observations else {REPEATED: True}
     if reference := reference or source.reference:
         metadata |= {"ref_min_score": reference.minimum, "ref_max_score": reference.maximum, SOURCE: reference.source}
-    with progress_bar(f"Importing {path.name}", source.count, visible=True) as bar:
+    with progress_bar(f"Importing {path.name}", source.count) as bar:
         episodes, steps = write_dataset(
             output, in_episodes(source), env_spec=source.env_spec, observation_space=source.observation_space,
             action_space=source.action_space, metadata=metadata, author=None, overwrite=overwrite,

@@ -17,7 +17,7 @@ from dawm.cli.report import add_to_report, checkpoint_hashes, read_results
 from dawm.cli.synthesize import load_synthesizer
 from dawm.data.batches import derive_seed
 from dawm.data.module import TransitionDataModule
-from dawm.data.store.staging import progress_bar
+from dawm.data.progress import progress_bar
 from dawm.errors import UserError, require
 from dawm.evaluation import diagnosis
 from dawm.evaluation.diagnosis import Paths, Units
@@ -98,7 +98,7 @@ def diagnose_run(
     fidelity["judges_itself"] = synthesizer.labels == "forward" or isinstance(synthesizer, EnsembleSynthesizer)
     fidelity["columns"] = diagnosis.column_names(data.observation_size, data.action_size)
     fidelity["fates"] = {fate: count / made.counts.total() for fate, count in made.counts.items()}
-    with progress_bar("diagnosing", len(parts), visible=True) as bar:
+    with progress_bar("diagnosing", len(parts)) as bar:
         for name, part in parts.items():
             bar.update(bar.task_ids[0], description=f"diagnosing: {name.replace('_', ' ')}")
             fidelity[name] = _plain(part())

@@ -15,6 +15,7 @@ from dawm.cli.evaluate import EVALUATION_SEED, score
 from dawm.cli.messages import as_user_error, disk_errors
 from dawm.cli.report import collect_results, log_summary, show_results, write_files
 from dawm.cli.settings import Settings, parse_fit
+from dawm.data import progress
 from dawm.data.module import TransitionDataModule
 from dawm.data.sources.environments import describe_environment
 from dawm.errors import UserError
@@ -42,6 +43,7 @@ def fit(args: Sequence[str], console: Console) -> None:
 
 def _run(settings: Settings, output_dir: Path, command: str, console: Console) -> None:
     data: TransitionDataModule = settings.parts.data
+    progress.quiet = settings.plain["quiet"]
     data.setup()
     stages = settings.parts.stages.needed(data)
     environment = _checked_environment(data, stages)

@@ -24,10 +24,11 @@ from dawm.callbacks.regenerate import RegenerateRollouts, check_synthesis
 from dawm.cli.report import read_results
 from dawm.data.episodes import unscale_actions
 from dawm.data.module import TransitionDataModule
+from dawm.data.progress import progress_bar
 from dawm.data.sources.catalog import dataset_folder
 from dawm.data.sources.minari import SOURCE
 from dawm.data.store.minari_writer import EpisodeColumns, write_dataset
-from dawm.data.store.staging import check_output, progress_bar
+from dawm.data.store.staging import check_output
 from dawm.data.weights import RowWeights
 from dawm.errors import UserError, first_line, require
 from dawm.files import expanded, hash_of
@@ -84,7 +85,7 @@ def synthesize_dataset(
     if (reference := episodes.reference) is not None:
         metadata |= {"ref_min_score": reference.minimum, "ref_max_score": reference.maximum,
                      SOURCE: f"those of {episodes.name} ({reference.source})"}  # fmt: skip
-    with progress_bar(f"imagining {output}", transitions, visible=True) as bar:
+    with progress_bar(f"imagining {output}", transitions) as bar:
         count, steps = write_dataset(
             output, _imagine(synthesizer, data, transitions, seed, counts),
             env_spec=episodes.env_spec, observation_space=episodes.observation_space,

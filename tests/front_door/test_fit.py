@@ -9,6 +9,9 @@ import torch
 from dawm.agents import TD3BC
 from dawm.cli.curves import read_logs
 from dawm.cli.main import main
+from dawm.data import progress
+from dawm.data.module import TransitionDataModule
+from dawm.errors import UserError
 from dawm.training.build import load_module
 from dawm.world_model import DiffusionWorldModel
 
@@ -166,3 +169,16 @@ def test_seeds_train_side_by_side_and_each_is_scored(smoke, tmp_path, capsys):
     assert "3 seeds" in capsys.readouterr().out
     assert main(["evaluate", "--run", str(tmp_path / "run"), "--episodes", "2"]) == 0
     assert "2 episodes each, 3 seeds" in capsys.readouterr().out
+
+
+def test_quiet_reaches_the_bars_of_reading_and_building_data(smoke, monkeypatch):
+    seen = []
+
+    def setup(self, stage=None):
+        seen.append(progress.quiet)
+        raise UserError("enough")
+
+    monkeypatch.setattr(TransitionDataModule, "setup", setup)
+    for quiet in ("true", "false"):
+        assert main(["fit", "--config", str(smoke), "--quiet", quiet]) == 2
+    assert seen == [True, False]

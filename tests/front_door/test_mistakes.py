@@ -14,6 +14,7 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from dawm.cli.main import main
+from dawm.errors import UserError, require
 
 RELABELLING = {"class_path": "RegenerateRollouts", "init_args": {"every_n_steps": 10, "labels": "forward"}}
 
@@ -189,6 +190,11 @@ def test_exit_code_and_no_traceback_in_a_process_of_its_own(smoke):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().count("\n") == 0
+
+
+def test_a_long_value_leaves_room_for_what_to_do_about_it():
+    with pytest.raises(UserError, match=r"^--data.dataset: got 'x{119}, expected a short name; shorten it$"):
+        require("data.dataset", 1000 * "x", False, "a short name", "shorten it")
 
 
 def test_help_and_version():

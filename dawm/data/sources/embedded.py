@@ -5,15 +5,15 @@ No download is needed, and once built they are Minari data sets like any other
 """
 
 import contextlib
-import sys
 
 import gymnasium as gym
 
+from dawm.data.progress import progress_bar
 from dawm.data.sources.behaviour import MIXTURES, play
 from dawm.data.sources.catalog import EMBEDDED, unknown_dataset
 from dawm.data.sources.spaces import unbounded
 from dawm.data.store.minari_writer import write_dataset
-from dawm.data.store.staging import OutputExists, is_complete, progress_bar
+from dawm.data.store.staging import OutputExists, is_complete
 
 __all__ = ["STEPS", "build"]
 
@@ -28,14 +28,11 @@ _ABOUT = {
 }
 
 
-def build(
-    name: str, seed: int = 0, steps: int | None = None, progress: bool | None = None, overwrite: bool = False
-) -> str:
+def build(name: str, seed: int = 0, steps: int | None = None, overwrite: bool = False) -> str:
     """Build an embedded data set, unless it is there already; returns Minari's id.
 
     The name is one of `dawm.data.sources.catalog.EMBEDDED`, with or without the version ``-v0``. Another seed (of the
-    starts and of the actions' noise) or least number of steps than the default becomes part of the id. ``progress``
-    None shows a bar if the standard error stream is a terminal.
+    starts and of the actions' noise) or least number of steps than the default becomes part of the id.
     """
     name = name.removesuffix("-v0")
     if name not in EMBEDDED:
@@ -49,7 +46,7 @@ def build(
     fractions = ", ".join(f"{policy} {fraction:.0%}" for policy, fraction in MIXTURES[name].items())
     with (
         contextlib.suppress(OutputExists),  # another process has built it in the meantime
-        progress_bar(f"Building {name}", steps, sys.stderr.isatty() if progress is None else progress) as bar,
+        progress_bar(f"Building {name}", steps) as bar,
     ):
         write_dataset(
             dataset_id,

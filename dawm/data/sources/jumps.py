@@ -13,21 +13,22 @@ _SAMPLE = 4096  # rows from which to tell how far a usual step goes
 
 def jumps(
     observations: NDArray, next_observations: NDArray, last: NDArray[np.bool_], ended: NDArray[np.bool_],
-    factor: float = 50.0,
+    factor: float = 50.0, continues: bool = False,
 ) -> NDArray[np.int64]:  # fmt: skip
     """Rows from which the observation jumps, ascending.
 
     A jump is a single step in which at least half of the dimensions that move, and three at least, move by ``factor``
     times what they usually do (the 95 % quantile), while the steps before and after it are usual ones. So neither
     contacts, which last or move few dimensions, nor glitches, which come back, nor the start of a movement are jumps.
+    The step before the first row, if an episode ``continues`` there, and the one after the last, unless an episode ends
+    there, are not known and may be as large: beside them nothing counts as a jump.
 
     Observations ``s_t`` of consecutive rows and ``s_{t+1}`` have the shape (N, O); ``last``, shape (N,), says whether
     a row is the last of its episode, ``ended`` whether the task ended there: then ``s_{t+1}`` is free to be anything.
     """
-    count = len(last)
     with np.errstate(invalid="ignore"):
         steps = np.abs(next_observations - observations)
-    sample = slice(None, None, max(1, count // _SAMPLE))
+    sample = slice(None, None, max(1, len(last) // _SAMPLE))
     usual = np.quantile(steps[sample], 0.95, axis=0)
     moving = usual > 1e-4 * observations[sample].std(axis=0)
     if moving.sum() < 3:  # an angle that wraps around is no jump
@@ -37,6 +38,6 @@ def jumps(
     size = steps @ (scale / moving.sum()).astype(np.float32)
     rows = np.flatnonzero(size > factor / 2)
     rows = rows[np.median(steps[rows][:, moving] * scale[moving], axis=1) > factor] if len(rows) else rows
-    before = np.where((rows > 0) & ~last[rows - 1], size[rows - 1], 0.0)
-    after = np.where(~last[rows] & (rows + 1 < count), size[np.minimum(rows + 1, count - 1)], 0.0)
+    around, first = np.pad(size, 1, constant_values=np.inf), np.append(not continues, last[:-1])
+    before, after = np.where(first[rows], 0.0, around[rows]), np.where(last[rows], 0.0, around[rows + 2])
     return rows[(np.maximum(before, after) < size[rows] / 4) & ~ended[rows]]

@@ -47,10 +47,11 @@ class MinariSource(Source):
 
     def __init__(self, dataset_id: str, name: str, env_id: str | None = None) -> None:
         self.name, self._dataset = name, (dataset := _open(dataset_id))
-        leaves = spaces.observation_leaves(dataset.observation_space, name)
+        got = f"--data.dataset: got {name}"
+        leaves = spaces.observation_leaves(dataset.observation_space, got)
         self._paths, self._widths = [path for path, _ in leaves], [box.low.size for _, box in leaves]
-        self.observation_space = spaces.observation_box(dataset.observation_space, name)
-        self.action_space = spaces.action_box(dataset.action_space, name)
+        self.observation_space = spaces.observation_box(dataset.observation_space, got)
+        self.action_space = spaces.action_box(dataset.action_space, got)
         if env_id is None:
             # Minari shows the environment meant for evaluation only as a made one.
             self.env_spec = dataset._eval_env_spec or dataset.env_spec

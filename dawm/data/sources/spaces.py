@@ -27,36 +27,36 @@ def unbounded(size: int) -> gym.spaces.Box:
     return gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
 
 
-def observation_leaves(space: gym.Space, name: str) -> list[tuple[tuple[str, ...], gym.spaces.Box]]:
-    """The flat Boxes that an observation consists of, with their paths of keys, in the order of the flat row."""
+def observation_leaves(space: gym.Space, got: str) -> list[tuple[tuple[str, ...], gym.spaces.Box]]:
+    """The flat Boxes that an observation consists of, with their paths of keys, in the order of the flat row.
+
+    ``got`` begins messages: the setting that brought the space, and its value.
+    """
     if isinstance(space, gym.spaces.Dict):
-        parts = [(key, observation_leaves(part, name)) for key, part in sorted(space.spaces.items())]
+        parts = [(key, observation_leaves(part, got)) for key, part in sorted(space.spaces.items())]
         return [((key, *path), box) for key, leaves in parts for path, box in leaves]
     if isinstance(space, gym.spaces.Box) and len(space.shape) <= 1:
         return [((), space)]
     kind = f"Box of shape {space.shape}" if isinstance(space, gym.spaces.Box) else type(space).__name__
-    got = f"--data.dataset: got {name} with observations of the kind {kind}"
-    raise UserError(f"{got}, expected flat Boxes or Dicts of them; choose another data set")
+    raise UserError(f"{got} with observations of the kind {kind}, expected flat Boxes or Dicts of them; choose another")
 
 
-def observation_box(space: gym.Space, name: str) -> gym.spaces.Box:
+def observation_box(space: gym.Space, got: str) -> gym.spaces.Box:
     """The flat Box that observations fill, or a UserError for images, discrete values, tuples and text."""
-    boxes = [box for _, box in observation_leaves(space, name)]
+    boxes = [box for _, box in observation_leaves(space, got)]
     low = np.concatenate([box.low.ravel() for box in boxes])
     if not low.size:
-        raise UserError(
-            f"--data.dataset: got {name} with empty observations, expected numbers; choose another data set"
-        )
+        raise UserError(f"{got} with empty observations, expected numbers; choose another")
     return gym.spaces.Box(low, np.concatenate([box.high.ravel() for box in boxes]), dtype=low.dtype.type)
 
 
-def action_box(space: gym.Space, name: str) -> gym.spaces.Box:
+def action_box(space: gym.Space, got: str) -> gym.spaces.Box:
     """The action Box itself, or a UserError where it cannot be scaled to [-1, 1]."""
-    got = f"--data.dataset: got {name} with the action space {space}, expected"
+    got = f"{got} with the action space {space}, expected"
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
-        raise UserError(f"{got} a flat Box of real numbers; choose another data set")
+        raise UserError(f"{got} a flat Box of real numbers; choose another")
     if not space.shape[0]:
-        raise UserError(f"{got} at least one action; choose another data set")
+        raise UserError(f"{got} at least one action; choose another")
     if not (np.isfinite([space.low, space.high]).all() and (space.low < space.high).all()):
         raise UserError(f"{got} finite bounds; record them in it")
     return space
@@ -84,22 +84,22 @@ def environment_spec(env_id: str) -> EnvSpec:
 
 def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tuple[gym.spaces.Box, gym.spaces.Box]:
     """Flat observation Box and action Box of an environment, or a UserError if the data's sizes (O, A) are others."""
+    got = f"--data.env_id: got {spec.id!r}"
     try:
         environment = gym.make(spec, disable_env_checker=True)
     except Exception as error:  # Gymnasium lets through whatever the environment's own package raises
         raise UserError(
-            f"--data.env_id: got {spec.id!r} ({first_line(error)[:160]}), expected an environment that can be made; "
+            f"{got} ({first_line(error)[:160]}), expected an environment that can be made; "
             "install what it needs or name another environment"
         ) from error
-    described = f"the environment {spec.id}"
-    observation_space = observation_box(environment.observation_space, described)
-    action_space = action_box(environment.action_space, described)
-    environment.close()
+    with environment:
+        observation_space = observation_box(environment.observation_space, got)
+        action_space = action_box(environment.action_space, got)
     found = (observation_space.shape[0], action_space.shape[0])
     if sizes != found:
         raise UserError(
-            f"--data.env_id: got {spec.id!r} with observations and actions of sizes {found}, expected the {sizes} of "
-            f"{name}; name the environment that the data came from"
+            f"{got} with observations and actions of sizes {found}, expected the {sizes} of {name}; name the "
+            "environment that the data came from"
         )
     return observation_space, action_space
 

@@ -34,9 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dawm.data.progress import progress_bar
 from dawm.data.returns import returns_in_blocks
 from dawm.data.sources.source import Source
-from dawm.data.store.staging import lock, progress_bar
+from dawm.data.store.staging import lock
 from dawm.data.store.table import Assembly, Table, read_table
 from dawm.errors import UserError
 from dawm.files import expanded, whole, write_whole
@@ -139,18 +140,15 @@ def _build(folder: Path, sources: Sequence[Source], identity: dict[str, Any]) ->
         stored = _stored(folder)
         if stored is not None:
             return stored
-        folder.mkdir(exist_ok=True)  # who held the lock before may have failed, and removed it
+        folder.mkdir(parents=True, exist_ok=True)  # all of the cache can be deleted at any time
         if locked:  # what is here is damaged, or a killed process left it
             for left in folder.iterdir():
                 shutil.rmtree(left, ignore_errors=True)
-        try:
-            with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as staged:
-                _write(Path(staged), sources, identity)
-                with contextlib.suppress(OSError):  # a process that could not be locked out was first: use its copy
-                    os.rename(staged, folder / "data")
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # where nothing was built
+        # The folder stays where this fails: others may wait for its lock, and who made it anew would lock another.
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as staged:
+            _write(Path(staged), sources, identity)
+            with contextlib.suppress(OSError):  # a process that could not be locked out was first: use its copy
+                os.rename(staged, folder / "data")
         stored = _stored(folder)
     _remove_outdated(folder)
     if stored is None:
@@ -168,7 +166,7 @@ def _write(staged: Path, sources: Sequence[Source], identity: dict[str, Any]) ->
     with (
         whole(staged / "rows.f32") as rows,
         whole(staged / "rewards.f32") as rewards,
-        progress_bar(f"Caching {name}", assembly.count, visible=sys.stderr.isatty()) as bar,
+        progress_bar(f"Caching {name}", assembly.count) as bar,
     ):
         for block in assembly.blocks():
             rows.write(block.data)

@@ -13,14 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minari.dataset.minari_dataset import parse_dataset_id
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from dawm.data.sources.catalog import dataset_folder
 from dawm.errors import UserError
 
-__all__ = ["OutputExists", "check_output", "is_complete", "lock", "progress_bar", "staged"]
+__all__ = ["OutputExists", "check_output", "is_complete", "lock", "staged"]
 
 _PREFIX = ".dawm-build-"
 
@@ -106,22 +103,6 @@ def lock(folder: Path, patience: float = 120.0) -> Iterator[bool]:
         yield locked
     finally:
         os.close(descriptor)
-
-
-def progress_bar(description: str, total: int, visible: bool) -> Progress:
-    """A progress bar of one task, in steps, with rate and time left, on the standard error stream."""
-    columns = BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
-    text = TextColumn("{task.description}", markup=False)
-    bar = Progress(text, *columns, console=Console(stderr=True), disable=not visible)
-    bar.add_task(description, total=total)
-    return bar
-
-
-class _Rate(ProgressColumn):
-    """Steps a second; empty until they are known."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
 
 def _move(folder: Path, root: Path, dataset_id: str, overwrite: bool) -> None:

@@ -125,7 +125,7 @@ class _Checks:
     """What is wrong in the numbers of a source: reported once for all of its rows."""
 
     def __init__(self, source: Source) -> None:
-        self._source, self._rows, self._excess = source, 0, 0.0
+        self._source, self._rows, self._excess, self._continues = source, 0, 0.0, False
         self._wrong: dict[tuple[str, str], list[int]] = {}  # what and what to do: how many, the first one's row
 
     def scale_and_check(self, block: Block, parts: Columns) -> None:
@@ -137,7 +137,8 @@ class _Checks:
                     where = f"{key}[{column}]" if values.ndim > 1 else key
                     self._note(f"NaN or infinite values in {where}", _FINITE, np.flatnonzero(bad[:, column]))
         else:
-            jumped = jumps(parts.observations, parts.next_observations, block.last, parts.terminations != 0)
+            steps = parts.observations, parts.next_observations, block.last, parts.terminations != 0
+            jumped = jumps(*steps, continues=self._continues)
             at_end = block.last[jumped]
             self._note("jumps of the observations inside episodes", _IN_ONE_PIECE, jumped[~at_end])
             self._note("jumps of the observations at the ends of episodes", _OWN_END, jumped[at_end])
@@ -148,6 +149,7 @@ class _Checks:
         self._excess = max(self._excess, float(excess.max()))
         actions.clamp_(-1.0, 1.0)
         self._rows += len(block.rows)
+        self._continues = not block.last[-1]
 
     def finish(self) -> None:
         """Raises a UserError for what cannot be used, and warns of what was changed."""
