@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import h5py
@@ -12,6 +13,7 @@ from minari.data_collector import EpisodeBuffer
 from dawm.data.episodes import load_episodes, unscale_actions
 from dawm.data.sources import minari as minari_files
 from dawm.data.sources.catalog import local_datasets
+from dawm.data.sources.d4rl import D4RLSource
 from dawm.data.sources.scores import ReferenceScores, d4rl_scores, reference_scores
 from dawm.errors import UserError
 from dawm.evaluation.episodes import run_episodes
@@ -553,6 +555,10 @@ def test_next_observations_that_do_not_lead_on_end_the_episode(tmp_path):
     assert episodes.ends.tolist() == [3, 5, 7, 9]
     assert episodes.truncated.tolist() == [False, True, True, True]
     assert len(episodes) == 9
+    source = D4RLSource(Path(path), "a")
+    for _ in range(2):  # a second reading finds the same, once
+        list(source.blocks())
+        assert len(source.defects) == 1
 
 
 def test_a_local_data_set_wins_over_d4rls_name():

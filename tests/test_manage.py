@@ -17,7 +17,7 @@ from dawm.cli.check import check_dataset
 from dawm.cli.datasets import build_dataset, import_file, list_datasets, show_dataset
 from dawm.data.episodes import load_episodes
 from dawm.data.sources import embedded
-from dawm.data.sources.d4rl import D4RLFile
+from dawm.data.sources.d4rl import D4RLSource
 from dawm.data.store import staging
 from dawm.errors import UserError
 
@@ -110,15 +110,15 @@ def test_an_import_is_cut_where_the_observations_do_not_lead_on(dataset, console
 def test_an_interrupted_import_leaves_what_was_there(dataset, console, root, monkeypatch):
     import_file(console, Path(dataset), "mine/rows-v0")
     before = load_episodes("mine/rows-v0").fingerprint
-    read = D4RLFile.read
+    read = D4RLSource._read
 
-    def interrupt(self, key, start=0, stop=None):
+    def interrupt(self, file, key, *place):
         if key == "rewards":
             raise KeyboardInterrupt
-        return read(self, key, start, stop)
+        return read(self, file, key, *place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(D4RLFile, "read", interrupt)
+        patch.setattr(D4RLSource, "_read", interrupt)
         for output, overwrite in (("mine/rows-v0", True), ("other/rows-v0", False)):
             with pytest.raises(KeyboardInterrupt):
                 import_file(console, Path(dataset), output, overwrite=overwrite)

@@ -5,7 +5,7 @@ Symbols: N rows, E episodes, gamma the discount. The return-to-go of step t of a
 given; the window form sums only the next ``window`` rewards (the two forms in DWM, arXiv 2402.03570).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,28 +29,22 @@ def returns_to_go(
     """
     if rewards.ndim != 1 or ends.ndim != 1:
         raise ValueError(f"rewards and ends must have one dimension, got {rewards.ndim} and {ends.ndim}")
-    blocks = returns_in_blocks(lambda start, stop: rewards[start:stop], ends, discount, window, end_values)
+    blocks = returns_in_blocks(rewards, ends, discount, window, end_values)
     return torch.cat([block.to(rewards.dtype) for block in blocks])
 
 
 def returns_in_blocks(
-    read: Callable[[int, int], Tensor],
-    ends: Tensor,
-    discount: float,
-    window: int | None = None,
-    end_values: Tensor | None = None,
+    rewards: Tensor, ends: Tensor, discount: float, window: int | None = None, end_values: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """As `returns_to_go` of the rewards ``read(start, stop)``, some whole episodes at a time, in double precision."""
+    """As `returns_to_go`, some whole episodes at a time, in double precision."""
     first, start = 0, 0
     while first < len(ends):
         after = max(first + 1, int(torch.searchsorted(ends, start + BLOCK, right=True)))
         stop = int(ends[after - 1])
-        rewards = read(start, stop).double()
+        block, stops = rewards[start:stop].double(), ends[first:after] - start
         if end_values is not None:  # as if the last reward brought it
-            rewards = rewards.index_add(
-                0, ends[first:after] - start - 1, discount * end_values[first:after].to(rewards)
-            )
-        yield _sums(rewards, ends[first:after] - start, discount, window)
+            block = block.index_add(0, stops - 1, discount * end_values[first:after].to(block))
+        yield _sums(block, stops, discount, window)
         first, start = after, stop
 
 

@@ -25,15 +25,14 @@ from pathlib import Path
 import gymnasium as gym
 import h5py
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from dawm.data.sources.scores import ReferenceScores, d4rl_scores, reference_scores
+from dawm.data.sources.scores import d4rl_scores, reference_scores
 from dawm.data.sources.source import BLOCK, Block, Source, columns, flags, require_numbers
 from dawm.data.sources.spaces import environment_spaces, environment_spec, unbounded
 from dawm.errors import UserError
 
-__all__ = ["D4RLFile", "D4RLSource", "is_d4rl_name"]
+__all__ = ["D4RLSource", "is_d4rl_name"]
 
 _LOCOMOTION_KINDS = "(random|medium|expert|mixed|medium-replay|full-replay|medium-expert)"
 _LOCOMOTION = re.compile(rf"(?P<family>hopper|walker2d|halfcheetah)-{_LOCOMOTION_KINDS}-v\d+")
@@ -55,33 +54,34 @@ def is_d4rl_name(name: str) -> bool:
 
 
 class D4RLSource(Source):
-    """One file, and the environment to evaluate in; None: known from the file's name, or none."""
+    """One file, checked, and the environment to evaluate in; None: known from the file's name, or none."""
 
     def __init__(self, path: Path, name: str, env_id: str | None = None) -> None:
-        self.path, self.name, self._env_id, self.files = path, name, env_id, [path]
-        with D4RLFile(path, name, env_id) as file:
-            self.observation_space, self.action_space = file.observation_space, file.action_space
-            self.env_spec, self.reference, self.defects = file.env_spec, file.reference, file.defects
-            self.has_next_observations = bool(file.next_observations)
-            self.count = int(_kept(file).sum())
+        self.path, self.name, self.files = path, name, [path]
+        with self._opened() as file:
+            sizes = self._check_columns(file)
+            self._surroundings(path.stem.lower().replace("_", "-"), env_id, sizes)
+            self._cut(file)
+        self.count = int(self._kept.sum())
         self.settings = "; ".join(self.defects)  # where it was cut
 
     def blocks(self) -> Iterator[Block]:
         """All rows in order."""
-        with D4RLFile(self.path, self.name, self._env_id) as file:
-            terminations, last, keep, cuts = file.terminations, file.last, _kept(file), [np.zeros(0, np.int64)]
-            # A truncated episode ends one row earlier; where it was only that one row, the episode before ends there.
-            last = np.append(last[:-1] | ~keep[1:], last[-1:])
+        # A truncated episode ends one row earlier; where it was only that one row, the episode before ends there.
+        last = np.append(self._last[:-1] | ~self._kept[1:], self._last[-1:])
+        cuts = [np.zeros(0, np.int64)]
+        with self._opened() as file:
             for start in range(0, len(last), BLOCK):
                 part = slice(start, start + BLOCK)
-                observations = file.read("observations", start, part.stop + 1)
-                ended, kept = terminations[part], keep[part]
+                observations = self._read(file, "observations", start, part.stop + 1)
+                ended, kept = self._terminations[part], self._kept[part]
                 rows = np.empty((len(kept), self.width), np.float32)
                 parts = columns(rows, *self.sizes)
                 parts.observations[:], parts.terminations[:] = observations[: len(rows)], ended
-                for key in ("actions", "rewards", *file.next_observations):
-                    getattr(parts, key)[:] = file.read(key, start, part.stop)
-                if file.next_observations:
+                parts.actions[:] = self._read(file, "actions", start, part.stop)
+                parts.rewards[:] = self._read(file, "rewards", start, part.stop)
+                if self.has_next_observations:
+                    parts.next_observations[:] = self._read(file, "next_observations", start, part.stop)
                     cut = _breaks(observations, parts.next_observations, last[part])
                     last[start + cut] = True
                     cuts.append(start + cut)
@@ -90,12 +90,101 @@ class D4RLSource(Source):
                     parts.next_observations[: len(observations) - 1] = observations[1:]
                     parts.next_observations[ended] = parts.observations[ended]
                     yield Block(rows[kept], last[part][kept], ~ended[kept])
-            self.defects = file.defects
-            if len(found := np.concatenate(cuts)):
-                self.defects += (
-                    f"next_observations: {len(found)} are not the observations of the next row of the same episode, "
-                    f"the first in row {found[0]}; another episode begins there",
-                )
+        if len(found := np.concatenate(cuts)):
+            self.defects = (
+                *self._opening_defects,
+                f"next_observations: {len(found)} are not the observations of the next row of the same episode, "
+                f"the first in row {found[0]}; another episode begins there",
+            )
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[h5py.File]:
+        """The open file; what a broken one throws becomes the user's error."""
+        try:
+            with h5py.File(self.path, "r") as file:
+                yield file
+        except OSError as error:
+            raise UserError(
+                f"--data.dataset: got {self.name}, expected a readable HDF5 file ({error}); get it again"
+            ) from error
+
+    def _read(self, file: h5py.File, key: str, start: int = 0, stop: int | None = None) -> NDArray:
+        """Rows of one column: numbers as float32, flags as booleans."""
+        values = file[key][start:stop]
+        if _RANKS[key] == 1:
+            values = values.reshape(-1)  # some files store (N, 1)
+        if key in ("terminals", "timeouts"):
+            return flags(values, self.name, key, start)
+        with np.errstate(over="ignore"):  # infinite values are reported with the rest
+            return values.astype(np.float32, copy=False)
+
+    def _check_columns(self, file: h5py.File) -> tuple[int, int]:
+        """Check the columns for presence, rank and length; returns the sizes of observations and actions."""
+        found = {key: file.get(key) for key in _RANKS}
+        shapes = {key: column.shape for key, column in found.items() if isinstance(column, h5py.Dataset)}
+        got = f"--data.dataset: got {self.name} with"
+        if missing := ", ".join(key for key in _REQUIRED if key not in shapes):
+            raise UserError(f"{got}out {missing}, expected {', '.join(_REQUIRED)}, D4RL's layout; add {missing}")
+        for key in shapes:
+            if key not in ("terminals", "timeouts"):
+                require_numbers(found[key].dtype, self.name, key)
+        rows = shapes["observations"][0] if shapes["observations"] else 0
+        for key, shape in shapes.items():
+            rank = _RANKS[key]
+            if (
+                shape[:1] != (rows,)
+                or 0 in shape[1:]
+                or (len(shape) != rank and not (rank == 1 and shape == (rows, 1)))
+            ):
+                kind = "vectors" if rank == 2 else "numbers"
+                raise UserError(f"{got} {key} of shape {shape}, expected {rows} rows of {kind}; mend the file")
+        ours, nexts = shapes["observations"], shapes.get("next_observations")
+        if nexts not in (None, ours):
+            raise UserError(f"{got} next_observations of shape {nexts}, expected {ours} as observations; mend the file")
+        self.has_next_observations = "next_observations" in shapes
+        return shapes["observations"][1], shapes["actions"][1]
+
+    def _surroundings(self, title: str, env_id: str | None, sizes: tuple[int, int]) -> None:
+        """Spaces, environment and reference scores."""
+        if env_id is None and (locomotion := _LOCOMOTION.fullmatch(title)) is not None:
+            env_id = _EVALUATED_IN[locomotion["family"]]
+        self.reference = d4rl_scores(title) if is_d4rl_name(title) else None
+        self.env_spec = None
+        # D4RL scales the actions of all its environments to [-1, 1].
+        self.observation_space = unbounded(sizes[0])
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (sizes[1],))
+        if env_id is not None:
+            self.env_spec = environment_spec(env_id)
+            self.observation_space, self.action_space = environment_spaces(self.env_spec, self.name, sizes)
+            if not is_d4rl_name(title):
+                self.reference = reference_scores(self.env_spec.id)
+
+    def _cut(self, file: h5py.File) -> None:
+        """Where episodes end, and which rows have an ``s_{t+1}`` or need none: flags of shape (N,)."""
+        self._terminations = flagged = self._read(file, "terminals")
+        if isinstance(file.get("timeouts"), h5py.Dataset):
+            self._last = flagged = flagged | self._read(file, "timeouts")
+        else:
+            limit = self.env_spec.max_episode_steps if self.env_spec is not None else None
+            self._last = flagged | _time_limits(flagged, limit)
+            cut = "at terminals alone" if limit is None else f"at terminals and every {limit} steps"
+            self.defects += (f"timeouts: the file has none; episodes are cut {cut}",)
+        if self.has_next_observations and self._are_shifted(file, flagged):
+            self.has_next_observations = False
+            found = "at the ends of episodes they are the next episode's first observations, so none is used"
+            self.defects += (f"next_observations: {found}",)
+        self._opening_defects = self.defects
+        self._last[-1:] = True
+        self._kept = self._terminations | ~self._last | self.has_next_observations
+
+    def _are_shifted(self, file: h5py.File, ended: NDArray[np.bool_]) -> bool:
+        """Whether ``s_{t+1}`` of rows that ended an episode, flags of shape (N,), is the next episode's first one."""
+        ends = np.flatnonzero(ended[:-1])
+        shifted = []
+        for end in ends[:: max(1, len(ends) // _ENDS)].tolist():
+            after = self._read(file, "next_observations", end, end + 1)
+            shifted.append((after == self._read(file, "observations", end + 1, end + 2)).all())
+        return sum(shifted) > max(2, len(shifted) / 2)  # a few may be so by chance
 
 
 def _breaks(observations: NDArray, next_observations: NDArray, last: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -110,130 +199,11 @@ def _breaks(observations: NDArray, next_observations: NDArray, last: NDArray[np.
     return rows[~leads_on.all(axis=1)]
 
 
-def _kept(file: "D4RLFile") -> NDArray[np.bool_]:
-    """Rows whose ``s_{t+1}`` is known or not needed, shape (N,)."""
-    return np.ones(len(file.last), bool) if file.next_observations else ~file.last | file.terminations
-
-
-class D4RLFile(contextlib.AbstractContextManager):
-    """An open file, checked: what surrounds its rows (as `Source`), and its columns.
-
-    ``terminations`` and ``last``, the last row of each episode, are flags of shape (N,).
-    """
-
-    def __init__(self, path: Path, name: str, env_id: str | None = None) -> None:
-        self._name = name
-        with self._reading():
-            self._file = h5py.File(path, "r")
-        try:
-            sizes = self._check_columns()
-            self._surroundings(path.stem.lower().replace("_", "-"), env_id, sizes)
-            self._cut()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def read(self, key: str, start: int = 0, stop: int | None = None) -> NDArray:
-        """Rows of one column: numbers as float32, flags as booleans."""
-        with self._reading():
-            values = self._file[key][start:stop]
-        if _RANKS[key] == 1:
-            values = values.reshape(-1)  # some files store (N, 1)
-        if key in ("terminals", "timeouts"):
-            return flags(values, self._name, key, start)
-        with np.errstate(over="ignore"):  # infinite values are reported with the rest
-            return values.astype(np.float32, copy=False)
-
-    def _check_columns(self) -> tuple[int, int]:
-        """Check the columns for presence, rank and length; returns the sizes of observations and actions."""
-        with self._reading():
-            found = {key: self._file.get(key) for key in _RANKS}
-            shapes = {key: column.shape for key, column in found.items() if isinstance(column, h5py.Dataset)}
-        got = f"--data.dataset: got {self._name} with"
-        if missing := ", ".join(key for key in _REQUIRED if key not in shapes):
-            raise UserError(f"{got}out {missing}, expected {', '.join(_REQUIRED)}, D4RL's layout; add {missing}")
-        for key in shapes:
-            if key not in ("terminals", "timeouts"):
-                require_numbers(found[key].dtype, self._name, key)
-        rows = shapes["observations"][0] if shapes["observations"] else 0
-        for key, shape in shapes.items():
-            rank = _RANKS[key]
-            if (
-                shape[:1] != (rows,)
-                or 0 in shape[1:]
-                or (len(shape) != rank and not (rank == 1 and shape == (rows, 1)))
-            ):
-                kind = "vectors" if rank == 2 else "numbers"
-                raise UserError(f"{got} {key} of shape {shape}, expected {rows} rows of {kind}; mend the file")
-        ours, nexts = shapes["observations"], shapes.get("next_observations")
-        if nexts not in (None, ours):
-            raise UserError(f"{got} next_observations of shape {nexts}, expected {ours} as observations; mend the file")
-        self.next_observations = ("next_observations",) if "next_observations" in shapes else ()
-        self._has_timeouts = "timeouts" in shapes
-        return shapes["observations"][1], shapes["actions"][1]
-
-    def _surroundings(self, title: str, env_id: str | None, sizes: tuple[int, int]) -> None:
-        """Spaces, environment and reference scores."""
-        if env_id is None and (locomotion := _LOCOMOTION.fullmatch(title)) is not None:
-            env_id = _EVALUATED_IN[locomotion["family"]]
-        self.reference: ReferenceScores | None = d4rl_scores(title) if is_d4rl_name(title) else None
-        self.env_spec: EnvSpec | None = None
-        # D4RL scales the actions of all its environments to [-1, 1].
-        self.observation_space: gym.spaces.Box = unbounded(sizes[0])
-        self.action_space: gym.spaces.Box = gym.spaces.Box(-1.0, 1.0, (sizes[1],))
-        if env_id is not None:
-            self.env_spec = environment_spec(env_id)
-            self.observation_space, self.action_space = environment_spaces(self.env_spec, self._name, sizes)
-            if not is_d4rl_name(title):
-                self.reference = reference_scores(self.env_spec.id)
-
-    def _cut(self) -> None:
-        """Where episodes end."""
-        self.defects: tuple[str, ...] = ()
-        self.terminations: NDArray[np.bool_] = self.read("terminals")
-        flagged = self.terminations | self.read("timeouts") if self._has_timeouts else self.terminations
-        self.last = flagged.copy()
-        if not self._has_timeouts:
-            limit = self.env_spec.max_episode_steps if self.env_spec is not None else None
-            self.last = self.terminations | _time_limits(self.terminations, limit)
-            cut = "at terminals alone" if limit is None else f"at terminals and every {limit} steps"
-            self.defects = (f"timeouts: the file has none; episodes are cut {cut}",)
-        self.last[-1:] = True
-        if self.next_observations and self._are_shifted(flagged):
-            self.next_observations = ()
-            found = "at the ends of episodes they are the next episode's first observations, so none is used"
-            self.defects += (f"next_observations: {found}",)
-
-    def _are_shifted(self, ended: NDArray[np.bool_]) -> bool:
-        """Whether ``s_{t+1}`` of rows that ended an episode, flags of shape (N,), is the next episode's first one."""
-        ends = np.flatnonzero(ended[:-1])
-        shifted = [
-            bool((self.read("next_observations", end, end + 1) == self.read("observations", end + 1, end + 2)).all())
-            for end in ends[:: max(1, len(ends) // _ENDS)].tolist()
-        ]
-        return sum(shifted) > max(2, len(shifted) / 2)  # a few may be so by chance
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Turn what a broken file throws into the user's error."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"--data.dataset: got {self._name}, expected a readable HDF5 file ({error}); get it again"
-            ) from error
-
-
 def _time_limits(terminations: NDArray[np.bool_], limit: int | None) -> NDArray[np.bool_]:
     """Where episodes reach the environment's time limit, counted from the last termination, shape (N,)."""
     reached = np.zeros(len(terminations), dtype=bool)
     if limit is not None:
-        starts = np.concatenate([[0], np.flatnonzero(terminations) + 1])
-        times = np.diff(starts, append=len(terminations)) // limit
-        # the first, second, ... time that the limit is reached after each start
-        nth = np.arange(times.sum()) - np.repeat(times.cumsum() - times, times) + 1
-        reached[np.repeat(starts, times) + nth * limit - 1] = True
+        starts = [0, *(np.flatnonzero(terminations) + 1)]
+        for start, stop in zip(starts, [*starts[1:], None]):
+            reached[start + limit - 1 : stop : limit] = True
     return reached

@@ -81,8 +81,7 @@ def mapped_returns_to_go(
         if not path.is_file() or path.stat().st_size != 4 * count:
             rewards = _mapped(folder / "data" / "rewards.f32", (count,))
             with whole(path) as file:
-                read = lambda start, stop: rewards[start:stop]  # noqa: E731
-                for block in returns_in_blocks(read, ends, discount, window, end_values):
+                for block in returns_in_blocks(rewards, ends, discount, window, end_values):
                     file.write(block.float().numpy().data)
         return _mapped(path, (count,))
     except OSError as error:
