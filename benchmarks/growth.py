@@ -29,10 +29,10 @@ def imagined(count: int, horizon: int) -> Callable[[], int]:
     model = DiffusionWorldModel(OBSERVATIONS, ACTIONS, horizon).eval()
     synthesizer = Synthesizer(model, InverseDynamics(OBSERVATIONS, ACTIONS).eval())
     starts = -(-count // horizon)
-    observations, actions, returns = torch.randn(starts, OBSERVATIONS), torch.rand(starts, ACTIONS), torch.randn(starts)
+    start = torch.randn(starts, OBSERVATIONS), torch.rand(starts, ACTIONS), torch.randn(starts)
 
     def work() -> int:
-        futures = synthesizer.imagine(observations, actions, returns, torch.Generator().manual_seed(0))
+        futures = synthesizer.imagine(start, torch.Generator().manual_seed(0))
         synthesizer.judge(futures).transitions()
         return starts * horizon
 

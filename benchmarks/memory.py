@@ -61,7 +61,7 @@ def imagining(chunk: int) -> tuple[Callable[[], object], float]:
     inverse_dynamics = InverseDynamics(OBSERVATIONS, ACTIONS, hidden=(256, 256), members=3).eval()
     synthesizer = Synthesizer(world_model().eval(), inverse_dynamics, labels="forward")
     start = torch.randn(STARTS, OBSERVATIONS), torch.rand(STARTS, ACTIONS) * 2 - 1, torch.randn(STARTS)
-    return lambda: synthesizer.imagine(*start), STARTS * HORIZON / 1000
+    return lambda: synthesizer.imagine(start), STARTS * HORIZON / 1000
 
 
 WORK: dict[str, Callable[[], tuple[Callable[[], object], float]]] = {

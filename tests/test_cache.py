@@ -68,7 +68,7 @@ def plain(dataset, monkeypatch):
 
 def assert_same(first, second):
     assert first.fingerprint == second.fingerprint
-    for key in ("rows", "ends", "terminated", "end_observed", "episode_returns", "observation_low", "observation_high"):
+    for key in ("rows", "ends", "terminated", "end_observed", "episode_returns", "low", "high"):
         assert torch.equal(getattr(first, key), getattr(second, key)), key
 
 
@@ -96,8 +96,9 @@ def test_one_pass_gives_range_and_returns(folder, dataset):
     """26 rows (see conftest): the second episode is rows 5 to 7, which gives 3 * 0.25 + 5 + 6 + 7."""
     episodes = mapped(dataset)
     assert episodes.episode_returns[1] == 18.75
-    assert episodes.observation_low.tolist() == [0, 0]
-    assert episodes.observation_high.tolist() == [25, 5]
+    assert torch.equal(episodes.low, episodes.rows.amin(dim=0))
+    assert torch.equal(episodes.high, episodes.rows.amax(dim=0))
+    assert episodes.transitions.unpack(episodes.high, *episodes.sizes).observations.tolist() == [25, 5]
     assert episodes.truncated.tolist() == [False, True, False, True, True, False]
 
 

@@ -44,8 +44,8 @@ def rollouts(offsets=(0.0, 0.0), starts=((0.0, 0.0), (0.75, 5.0)), noise=0.0, se
     policy = Starts(policy=lambda observations: observations[:, :1] / 2, noise=noise)
     synthesizer, first = EnsembleSynthesizer(world_model, InverseDynamics(2, 1), policy), torch.tensor(starts)
     generator = torch.Generator().manual_seed(seed)
-    futures = synthesizer.imagine(first, torch.full((len(first), 1), 0.25), torch.zeros(len(first)), generator)
-    return synthesizer.judge(futures)
+    start = first, torch.full((len(first), 1), 0.25), torch.zeros(len(first))
+    return synthesizer.judge(synthesizer.imagine(start, generator))
 
 
 def test_a_perfect_ensemble_follows_a_linear_system_by_hand():

@@ -63,7 +63,7 @@ def test_imagined_actions_are_clamped_and_begin_with_the_given_one():
 def test_a_perfect_joint_model_gives_the_segment_back():
     """Its own actions, which the inverse dynamics, untrained, cannot know; and none of them is uncertain."""
     synthesizer = Synthesizer(knowing(JointDifferences, TWO_STEPS), InverseDynamics(2, 1).eval(), max_disagreement=0.0)
-    made = synthesizer.judge(synthesizer.imagine(*starts_of(TWO_STEPS)))
+    made = synthesizer.judge(synthesizer.imagine(starts_of(TWO_STEPS)))
     assert made.counts["kept"] == 2
     torch.testing.assert_close(made.observations, TWO_STEPS.observations)
     torch.testing.assert_close(made.actions, TWO_STEPS.actions)
@@ -81,7 +81,7 @@ def test_unconditional_transitions_are_those_of_the_data():
     world_model = knowing(JointSegments, two, return_dropout=1.0, sampler=DPMSolverPP2M(20))
     elsewhere = torch.full((1000, 2), 9.0), torch.zeros(1000, 1), torch.zeros(1000)
     synthesizer = Synthesizer(world_model, InverseDynamics(2, 1).eval())
-    futures = synthesizer.imagine(*elsewhere, torch.Generator().manual_seed(0))
+    futures = synthesizer.imagine(elsewhere, torch.Generator().manual_seed(0))
     rows = synthesizer.judge(futures).transitions().pack()
     second = rows[:, 2] < 0  # by its action
     assert 0.45 < second.float().mean() < 0.55

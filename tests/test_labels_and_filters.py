@@ -46,8 +46,8 @@ def imagining(path, ends=0.0, disagreement=None):
 
 def rollouts(world_model, path, **settings):
     synthesizer = Synthesizer(world_model, Inverse(), **settings)
-    futures = synthesizer.imagine(path[:, 0], torch.full((len(path), 1), -0.4), torch.zeros(len(path)))
-    return synthesizer.judge(futures)
+    start = path[:, 0], torch.full((len(path), 1), -0.4), torch.zeros(len(path))
+    return synthesizer.judge(synthesizer.imagine(start))
 
 
 def true_path(start, steps=3):

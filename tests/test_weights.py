@@ -22,7 +22,7 @@ def three_episodes(returns=(0.0, 6.0, 8.0)) -> Episodes:
     space, none = Box(-10, 10, (1,), np.float32), torch.zeros(3, dtype=torch.bool)
     return Episodes(
         rows=rows, ends=torch.tensor([2, 3, 6]), terminated=none, end_observed=~none,
-        episode_returns=torch.tensor(returns), observation_low=observations[0], observation_high=observations[1],
+        episode_returns=torch.tensor(returns), low=rows.amin(0), high=rows.amax(0),
         fingerprint="", name="three", observation_space=space, action_space=space, env_spec=None, reference=None,
     )  # fmt: skip
 
@@ -191,7 +191,7 @@ def test_a_fraction_of_the_episodes_is_whole_episodes_for_everything(dataset):
     rows = torch.isin(whole.episodes.transitions.observations[:, 1], kept.float())
     assert torch.equal(episodes.rows, whole.episodes.rows[rows])
     assert torch.equal(half.returns_to_go, whole.returns_to_go[rows])
-    assert torch.equal(episodes.observation_high, episodes.transitions.observations.amax(dim=0))
+    assert torch.equal(episodes.high, episodes.rows.amax(dim=0))
     assert episodes.fingerprint != whole.episodes.fingerprint
     assert sorted([*half.training_episodes, *half.validation_episodes]) == [0, 1, 2]
     drawn = {int(e) for batch in half.mixed_loader(8) for e in batch.observations[..., 1].unique()}

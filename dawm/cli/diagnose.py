@@ -65,7 +65,7 @@ def diagnose_run(
 
     noise = torch.Generator(synthesizer.world_model.device).manual_seed(derive_seed(seed, "diagnose", "noise"))
     with console.status("imagining"):
-        drawn = synthesizer.imagine(*start, noise, x)
+        drawn = synthesizer.imagine(start, noise, x)
     made, all_made = synthesizer.judge(drawn).cpu(), synthesizer.unfiltered().judge(drawn).cpu()
     made.require_some("margin")
     imagined = diagnosis.imagined_paths(all_made, made.kept, start[2].cpu())

@@ -126,11 +126,11 @@ class Episodes(Table):
         chosen = order[: max(1, round(fraction * len(order)))].sort()[0]
         ranges = Ranges(self.starts[chosen], self.lengths[chosen])
         rows = self.rows[ranges.find(torch.arange(len(ranges)))[0]]
-        low, high = rows[:, : self.sizes[0]].aminmax(dim=0)
+        low, high = rows.aminmax(dim=0)
         return replace(
             self, rows=rows, ends=self.lengths[chosen].cumsum(0), terminated=self.terminated[chosen],
             end_observed=self.end_observed[chosen], episode_returns=self.episode_returns[chosen],
-            observation_low=low, observation_high=high, cache=None,
+            low=low, high=high, cache=None,
             fingerprint=f"{self.fingerprint}-{derive_seed(*chosen.tolist()):x}",
         )  # fmt: skip
 

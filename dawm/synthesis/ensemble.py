@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dawm.synthesis.rollouts import Drawn, Synthesizer
+from dawm.synthesis.starts import Start
 
 __all__ = ["EnsembleSynthesizer"]
 
@@ -25,15 +26,9 @@ class EnsembleSynthesizer(Synthesizer):
     denoiser, the inverse dynamics, the return to aim at, ``guidance`` and ``labels`` play no part.
     """
 
-    def _draw(
-        self,
-        generator: torch.Generator | None,
-        observations: Tensor,
-        actions: Tensor,
-        returns_to_go: Tensor,
-        *x: Tensor,
-    ) -> Drawn:
+    def _draw(self, generator: torch.Generator | None, start: Start, x: Tensor | None) -> Drawn:
         """One chunk."""
+        observations, actions, _ = start
         forward_model, policy = self.world_model.forward_model, self.starts.policy
         if forward_model is None or policy is None:
             raise ValueError("an ensemble's rollouts need forward models and a policy")

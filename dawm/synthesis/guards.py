@@ -19,8 +19,6 @@ from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["Bounds", "DataStatistics", "Watch", "forward_quantiles", "list_fates"]
 
-BLOCK = 1 << 20  # rewards read at once: those of a large data set are held in a mapped file
-
 
 class Bounds(NamedTuple):
     """The range that imagined steps have to stay in, ends included."""
@@ -28,13 +26,9 @@ class Bounds(NamedTuple):
     observations: tuple[Tensor, Tensor]  # lowest and highest, each shape (O,)
     rewards: tuple[Tensor, Tensor]  # lowest and highest, each shape ()
 
-    def to(self, device: torch.device | str) -> "Bounds":
-        """The same bounds on another device."""
-        return Bounds(*((low.to(device), high.to(device)) for low, high in self))
-
     def contain(self, observations: Tensor, rewards: Tensor) -> Tensor:
         """Whether each step, of ``s_{t+1}``, shape (B, H, O), and ``r_t``, shape (B, H), is in range, shape (B, H)."""
-        (low, high), (lowest, highest) = self.observations, self.rewards
+        (low, high), (lowest, highest) = ((least.to(rewards.device), most.to(rewards.device)) for least, most in self)
         observed = ((observations >= low) & (observations <= high)).all(dim=-1)
         return observed & (rewards >= lowest) & (rewards <= highest)
 
@@ -51,14 +45,12 @@ class DataStatistics(NamedTuple):
     @classmethod
     def of(cls, episodes: Episodes) -> "DataStatistics":
         """Reads them from the real data."""
-        rewards = episodes.transitions.rewards
-        # of all rows, not of a sample: where rewards are sparse, the few that count would be missed
-        extremes = torch.stack([torch.stack(block.aminmax()) for block in rewards.split(BLOCK)])
+        low, high = (Transitions.unpack(bound, *episodes.sizes) for bound in (episodes.low, episodes.high))
         normalizer = Normalizer(1)
-        normalizer.fit(rewards[episodes.sample_rows()].unsqueeze(-1))
+        normalizer.fit(episodes.transitions.rewards[episodes.sample_rows()].unsqueeze(-1))
         return cls(
-            observation_range=(episodes.observation_low, episodes.observation_high),
-            reward_range=(extremes[:, 0].min(), extremes[:, 1].max()),
+            observation_range=(low.observations, high.observations),
+            reward_range=(low.rewards, high.rewards),
             mean_reward=normalizer.mean.item(),
             reward_deviation=normalizer.std.item(),
             termination_rate=episodes.terminated.sum().item() / len(episodes),
@@ -67,14 +59,6 @@ class DataStatistics(NamedTuple):
     def bounds(self, margin: float) -> Bounds:
         """The range to accept: the data's, and a margin on both sides as a fraction of it."""
         return Bounds(_widened(*self.observation_range, margin), _widened(*self.reward_range, margin))
-
-    def reward_drift(self, rewards: Tensor) -> float:
-        """Mean of M imagined rewards minus the data's, in standard deviations of the data's rewards."""
-        return (rewards.mean().item() - self.mean_reward) / self.reward_deviation
-
-    def termination_drift(self, terminations: Tensor) -> float:
-        """Imagined terminations per step minus the data's, from M steps of 1 where the task ends, else 0."""
-        return terminations.mean().item() - self.termination_rate
 
 
 def _widened(low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor]:
@@ -125,21 +109,17 @@ class Watch:
 
     def measure(self, transitions: Transitions, counts: Counter[str]) -> dict[str, float]:
         """What the M transitions kept are like, given all steps by fate as in `Rollouts`; warns if need be."""
-        measured = {
-            "rejected_fraction": 1 - counts["kept"] / (counts.total() - counts["after_end"]),
-            "mean_reward": transitions.rewards.mean().item(),
-            "reward_drift": self.data.reward_drift(transitions.rewards),
-            "termination_rate": transitions.terminations.mean().item(),
-            "termination_drift": self.data.termination_drift(transitions.terminations),
-        }
-        rejected, rate = measured["rejected_fraction"], measured["termination_rate"]
-        drift, rate_drift = abs(measured["reward_drift"]), abs(measured["termination_drift"])
+        mean, rate = transitions.rewards.mean().item(), transitions.terminations.mean().item()
+        rejected = 1 - counts["kept"] / (counts.total() - counts["after_end"])
+        usual, usual_rate = self.data.mean_reward, self.data.termination_rate
+        drift, rate_drift = (mean - usual) / self.data.reward_deviation, rate - usual_rate
         self._warn("max_rejected", rejected, f"{rejected:.1%} of the imagined steps dropped ({list_fates(counts)})")
-        found = f"a mean imagined reward of {measured['mean_reward']:.4g}, {drift:.3g} standard deviations"
-        self._warn("max_reward_drift", drift, f"{found} from the data's {self.data.mean_reward:.4g}")
-        found = f"{rate:.3g} of the imagined steps ending in a termination, {rate_drift:.3g}"
-        self._warn("max_termination_drift", rate_drift, f"{found} from the data's {self.data.termination_rate:.3g}")
-        return measured
+        found = f"a mean imagined reward of {mean:.4g}, {abs(drift):.3g} standard deviations"
+        self._warn("max_reward_drift", abs(drift), f"{found} from the data's {usual:.4g}")
+        found = f"{rate:.3g} of the imagined steps ending in a termination, {abs(rate_drift):.3g}"
+        self._warn("max_termination_drift", abs(rate_drift), f"{found} from the data's {usual_rate:.3g}")
+        return {"rejected_fraction": rejected, "mean_reward": mean, "reward_drift": drift, "termination_rate": rate,
+                "termination_drift": rate_drift}  # fmt: skip
 
     def _warn(self, name: str, value: float, finding: str) -> None:
         if value > self.limits.get(name, float("inf")):

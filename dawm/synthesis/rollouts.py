@@ -9,6 +9,7 @@ Symbols: B starts, H horizon, O observation size, A action size, M steps kept.
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -20,7 +21,7 @@ from dawm.data.transitions import Transitions
 from dawm.errors import UserError
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.synthesis.guards import Bounds, list_fates
-from dawm.synthesis.starts import Starts
+from dawm.synthesis.starts import Start, Starts
 from dawm.world_model import DiffusionWorldModel
 
 __all__ = ["CHUNK", "Drawn", "Imagination", "Labels", "Rollouts", "Synthesizer"]
@@ -75,28 +76,22 @@ class Rollouts(NamedTuple):
         TD on them is value expansion as in DWM (arXiv 2402.03570): ``sum_k gamma^k r_{t+k} + gamma^n Q(s_{t+n})`` for
         the value of ``s_t`` and ``a_t``, cut where the task is imagined to end or a step was dropped.
         """
-        made = self._replace(
-            **{name: getattr(self, name)[self.lengths > 0] for name in self._fields if name != "counts"}
-        )
-        rows, last = torch.arange(len(made.lengths), device=made.lengths.device), made.lengths - 1
-        weights = discount ** torch.arange(made.rewards.shape[1], device=rows.device)
-        rewards = (made.rewards.where(made.kept, 0) * weights).sum(dim=1)  # a dropped one may be no number
-        after, terminations = made.next_observations[rows, last], made.terminations[rows, last]
-        steps = made.lengths.to(rewards.dtype)
-        return Transitions(made.observations[:, 0], made.actions[:, 0], rewards, after, terminations, steps=steps)
+        rows, last = torch.arange(len(self.lengths), device=self.lengths.device), self.lengths - 1
+        weights = discount ** torch.arange(self.rewards.shape[1], device=rows.device)
+        rewards = (self.rewards.where(self.kept, 0) * weights).sum(dim=1)  # a dropped one may be no number
+        after, terminations = self.next_observations[rows, last], self.terminations[rows, last]
+        first, steps = (self.observations[:, 0], self.actions[:, 0]), self.lengths.to(rewards.dtype)
+        return Transitions(*first, rewards, after, terminations, steps=steps)[self.lengths > 0]
 
     def single_steps(self) -> "Rollouts":
         """The steps kept as M rollouts of one step each, where they do not lead on along the path."""
-        kept, path = self.kept, torch.stack([self.observations[:, :-1], self.next_observations], dim=2)
+        steps = self.transitions()
+        path = torch.stack([steps.observations, steps.next_observations], dim=1)
+        lengths = torch.ones_like(steps.rewards, dtype=torch.int64)
         return Rollouts(
-            observations=path[kept],
-            actions=self.actions[kept].unsqueeze(1),
-            rewards=self.rewards[kept].unsqueeze(1),
-            next_observations=self.next_observations[kept].unsqueeze(1),
-            terminations=self.terminations[kept].unsqueeze(1),
-            lengths=torch.ones(int(kept.sum()), dtype=torch.int64, device=kept.device),
-            counts=self.counts,
-        )
+            path, steps.actions[:, None], steps.rewards[:, None], steps.next_observations[:, None],
+            steps.terminations[:, None], lengths, self.counts,
+        )  # fmt: skip
 
     def require_some(self, margin: str) -> None:
         """Raises a UserError where no step is left; it names the setting that widens the range to accept."""
@@ -150,16 +145,14 @@ class Synthesizer:
     max_forward_disagreement: float | None = None
     noising: float | None = None
 
-    def draw(
-        self, data: TransitionDataModule, count: int, seed: int
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-        """What `imagine` begins with: ``s_t``, ``a_t`` and return-to-go of B starts, and encoded segments to noise."""
+    def draw(self, data: TransitionDataModule, count: int, seed: int) -> tuple[Start, Tensor | None]:
+        """What `imagine` begins with: B starts, and encoded segments to noise."""
         if self.noising is None:
             return self.starts(data, count, seed), None
         segments = data.random_segments(count, seed).to(self.world_model.device)
-        start = segments.observations[:, 0].cpu(), segments.actions[:, 0].cpu()
-        target = self.starts.target(*start, segments.returns_to_go.cpu())
-        return (*start, target), self.world_model.codec.encode(segments)
+        first = segments.observations[:, 0].cpu(), segments.actions[:, 0].cpu()
+        start = *first, self.starts.target(*first, segments.returns_to_go.cpu())
+        return start, self.world_model.codec.encode(segments)
 
     def rollouts(
         self, data: TransitionDataModule, count: int, seed: int, rank: int = 0, step: int = 0, block: int = 0
@@ -173,29 +166,22 @@ class Synthesizer:
         # not the seed of the starts: two generators of one seed draw the same numbers
         generator = torch.Generator(self.world_model.device).manual_seed(derive_seed(seed, "noise"))
         start, x = self.draw(data, count, seed)
-        return self.judge(self.imagine(*start, generator, x))
+        return self.judge(self.imagine(start, generator, x))
 
     def unfiltered(self) -> Self:
         """The same without its filters: what is finite and not after an imagined end is kept."""
         return replace(self, bounds=None, max_disagreement=None, max_inconsistency=None, max_forward_disagreement=None)
 
     @torch.no_grad()
-    def imagine(
-        self,
-        observations: Tensor,
-        actions: Tensor,
-        returns_to_go: Tensor,
-        generator: torch.Generator | None = None,
-        x: Tensor | None = None,
-    ) -> Drawn:
-        """One future from each ``s_t`` and ``a_t``, with the return-to-go to aim at, shape (B,), not judged yet.
+    def imagine(self, start: Start, generator: torch.Generator | None = None, x: Tensor | None = None) -> Drawn:
+        """One future from each of B starts, not judged yet; or from their encoded segments ``x``, shape (B, H, D)."""
+        device = self.world_model.device
 
-        Or from encoded segments ``x``, shape (B, H, D), of these starts.
-        """
-        given, device = (observations, actions, returns_to_go, *(() if x is None else (x,))), self.world_model.device
-        size = CHUNK_ON_CPU if device.type == "cpu" else CHUNK
-        chunks = zip(*(part.to(device).split(size) for part in given))
-        parts = [self._draw(generator, *chunk) for chunk in chunks]
+        def chunks(part: Tensor) -> tuple[Tensor, ...]:
+            return part.to(device).split(CHUNK_ON_CPU if device.type == "cpu" else CHUNK)
+
+        segments = repeat(None) if x is None else chunks(x)
+        parts = [self._draw(generator, *given) for given in zip(zip(*map(chunks, start)), segments)]
         return Drawn(*(torch.cat(part) for part in zip(*parts)))
 
     def judge(self, drawn: Drawn) -> Rollouts:
@@ -208,8 +194,6 @@ class Synthesizer:
             return torch.ones_like(values, dtype=torch.bool) if limit is None else values <= limit
 
         kept, bounds, counts = within(ends, None), self.bounds, Counter[str]()
-        if bounds is not None:
-            bounds = bounds.to(ends.device)
         finite = torch.stack([part.isfinite().all(-1) for part in observed]).all(0)
         good = {
             "after_end": over.cumsum(dim=1) - over == 0,
@@ -229,24 +213,17 @@ class Synthesizer:
         terminations = (ends > 0.5).float()
         return Rollouts(drawn.path, drawn.actions, rewards, following, terminations, kept.sum(dim=1), counts)
 
-    def _draw(
-        self,
-        generator: torch.Generator | None,
-        observations: Tensor,
-        actions: Tensor,
-        returns_to_go: Tensor,
-        *x: Tensor,
-    ) -> Drawn:
+    def _draw(self, generator: torch.Generator | None, start: Start, x: Tensor | None) -> Drawn:
         """One chunk."""
-        begin: dict[str, Any] = {"x": x[0], "noising": self.noising} if x else {}
-        imagined = self.world_model.imagine(observations, actions, returns_to_go, self.guidance, generator, **begin)
+        begin: dict[str, Any] = {} if x is None else {"x": x, "noising": self.noising}
+        imagined = self.world_model.imagine(*start, self.guidance, generator, **begin)
         path, rewards, ends, all_actions = imagined
         before, after = path[:, :-1], path[:, 1:]
         uncertainty = torch.full_like(rewards, -torch.inf)  # of an action that is not inferred nothing is uncertain
         if all_actions is None:
             inferred = self.inverse_dynamics.infer(before.flatten(0, 1), after.flatten(0, 1))
             all_actions, disagreement = (part.unflatten(0, ends.shape).clone() for part in inferred)
-            all_actions[:, 0], uncertainty[:, 1:] = actions, disagreement[:, 1:]
+            all_actions[:, 0], uncertainty[:, 1:] = start[1], disagreement[:, 1:]
         nothing = torch.zeros_like(rewards)
         drawn = Drawn(path, all_actions, after, rewards, ends, ends, uncertainty, nothing, nothing)
         if self.labels == "imagined" and self.max_inconsistency is None and self.max_forward_disagreement is None:

@@ -13,12 +13,14 @@ from torch import Tensor
 from dawm.data.batches import WeightedRows
 from dawm.data.module import TransitionDataModule
 from dawm.data.weights import RowWeights, checked
-from dawm.synthesis.targets import Target, TargetReturn, own_return
+from dawm.synthesis.targets import Target, TargetReturn
 
-__all__ = ["FirstAction", "Policy", "Starts", "policy_of"]
+__all__ = ["FirstAction", "Policy", "Start", "Starts", "policy_of"]
 
 FirstAction = Literal["recorded", "policy"]
 """Whose action an imagined future begins with."""
+Start = tuple[Tensor, Tensor, Tensor]
+"""``s_t``, shape (B, O), ``a_t``, shape (B, A), and the return-to-go to aim at, shape (B,)."""
 Policy = Callable[[Tensor], Tensor]
 """Actions in [-1, 1], shape (B, A), from observations in the data's units, shape (B, O), both on the CPU."""
 
@@ -28,13 +30,13 @@ class Starts:
     """Draws starts from the real rows.
 
     Args:
-        target: The return-to-go to aim at.
+        target: The return-to-go to aim at; by default each start's own recorded one.
         weighted: How often each row is drawn; None draws uniformly.
         policy: Chooses the first action; None takes the recorded one.
         noise: Standard deviation of Gaussian noise on the policy's actions.
     """
 
-    target: Target = own_return
+    target: Target = lambda observations, actions, own: own
     weighted: WeightedRows | None = None
     policy: Policy | None = None
     noise: float = 0.0
@@ -55,8 +57,8 @@ class Starts:
             return cls(target)
         return cls(target, WeightedRows(checked(weights(data.episodes), len(data.episodes), key)))
 
-    def __call__(self, data: TransitionDataModule, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """``s_t``, shape (B, O), ``a_t``, shape (B, A), and the return-to-go, shape (B,), on the CPU."""
+    def __call__(self, data: TransitionDataModule, count: int, seed: int) -> Start:
+        """B starts, on the CPU."""
         real, generator = data.episodes.transitions, torch.Generator().manual_seed(seed)
         if self.weighted is None:
             rows = torch.randint(len(real), (count,), generator=generator)

@@ -18,23 +18,12 @@ from dawm.nn.normalizer import Normalizer
 from dawm.training.updates import cosine_decay
 
 __all__ = [
-    "ConstantReturn",
-    "FeasibleReturn",
-    "LiftedReturn",
-    "QuantileReturn",
-    "ScaledReturn",
-    "Target",
-    "TargetReturn",
-    "own_return",
+    *("ConstantReturn", "FeasibleReturn", "LiftedReturn", "QuantileReturn", "ScaledReturn"),
+    *("Target", "TargetReturn"),
 ]
 
 Target = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Targets, shape (B,), from the starts' ``s_t``, shape (B, O), ``a_t``, (B, A), and own recorded return-to-go, (B,)."""
-
-
-def own_return(observations: Tensor, actions: Tensor, returns_to_go: Tensor) -> Tensor:
-    """Each start's own recorded return-to-go, shape (B,)."""
-    return returns_to_go
 
 
 class TargetReturn(ABC):

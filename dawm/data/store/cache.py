@@ -45,9 +45,9 @@ from dawm.files import expanded, whole, write_whole
 __all__ = ["MEMORY_LIMIT", "default_folder", "load_table", "mapped_returns_to_go"]
 
 MEMORY_LIMIT = 4.0  # GiB of rows that are held in memory by default
-_FORMAT = 2
+_FORMAT = 3
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
-_EPISODE_FIELDS = ("ends", "terminated", "end_observed", "episode_returns", "observation_low", "observation_high")
+_EPISODE_FIELDS = ("ends", "terminated", "end_observed", "episode_returns", "low", "high")
 _PREFIX = ".staged-"
 
 

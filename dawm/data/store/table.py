@@ -51,8 +51,8 @@ class Table:
     terminated: Tensor  # whether each episode ended with a termination, shape (E,), bool
     end_observed: Tensor  # shape (E,), bool
     episode_returns: Tensor  # undiscounted, shape (E,)
-    observation_low: Tensor  # lowest value of each observation dimension, shape (O,)
-    observation_high: Tensor  # highest value, shape (O,)
+    low: Tensor  # lowest value of each column, shape (D,)
+    high: Tensor  # highest value, shape (D,)
     fingerprint: str  # hash of rows, ends and action bounds: the same for the same data in another file format
     cache: Path | None = None  # folder of the cache whose file the rows are mapped from; None: held in memory
 
@@ -65,7 +65,7 @@ class Assembly:
         self.count, self.width = sum(source.count for source in sources), sources[0].width
         self._digest = hashlib.blake2b(digest_size=16)
         self._episodes: list[tuple[NDArray, ...]] = []
-        self._low = np.full(sources[0].sizes[0], np.inf, np.float32)
+        self._low = np.full(self.width, np.inf, np.float32)
         self._high = -self._low
         self._running = 0.0  # return of the episode that continues in the next block
 
@@ -97,7 +97,7 @@ class Assembly:
         return Table(rows, ends, terminated, observed, returns, low, high, digest.hexdigest())
 
     def _record(self, block: Block, parts: Columns, start: int) -> None:
-        """Records where episodes end, and the range of the observations."""
+        """Records where episodes end, and the range of each column."""
         last = np.flatnonzero(block.last)
         observed = np.ones(len(last), bool) if block.next_observed is None else block.next_observed[last]
         # in double precision: an episode may sum a thousand rewards
@@ -107,8 +107,8 @@ class Assembly:
         self._running = returns[len(last)]
         returns = returns[: len(last)].astype(np.float32)
         self._episodes.append((start + last + 1, parts.terminations[last] != 0, observed, returns))
-        np.minimum(self._low, parts.observations.min(axis=0), out=self._low)
-        np.maximum(self._high, parts.observations.max(axis=0), out=self._high)
+        np.minimum(self._low, block.rows.min(axis=0), out=self._low)
+        np.maximum(self._high, block.rows.max(axis=0), out=self._high)
 
 
 def read_table(sources: Sequence[Source]) -> Table:
