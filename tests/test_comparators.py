@@ -126,7 +126,7 @@ def test_it_needs_forward_models_and_the_policy():
 def test_rows_that_terminate_get_the_reward_in_the_agents_batches_alone(dataset):
     """Rewards are 0.25 to 25.25, and 3 of 26 rows terminate."""
     data = TransitionDataModule(dataset, horizon=1, batch_size=100, updates_per_step=1, termination_reward=-100.0)
-    (batch,) = data.mixed_loader(1, squeeze=True)
+    ((batch,),) = data.mixed_loader(1)
     ended = batch.terminations > 0.5
     assert 0 < ended.sum() < 100
     assert (batch.rewards[ended] == -100).all()

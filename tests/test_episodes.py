@@ -10,11 +10,12 @@ import torch
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
-from dawm.data.episodes import load_episodes, unscale_actions
+from dawm.data.episodes import load_episodes
 from dawm.data.sources import minari as minari_files
 from dawm.data.sources.catalog import local_datasets
 from dawm.data.sources.d4rl import D4RLSource
 from dawm.data.sources.scores import ReferenceScores, d4rl_scores, reference_scores
+from dawm.data.sources.spaces import unscale_actions
 from dawm.errors import UserError
 from dawm.evaluation.episodes import run_episodes
 
@@ -102,7 +103,7 @@ def test_every_number_stays_in_its_row():
     assert episodes.lengths.tolist() == [3, 2]
     assert episodes.truncated.tolist() == [False, True]
     assert episodes.episode_returns.tolist() == [3, 21]
-    assert episodes.next_observed.all()
+    assert episodes.end_observed.all()
 
 
 def test_an_episode_ends_at_a_termination_in_its_middle():
@@ -139,7 +140,8 @@ def test_a_d4rl_file_without_next_observations(tmp_path):
     assert episodes.ends.tolist() == [3, 4]
     assert episodes.truncated.tolist() == [False, True]
     assert episodes.transitions.next_observations[:, 0].tolist() == [2, 4, 4, 8]
-    assert episodes.next_observed.tolist() == [True, True, False, True]
+    assert episodes.end_observed.tolist() == [False, True]
+    assert episodes.observed_rows().tolist() == [0, 1, 3]
 
 
 def test_next_observations_that_were_made_by_shifting_count_as_missing(tmp_path):

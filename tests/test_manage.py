@@ -71,8 +71,8 @@ def test_an_imported_file_loads_as_the_file_does(write_dataset, console, monkeyp
     file, imported = load_episodes(path), load_episodes("mine/rows-v0")
     assert imported.fingerprint == file.fingerprint
     assert torch.equal(imported.ends, file.ends)
-    assert torch.equal(imported.next_observed, file.next_observed)
-    assert imported.next_observed.all() == next_observations
+    assert torch.equal(imported.end_observed, file.end_observed)
+    assert imported.end_observed.all() == next_observations
     assert (imported.reference.minimum, imported.reference.maximum) == (1, 3)
     assert hidden(root) == []
     assert (root / "mine/namespace_metadata.json").is_file()

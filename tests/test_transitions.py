@@ -36,9 +36,9 @@ def test_rows_stay_together_in_index_and_cat():
     transitions = numbered(6)
     chosen = transitions[torch.tensor([4, 1])]
     assert torch.equal(chosen.pack(), transitions.pack()[[4, 1]])
-    real = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1.0])  # what does not say so is real
-    cat = Transitions.cat([replace(transitions[:2], real=real[:2]), transitions[2:]])
-    assert_same(cat, replace(transitions, real=real))
+    transitions = replace(transitions, real=torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1.0]))
+    cat = Transitions.cat([transitions[:2], transitions[2:]])
+    assert_same(cat, transitions)
     assert cat[1:3].real.tolist() == [0, 1]
     assert len(transitions[:2]) == 2
 

@@ -18,6 +18,7 @@ from dawm.cli.synthesize import load_synthesizer
 from dawm.data.batches import derive_seed
 from dawm.data.module import TransitionDataModule
 from dawm.data.progress import progress_bar
+from dawm.data.transitions import Segments, Transitions
 from dawm.errors import UserError, require
 from dawm.evaluation import diagnosis
 from dawm.evaluation.diagnosis import Paths, Units
@@ -58,9 +59,9 @@ def diagnose_run(
     generator = torch.Generator().manual_seed(derive_seed(seed, "diagnose"))
 
     units = Units(data)
-    segments = _joined(data.validation_segment_loader(), rollouts)
+    segments = Segments.cat(data.validation_segment_loader().batches)[:rollouts].to("cpu")
     real = diagnosis.real_paths(segments, bool(data.episodes.end_observed.all()))
-    held_out = _joined(data.validation_transition_loader())
+    held_out = Transitions.cat(data.validation_transition_loader().batches).to("cpu")
     start, x = synthesizer.draw(data, rollouts, derive_seed(seed, "diagnose", "starts"))
 
     noise = torch.Generator(synthesizer.world_model.device).manual_seed(derive_seed(seed, "diagnose", "noise"))
@@ -167,13 +168,6 @@ def _against_recorded(synthesizer: Synthesizer, real: Paths, units: Units, noise
     )
     predicted = replace(steps, next_observations=following, rewards=rewards, terminations=ends)
     return diagnosis.errors(units, predicted, steps, real.chosen)
-
-
-def _joined(batches: Any, most: int | None = None) -> Any:
-    """Fixed batches as one, at most so many rows of it."""
-    parts = list(batches)
-    names = [name for name, values in vars(parts[0]).items() if values is not None]
-    return type(parts[0])(**{name: torch.cat([getattr(p, name) for p in parts])[:most].cpu() for name in names})
 
 
 def _plain(value: Any) -> Any:

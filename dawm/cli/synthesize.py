@@ -22,11 +22,11 @@ from rich.text import Text
 from dawm import __version__
 from dawm.callbacks.regenerate import RegenerateRollouts, check_synthesis
 from dawm.cli.report import read_results
-from dawm.data.episodes import unscale_actions
 from dawm.data.module import TransitionDataModule
 from dawm.data.progress import progress_bar
 from dawm.data.sources.catalog import dataset_folder
 from dawm.data.sources.minari import SOURCE
+from dawm.data.sources.spaces import unscale_actions
 from dawm.data.store.minari_writer import EpisodeColumns, write_dataset
 from dawm.data.store.staging import check_output
 from dawm.data.weights import RowWeights

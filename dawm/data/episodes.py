@@ -29,14 +29,13 @@ from dawm.data.sources.embedded import build
 from dawm.data.sources.minari import MinariSource
 from dawm.data.sources.scores import ReferenceScores
 from dawm.data.sources.source import Recording, Source
-from dawm.data.sources.spaces import scale_actions, unscale_actions
 from dawm.data.store.cache import MEMORY_LIMIT, load_table, mapped_returns_to_go
 from dawm.data.store.table import Table
 from dawm.data.transitions import Transitions
 from dawm.errors import UserError
 from dawm.files import expanded
 
-__all__ = ["Episodes", "load_episodes", "read_recordings", "scale_actions", "unscale_actions"]
+__all__ = ["Episodes", "load_episodes", "read_recordings"]
 
 STATISTICS_ROWS = 1 << 20
 
@@ -84,13 +83,6 @@ class Episodes(Table):
         """Whether each episode ended without a termination, shape (E,), bool."""
         return ~self.terminated
 
-    @property
-    def next_observed(self) -> Tensor:
-        """False where ``s_{t+1}`` was not recorded, shape (N,), bool; made again at each call."""
-        observed = torch.ones(len(self), dtype=torch.bool)
-        observed[self.ends - 1] = self.end_observed
-        return observed
-
     def returns_to_go(self, discount: float, window: int | None = None, end_values: Tensor | None = None) -> Tensor:
         """Return-to-go of every row, shape (N,), as `dawm.data.returns.returns_to_go`; mapped where the rows are."""
         if self.cache is not None:
@@ -114,7 +106,7 @@ class Episodes(Table):
     def observed_rows(self, episode_ids: Tensor | None = None) -> Tensor:
         """Those of `sample_rows` whose ``s_{t+1}`` was recorded; all of them where none was."""
         rows = self.sample_rows(episode_ids)
-        observed = rows[self.next_observed[rows]]
+        observed = rows[~torch.isin(rows, self.ends[~self.end_observed] - 1)]
         return observed if len(observed) else rows
 
     def subset(self, fraction: float, seed: int) -> "Episodes":

@@ -46,11 +46,8 @@ class Mixture:
             self.real = self.real.to(device)
 
     def refill(self, *blocks: Transitions) -> None:
-        """Replaces the synthetic rows in place: one block for all agents, or one for each."""
-        rows = torch.cat([block.pack() for block in blocks]).to(self.device)
-        if len(self._synthetic) < len(rows) or self._synthetic.shape[1] != rows.shape[1]:
-            self._synthetic = torch.empty_like(rows)
-        self._synthetic[: len(rows)].copy_(rows)
+        """Replaces the synthetic rows: one block for all agents, or one for each."""
+        self._synthetic = torch.cat([block.pack() for block in blocks]).to(self.device)
         self._counts = [len(block) for block in blocks]
 
     def _blocks(self, agents: int) -> list[tuple[int, int]]:
@@ -63,7 +60,7 @@ class Mixture:
     @property
     def synthetic(self) -> Transitions:
         """The synthetic rows now in use (views), fields of shape (M, ...)."""
-        return Transitions.unpack(self._synthetic[: sum(self._counts)], *self._sizes)
+        return Transitions.unpack(self._synthetic, *self._sizes)
 
     def gather(self, rows: Tensor) -> Transitions:
         """Real rows by number, on the training device, fields of shape (*rows.shape, ...)."""
@@ -75,42 +72,36 @@ class Mixture:
         return replace(Transitions.unpack(rows, *self._sizes), real=first.expand(rows.shape[:-1]))
 
     def loader(
-        self, batch_size: int, fraction: float, updates: int, updates_per_step: int | None, seeds: Sequence[tuple]
+        self, batch_size: int, fraction: float, updates: int, updates_per_step: int, seed: int, rank: int, seeds: int
     ) -> BatchLoader:
         """Batches of ``round(batch_size * fraction)`` synthetic rows, the rest real; all real until the first refill.
 
-        ``updates_per_step`` None draws single batches, fields of shape (B, ...). ``seeds`` say what sets the draws of
-        each agent apart; several agents get fields of shape (K, S, B, ...). The real rows come first.
+        ``seed`` and ``rank`` set the draws apart. So many ``seeds`` of an agent get fields of shape (K, S, B, ...), one
+        gets (K, B, ...). The real rows come first.
         """
-        kinds = {"real": (self._weighted, len(self.real)), "synthetic": (None, 1)}
-        streams = [
-            [RowStream(derive_seed(*parts[:2], kind, *parts[2:]), *how) for kind, how in kinds.items()]
-            for parts in seeds
-        ]
+        own = [(number,) if number else () for number in range(seeds)]  # the first draws as one that is alone
+        reals = [RowStream(derive_seed(seed, rank, "real", *o), self._weighted, len(self.real)) for o in own]
+        synthetics = [RowStream(derive_seed(seed, rank, "synthetic", *o)) for o in own]
         synthetic_size = round(batch_size * fraction)
-        drawn = batch_size, max(synthetic_size, 1)
+        size = max(synthetic_size, 1)  # numbers that a stream of synthetic rows gives per update
 
         def draw(count: int) -> Transitions:
             # Each stream gives as many numbers per update whatever the mixture, so that resuming can skip them and
             # the real rows of a run do not depend on its synthetic ones.
-            blocks = self._blocks(len(seeds))
-            real = torch.stack([pair[0].draw(len(self.real), count, drawn[0]) for pair in streams], dim=1)
-            synthetic = torch.stack(
-                [first + pair[1].draw(max(rows, 1), count, drawn[1]) for pair, (first, rows) in zip(streams, blocks)],
-                dim=1,
-            )
+            blocks = self._blocks(seeds)
+            real = torch.stack([stream.draw(len(self.real), count, batch_size) for stream in reals], dim=1)
+            drawn = zip(synthetics, blocks)
+            synthetic = torch.stack([first + s.draw(max(rows, 1), count, size) for s, (first, rows) in drawn], dim=1)
             mixed = synthetic_size if all(rows for _, rows in blocks) else 0
             rows = take(self.real, real[..., : batch_size - mixed]).to(self.device)
             if mixed:
                 imagined = take(self._synthetic, synthetic)
                 rows = pad(rows, (0, imagined.shape[-1] - rows.shape[-1]), value=1)  # a recorded row spans one step
                 rows = torch.cat([rows, imagined], dim=-2)
-            rows = rows.squeeze(1) if len(seeds) == 1 else rows
-            rows = rows.squeeze(0) if updates_per_step is None else rows
-            batch = self._unpack(rows, batch_size - mixed)
+            batch = self._unpack(rows.squeeze(1) if seeds == 1 else rows, batch_size - mixed)
             if (reward := self._termination_reward) is None:
                 return batch
             return replace(batch, rewards=batch.rewards.masked_fill(batch.terminations > 0.5, reward))
 
-        counted = [(stream, size) for pair in streams for stream, size in zip(pair, drawn)]
-        return BatchLoader(draw, counted, updates, updates_per_step or 1)
+        counted = [*((stream, batch_size) for stream in reals), *((stream, size) for stream in synthetics)]
+        return BatchLoader(draw, counted, updates, updates_per_step)

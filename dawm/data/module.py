@@ -10,6 +10,7 @@ Symbols: N real rows, B batch size, K batches drawn at once, H horizon, O observ
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -157,10 +158,12 @@ class TransitionDataModule(L.LightningDataModule):
         if (ask := getattr(self.trainer.lightning_module, "train_loader", None)) is not None:
             return ask(self, updates, rank)
         expected = "1, as a plain LightningModule trains on one batch per step, and on max_steps of them"
-        for place, key in ((self, "data.updates_per_step"), (self.trainer, "trainer.accumulate_grad_batches")):
-            count = getattr(place, key.partition(".")[2])
-            require(key, count, count == 1, expected, "set it to 1, or derive the agent from dawm.agents.OfflineAgent")
-        return self.mixed_loader(updates, rank, squeeze=True)
+        remedy = "set it to 1, or derive the agent from dawm.agents.OfflineAgent"
+        at_once, summed = self.updates_per_step, self.trainer.accumulate_grad_batches
+        require("data.updates_per_step", at_once, at_once == 1, expected, remedy)
+        require("trainer.accumulate_grad_batches", summed, summed == 1, expected, remedy)
+        loader = self.mixed_loader(updates, rank)
+        return replace(loader, draw=lambda count: loader.draw(count)[0])
 
     def val_dataloader(self) -> Iterable[Any]:
         """What the module that is trained asks to be validated on; nothing where it does not ask."""
@@ -211,20 +214,18 @@ class TransitionDataModule(L.LightningDataModule):
 
     # Real and synthetic transitions for the agent
 
-    def mixed_loader(self, updates: int, rank: int = 0, squeeze: bool = False, seeds: int = 1) -> BatchLoader:
+    def mixed_loader(self, updates: int, rank: int = 0, seeds: int = 1) -> BatchLoader:
         """Batches of ``round(batch_size * synthetic_fraction)`` synthetic rows (after the first refill), the rest real.
 
-        Each rank draws different rows. ``squeeze`` gives one batch at a time, fields of shape (B, ...) instead of
-        (K, B, ...). Several ``seeds``, agents trained side by side, have each their own batches, fields of shape
-        (K, S, B, ...); the first agent's are those of a run with one.
+        Fields have the shape (K, B, ...), and each rank draws different rows. Several ``seeds``, agents trained side by
+        side, have each their own batches, fields of shape (K, S, B, ...); the first one's are those of a run with one.
         """
         self.setup()
-        parts = [(self.seed, rank, *((number,) if number else ())) for number in range(seeds)]
-        chunk = None if squeeze else self.updates_per_step
-        return self._mixture.loader(self.batch_size, self.synthetic_fraction, updates, chunk, parts)
+        chunks = updates, self.updates_per_step
+        return self._mixture.loader(self.batch_size, self.synthetic_fraction, *chunks, self.seed, rank, seeds)
 
     def refill(self, *blocks: Transitions) -> None:
-        """Replaces the synthetic rows in place, fields of shape (M, ...); the next batch draws from them.
+        """Replaces the synthetic rows, fields of shape (M, ...); the next batch draws from them.
 
         Given one block for each of the agents trained side by side, each draws from its own.
         """

@@ -12,7 +12,7 @@ and the next observation ``s_{t+1}``. Three conventions hold everywhere:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -32,6 +32,11 @@ class _Batch:
     def __getitem__(self, index: Tensor | slice | int) -> Self:
         """Part of the batch, along the first dimension."""
         return self._apply(lambda values: values[index])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Batches that have the same fields, one after the other."""
+        return cls(**{n: torch.cat([getattr(p, n) for p in parts]) for n, v in vars(parts[0]).items() if v is not None})
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
@@ -57,14 +62,6 @@ class Transitions(_Batch):
     terminations: Tensor  # 1 where the task ended at s_{t+1}, else 0, shape (N,), float32
     real: Tensor | None = None  # 1 for a recorded row, 0 for a synthetic one, shape (N,), float32
     steps: Tensor | None = None  # steps that a row spans, shape (N,), float32
-
-    @classmethod
-    def cat(cls, parts: Sequence["Transitions"]) -> "Transitions":
-        """Rows of several parts, one after the other."""
-        spanning = any(part.steps is not None for part in parts)
-        for name in ("real", "steps")[: 1 + spanning]:
-            parts = [replace(p, **{name: torch.ones_like(p.rewards)}) if getattr(p, name) is None else p for p in parts]
-        return cls(**{n: torch.cat([getattr(p, n) for p in parts]) for n, v in vars(parts[0]).items() if v is not None})
 
     def pack(self) -> Tensor:
         """All fields but ``real`` side by side: one gather fetches a whole row, shape (N, 2 O + A + 2).

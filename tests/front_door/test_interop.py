@@ -6,7 +6,8 @@ import torch
 from rich.console import Console
 
 from dawm.cli.synthesize import synthesize_dataset
-from dawm.data.episodes import load_episodes, unscale_actions
+from dawm.data.episodes import load_episodes
+from dawm.data.sources.spaces import unscale_actions
 
 torchrl_data = pytest.importorskip("torchrl.data", reason="TorchRL is not installed: pip install dawm[interop]")
 
