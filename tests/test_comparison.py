@@ -3,8 +3,10 @@
 import math
 
 import pytest
+from matplotlib.figure import Figure
 
 from dawm.cli.comparison import Comparison
+from dawm.cli.comparison_page import _bars, _curves
 
 
 def result(method, dataset, number, scores, imagines=True, unit="score"):
@@ -57,6 +59,17 @@ def test_summaries_need_scores_on_all_data_sets():
     assert len(compare([result(m, d, 0, s) for m, d, s in grid[:-1]]).summary()) == 1, "mixed lacks a data set"
     returns = [result(m, d, 0, s, unit="return" if d == "b" else "score") for m, d, s in grid]
     assert compare(returns).summary() == [], "returns of one data set and scores of another have no mean"
+
+
+def test_pictures_name_the_unit_of_their_data_set():
+    results = [result("real", name, 0, [1.0, 2.0], unit=unit) for name, unit in (("a", "score"), ("b", "return"))]
+    found = compare([{**one, "data": {"return": 3.0, "normalized_score": 4.0}} for one in results])
+    for name, unit, level in (("a", "score", 4.0), ("b", "return", 3.0)):
+        bars, curves = Figure().subplots(1, 2)
+        _bars(bars, found, name)
+        _curves(curves, found, name)
+        assert (bars.get_xlabel(), curves.get_ylabel()) == (unit, unit)
+        assert list(bars.lines[-1].get_xdata()) == [level, level]
 
 
 def test_where_the_time_went():

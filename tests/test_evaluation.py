@@ -197,7 +197,7 @@ def test_bootstrap_interval():
 
 
 def test_summary_gives_scores_where_there_is_a_reference():
-    result = evaluate(still, Counter, episodes=7, seed=0, normalize=ReferenceScores(0.0, 40.0, "paper").normalize)
+    result = evaluate(still, Counter, episodes=7, seed=0, reference=ReferenceScores(0.0, 40.0, "paper"))
     assert result.mean_return == 20.0
     assert result.score == 50.0
     assert result.score_low == pytest.approx(result.low * 2.5)

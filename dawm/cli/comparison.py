@@ -65,6 +65,10 @@ class Comparison:
         """The results of one method on one data set."""
         return [r for r in self.results if (r["method"], r["dataset"]) == (method, dataset)]
 
+    def unit(self, dataset: str) -> str:
+        """Of a data set's scores: ``score``, or ``return`` where it has no reference scores."""
+        return next(result["unit"] for result in self.results if result["dataset"] == dataset)
+
     def scores(self, method: str, dataset: str) -> Floats:
         """Scores of all seeds, shape (S,)."""
         return np.array([score for result in self.of(method, dataset) for score in result["scores"]])

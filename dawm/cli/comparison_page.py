@@ -97,10 +97,9 @@ def _bars(axis: Any, comparison: Comparison, dataset: str) -> None:
         axis.plot(scores, np.full(len(scores), height - 0.18), "|", color="#4477aa")
         axis.plot([interval.low, interval.high], [height, height], color="#1d2733", linewidth=2)
     axis.set_yticks(range(len(methods)), methods)
-    result = next(r for r in comparison.results if r["dataset"] == dataset)
-    level = result["data"]["normalized_score" if result["unit"] == "score" else "return"]
-    axis.axvline(level, color="grey", linestyle="--")
-    axis.set(title=dataset.replace("+", "\n+ "), xlabel=result["unit"])
+    unit, data = comparison.unit(dataset), comparison.of(methods[0], dataset)[0]["data"]
+    axis.axvline(data["normalized_score" if unit == "score" else "return"], color="grey", linestyle="--")
+    axis.set(title=dataset.replace("+", "\n+ "), xlabel=unit)
 
 
 def _curves(axis: Any, comparison: Comparison, dataset: str) -> None:
@@ -112,5 +111,5 @@ def _curves(axis: Any, comparison: Comparison, dataset: str) -> None:
             (line,) = axis.plot(steps, [band.value for band in bands], marker=".", label=method)
             low, high = [band.low for band in bands], [band.high for band in bands]
             axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
-    axis.set(title="while training", xlabel="updates", ylabel=comparison.results[0]["unit"])
+    axis.set(title="while training", xlabel="updates", ylabel=comparison.unit(dataset))
     axis.legend(fontsize="small")

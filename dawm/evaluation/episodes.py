@@ -16,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError
 from dawm.evaluation.actions import play, recorded_box
 from dawm.evaluation.environments import ENV_ID, Environment, GymnasiumEnvironments, make_environment
@@ -50,8 +51,7 @@ def evaluate(
     episodes: int = 10,
     seed: int = 1000,
     num_envs: int = 10,
-    normalize: Callable[[float], float] | None = None,
-    device: Device = "cpu",
+    reference: ReferenceScores | None = None,
     seeds: int = 1,
     action_space: gym.spaces.Box | None = None,
     max_episode_steps: int | None = None,
@@ -59,21 +59,17 @@ def evaluate(
 ) -> Evaluation:
     """Runs E episodes with the seeds ``seed, seed + 1, ...`` and summarises their returns.
 
-    ``normalize`` turns a return into a score, such as ``ReferenceScores.normalize``; ``seeds`` is the number S of
-    agents trained side by side, each of which plays all episodes. The other settings are those of `run_episodes`.
+    ``seeds`` is the number S of agents trained side by side, each of which plays all episodes; ``reference`` is that of
+    `summarize`. The other settings are those of `run_episodes`.
     """
-    played = range(seed, seed + episodes)
-    limits = action_space, max_episode_steps, env_id_key
-    return summarize(run_episodes(act, environment, played, num_envs, device, seeds, *limits), normalize)
+    played, limits = range(seed, seed + episodes), (action_space, max_episode_steps, env_id_key)
+    return summarize(run_episodes(act, environment, played, num_envs, "cpu", seeds, *limits), reference)
 
 
-def summarize(returns: NDArray[np.float64], normalize: Callable[[float], float] | None = None) -> Evaluation:
-    """Mean of the returns, shape (E,) or (S, E), with its confidence interval.
-
-    As scores, too, where ``normalize`` turns a return into one, by an increasing line.
-    """
+def summarize(returns: NDArray[np.float64], reference: ReferenceScores | None = None) -> Evaluation:
+    """Mean of the returns, shape (E,) or (S, E), with its confidence interval; as scores, too, with a reference."""
     found = float(returns.mean()), *bootstrap_interval(returns)
-    return Evaluation(returns, *found, *(float(normalize(value)) for value in found if normalize is not None))
+    return Evaluation(returns, *found, *(float(reference.normalize(value)) for value in found if reference is not None))
 
 
 def run_episodes(
