@@ -36,6 +36,8 @@ class EvaluateInEnvironment(EveryNUpdates):
         env_id: Gymnasium id of the environment; None takes the data set's own.
     """
 
+    kept = (*EveryNUpdates.kept, "history")
+
     def __init__(
         self,
         every_n_steps: int = 5000,
@@ -105,12 +107,3 @@ class EvaluateInEnvironment(EveryNUpdates):
         if trainer.world_size > 1:  # each episode is non-zero on one rank only, so the sum puts them together
             returns = trainer.strategy.reduce(returns.to(trainer.strategy.root_device), reduce_op="sum").cpu()
         return summarize(returns.numpy(), data.reference)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The update of the last evaluation, and the history."""
-        return super().state_dict() | {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
-        super().load_state_dict(state_dict)
-        self.history = list(state_dict["history"])

@@ -72,7 +72,8 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     class_path = settings.plain["agent"]["class_path"]
     results = collect_results(data.episodes, class_path, evaluation, experiment.results, experiment.seed)
     results["seconds"] = {"waiting": experiment.waited, "final evaluation": time.monotonic() - start}
-    write_files(output_dir, results, settings.plain, command)
+    results["command"] = command
+    write_files(output_dir, results, settings.plain)
     log_summary(loggers, results)
     show_results(console, output_dir, results)
 

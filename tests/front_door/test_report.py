@@ -79,6 +79,7 @@ def make_run(tmp_path):
             data |= {"normalized_score": 50.0, "reference": reference}
         results = {
             "dawm": "0",
+            "command": command,
             "seed": 7,
             "data": data,
             "agent": {
@@ -91,7 +92,7 @@ def make_run(tmp_path):
                 for name in stages
             },
         }  # fmt: skip
-        write_files(run, results, settings, command)
+        write_files(run, results, settings)
         return run
 
     return make
