@@ -186,6 +186,10 @@ def test_unusable_environment_is_a_user_error(environment):
 
 def test_bootstrap_interval():
     assert bootstrap_interval([4.0]) == (4.0, 4.0)
+    assert bootstrap_interval([3.0, -1.5, 12.25, 7.0, 0.5]) == pytest.approx((0.2, 8.85), abs=1e-12)
+    assert bootstrap_interval([[3.0, -1.5, 12.25], [7.0, 0.5, 2.0]]) == pytest.approx(
+        (0.75, 8.41666666666666), abs=1e-12
+    )
     values = np.random.default_rng(1).normal(10, 2, size=400)
     low, high = bootstrap_interval(values)
     # the normal approximation: mean plus or minus 1.96 standard errors

@@ -40,7 +40,8 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
     tables = comparison.tables()
     write_whole(folder / "table.md", "\n".join(markdown(*entry) for entry in tables))
     text = io.StringIO()
-    csv.writer(text).writerows([NUMBERS, *comparison.numbers()])
+    blank = [["" if number != number else number for number in row] for row in comparison.numbers()]  # of NaN
+    csv.writer(text).writerows([NUMBERS, *blank])
     write_whole(folder / "table.csv", text.getvalue())
     picture(
         folder / "scores.png", [partial(_bars, comparison=comparison, dataset=name) for name in comparison.datasets]
@@ -92,7 +93,7 @@ def _bars(axis: Any, comparison: Comparison, dataset: str) -> None:
     """One bar for each method, with its seeds."""
     methods = [method for method in reversed(comparison.methods) if comparison.of(method, dataset)]
     for height, method in enumerate(methods):
-        interval, scores = comparison.row(method, dataset)[0], comparison.scores(method, dataset)
+        interval, scores = comparison.mean(method, dataset), comparison.scores(method, dataset)
         axis.barh(height, interval.value, height=0.6, color="#4477aa", alpha=0.5)
         axis.plot(scores, np.full(len(scores), height - 0.18), "|", color="#4477aa")
         axis.plot([interval.low, interval.high], [height, height], color="#1d2733", linewidth=2)

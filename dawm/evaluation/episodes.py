@@ -158,15 +158,11 @@ def bootstrap_interval(
     themselves (Agarwal et al. 2021, arXiv 2108.13264, resample runs). With few seeds such an interval is too narrow.
     Values have the shape (E,), or of several seeds (S, E); a fraction ``confidence`` of the means is inside.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim not in (1, 2) or values.size == 0:
+    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    if values.ndim > 2 or values.size == 0:
         raise ValueError(f"values must have one or two dimensions and at least one entry, got shape {values.shape}")
-    generator = np.random.default_rng(seed)
-    if values.ndim == 1:
-        means = values[generator.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
-    else:
-        seeds, episodes = values.shape
-        drawn = generator.integers(seeds, size=(resamples, seeds, 1))
-        means = values[drawn, generator.integers(episodes, size=(resamples, seeds, episodes))].mean(axis=(1, 2))
+    generator, (seeds, episodes) = np.random.default_rng(seed), values.shape
+    drawn = generator.integers(seeds, size=(resamples, seeds, 1))  # of one seed it takes no random numbers
+    means = values[drawn, generator.integers(episodes, size=(resamples, seeds, episodes))].mean(axis=(1, 2))
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
