@@ -96,7 +96,7 @@ def timed_fit(arguments: list[str]) -> dict[str, float]:
             (TransitionDataModule, "setup", "data"),
             (callbacks.EvaluateInEnvironment, "evaluate", "evaluation"),
             (callbacks.RegenerateRollouts, "refill", "regeneration"),
-            (fit, "score", "last evaluation"),
+            (fit, "evaluate", "last evaluation"),
             *((kind, "update", "networks") for kind in (DiffusionWorldModel, InverseDynamics, TD3BC, IQL)),
             *((kind, "validation_step", "validation") for kind in (DiffusionWorldModel, InverseDynamics)),
         ):

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from dawm.callbacks.every_n_updates import EveryNUpdates
 from dawm.errors import require
+from dawm.evaluation.environments import ENV_ID
 from dawm.evaluation.episodes import Evaluation, Policy, run_episodes, summarize
 
 __all__ = ["EvaluateInEnvironment"]
@@ -35,6 +36,8 @@ class EvaluateInEnvironment(EveryNUpdates):
         env_id: Gymnasium id of the environment; None takes the data set's own.
     """
 
+    kept = (*EveryNUpdates.kept, "history")
+
     def __init__(
         self,
         every_n_steps: int = 5000,
@@ -60,7 +63,7 @@ class EvaluateInEnvironment(EveryNUpdates):
         super().on_train_start(trainer, pl_module)
         environment = self.env_id or trainer.datamodule.env_spec  # type: ignore[attr-defined]
         expected = "an environment to evaluate in, as the data set names none"
-        require("data.env_id", environment, environment is not None, expected, "name one")
+        require(ENV_ID, environment, environment is not None, expected, "name one")
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adds an evaluation to the history, the loggers and the progress bar."""
@@ -96,19 +99,11 @@ class EvaluateInEnvironment(EveryNUpdates):
                     agents=seeds,
                     action_space=data.episodes.action_space,
                     max_episode_steps=data.max_episode_steps,
+                    env_id_key=f"{self.key}.env_id" if self.env_id else ENV_ID,
                 )
                 returns[..., part] = torch.from_numpy(played)
         finally:
             pl_module.train(training)
         if trainer.world_size > 1:  # each episode is non-zero on one rank only, so the sum puts them together
             returns = trainer.strategy.reduce(returns.to(trainer.strategy.root_device), reduce_op="sum").cpu()
-        return summarize(returns.numpy(), None if data.reference is None else data.reference.normalize)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The update of the last evaluation, and the history."""
-        return super().state_dict() | {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
-        super().load_state_dict(state_dict)
-        self.history = list(state_dict["history"])
+        return summarize(returns.numpy(), data.reference)

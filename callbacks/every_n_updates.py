@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 
@@ -27,9 +27,14 @@ class EveryNUpdates(L.Callback, ABC):
         trainer = L.Trainer(max_steps=10_000, callbacks=[SaveActor(every_n_steps=1000)])
         trainer.fit(agent, datamodule=data)
 
+    A checkpoint holds the attributes that ``kept`` names, with those of the base class. A subclass names its own as in
+    ``kept = (*EveryNUpdates.kept, "best")``; a resumed training then begins with what they were.
+
     Args:
         every_n_steps: Updates between two runs; a multiple of the data's ``updates_per_step``.
     """
+
+    kept: ClassVar[tuple[str, ...]] = ("last_step", "seconds")
 
     def __init__(self, every_n_steps: int = 5000) -> None:
         self.key = f"stages.agent.callbacks.{type(self).__name__}"  # of the settings, for messages
@@ -74,9 +79,10 @@ class EveryNUpdates(L.Callback, ABC):
         self.seconds += time.monotonic() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """The update of the last run, so that a resumed training runs when an uninterrupted one would."""
-        return {"last_step": self.last_step, "seconds": self.seconds}
+        """What `kept` names; the last run's update, so that a resumed training runs when an uninterrupted one would."""
+        return {name: getattr(self, name) for name in self.kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
-        self.last_step, self.seconds = state_dict["last_step"], state_dict["seconds"]
+        for name in self.kept:
+            setattr(self, name, state_dict[name])

@@ -82,6 +82,8 @@ class RegenerateRollouts(EveryNUpdates):
         seed: Seed of starts and noise.
     """
 
+    kept = (*EveryNUpdates.kept, "asked")
+
     def __init__(
         self,
         every_n_steps: int = 5000,
@@ -120,7 +122,7 @@ class RegenerateRollouts(EveryNUpdates):
         self.max_inconsistency, self.max_forward_disagreement = max_inconsistency, max_forward_disagreement
         self.limits = {"max_rejected": max_rejected, **drifts}
         self._models: tuple[DiffusionWorldModel, InverseDynamics] | None = None
-        self._asked: tuple[int, dict[str, Tensor]] | None = None  # update, and the agent's weights when it was asked
+        self.asked: tuple[int, dict[str, Tensor]] | None = None  # update, and the agent's weights when it was asked
         check_synthesis(self, f"{self.key}.")
 
     def connect(self, world_model: DiffusionWorldModel, inverse_dynamics: InverseDynamics) -> None:
@@ -191,11 +193,11 @@ class RegenerateRollouts(EveryNUpdates):
             return
         starts, agent = self._synthesizer.starts, trainer.lightning_module
         learnt = {name: weights.clone() for name, weights in agent.state_dict().items()}
-        last, weights = self._asked or (None, {})
+        last, weights = self.asked or (None, {})
         if last == step:  # resumed: the policy has learnt on since
             agent.load_state_dict(weights)
         else:
-            self._asked = step, learnt
+            self.asked = step, learnt
         for seed in range(getattr(agent, "seeds", 1)):
             yield replace(self._synthesizer, starts=replace(starts, policy=policy_of(agent, seed)))
         agent.load_state_dict(learnt)
@@ -210,16 +212,7 @@ class RegenerateRollouts(EveryNUpdates):
             for name, value in sums.items():
                 require(name, value, value is None, "none, as rows sum several rewards", "leave it out")
         if stage == "fit":
-            self._asked = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The update of the last refill, and the agent's weights as they were then, where it was asked for actions."""
-        return {**super().state_dict(), "asked": self._asked}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
-        super().load_state_dict(state_dict)
-        self._asked = state_dict["asked"]
+            self.asked = None
 
 
 def check_synthesis(callback: RegenerateRollouts, prefix: str = "") -> None:

@@ -116,6 +116,13 @@ def test_what_cannot_be_made():
     assert line_of(make_environment, "Drift-v9", env_id_key="env_id").startswith("--env_id: got 'Drift-v9'")
 
 
+def test_a_time_limit_is_set_where_the_command_takes_one():
+    keys = {"env_id": "max_episode_steps", "data.env_id": "data.max_episode_steps",
+            "stages.agent.callbacks.EvaluateInEnvironment.env_id": "data.max_episode_steps"}  # fmt: skip
+    for key, limit in keys.items():
+        assert line_of(make_environment, "Drift-v0", 0, key).startswith(f"--{limit}: got 0, expected a whole number")
+
+
 # Descriptions
 
 

@@ -110,6 +110,11 @@ def test_callback_names_the_settings_that_do_not_fit(tmp_path):
         fit(tmp_path, EvaluateInEnvironment(every_n_steps=6), Data(), 12)
     with pytest.raises(UserError, match="data.env_id"):
         fit(tmp_path, EvaluateInEnvironment(every_n_steps=8), Data(env_spec=None), 12)
+    named = EvaluateInEnvironment(every_n_steps=8, env_id="Nope-v0")
+    with pytest.raises(UserError, match=r"--stages\.agent\.callbacks\.EvaluateInEnvironment\.env_id: got 'Nope-v0'"):
+        fit(tmp_path, named, Data(), 12)
+    with pytest.raises(UserError, match="--data.env_id: got 'Nope-v0'"):
+        fit(tmp_path, EvaluateInEnvironment(every_n_steps=8), Data(env_spec="Nope-v0"), 12)
     with pytest.raises(UserError, match="episodes"):
         EvaluateInEnvironment(episodes=0)
 

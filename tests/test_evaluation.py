@@ -186,6 +186,10 @@ def test_unusable_environment_is_a_user_error(environment):
 
 def test_bootstrap_interval():
     assert bootstrap_interval([4.0]) == (4.0, 4.0)
+    assert bootstrap_interval([3.0, -1.5, 12.25, 7.0, 0.5]) == pytest.approx((0.2, 8.85), abs=1e-12)
+    assert bootstrap_interval([[3.0, -1.5, 12.25], [7.0, 0.5, 2.0]]) == pytest.approx(
+        (0.75, 8.41666666666666), abs=1e-12
+    )
     values = np.random.default_rng(1).normal(10, 2, size=400)
     low, high = bootstrap_interval(values)
     # the normal approximation: mean plus or minus 1.96 standard errors
@@ -197,7 +201,7 @@ def test_bootstrap_interval():
 
 
 def test_summary_gives_scores_where_there_is_a_reference():
-    result = evaluate(still, Counter, episodes=7, seed=0, normalize=ReferenceScores(0.0, 40.0, "paper").normalize)
+    result = evaluate(still, Counter, episodes=7, seed=0, reference=ReferenceScores(0.0, 40.0, "paper"))
     assert result.mean_return == 20.0
     assert result.score == 50.0
     assert result.score_low == pytest.approx(result.low * 2.5)

@@ -20,6 +20,12 @@ class Noting(EveryNUpdates):
         self.ran.append(trainer.global_step)
 
 
+class Keeping(Noting):
+    """Keeps its notes in checkpoints."""
+
+    kept = (*EveryNUpdates.kept, "ran")
+
+
 @pytest.fixture
 def fit(dataset, make_trainer, recorder):
     """Trains with a callback and returns the trainer."""
@@ -43,10 +49,11 @@ def test_it_runs_every_n_updates_and_begins_again_in_a_second_training(fit):
 
 def test_a_resumed_training_runs_when_an_uninterrupted_one_would(fit, tmp_path):
     """From update 10 in steps of 4: the multiple 16 is crossed, not met; 8 is not made up for."""
-    fit(Noting(8), 10).save_checkpoint(tmp_path / "last.ckpt")
-    resumed = Noting(8)
-    fit(resumed, 22, updates_per_step=4, ckpt_path=tmp_path / "last.ckpt")
-    assert resumed.ran == [18]
+    for kind, ran in ((Noting, [18]), (Keeping, [8, 18])):
+        fit(kind(8), 10).save_checkpoint(tmp_path / "last.ckpt")
+        resumed = kind(8)
+        fit(resumed, 22, updates_per_step=4, ckpt_path=tmp_path / "last.ckpt")
+        assert resumed.ran == ran
 
 
 def test_without_a_state_it_begins_where_training_begins(fit):

@@ -20,11 +20,18 @@ from dawm.evaluation.statistics import (
 
 @pytest.mark.parametrize(
     ("probability", "freedom", "t"),
-    [(0.975, 1, 12.7062), (0.975, 4, 2.77645), (0.975, 9, 2.26216), (0.95, 30, 1.69726), (0.975, 1e6, 1.95997)],
-)
+    [(0.975, 1, 12.7062), (0.975, 1.5, 6.01666), (0.975, 4, 2.77645), (0.975, 9, 2.26216), (0.975, 10, 2.22814),
+     (0.95, 30, 1.69726), (0.975, 1e6, 1.95997)],
+)  # fmt: skip
 def test_students_t_is_that_of_the_tables(probability, freedom, t):
     assert student_t_quantile(probability, freedom) == pytest.approx(t, rel=1e-5)
     assert student_t_tail(t, freedom) == pytest.approx(1 - probability, rel=1e-4)
+    assert student_t_tail(0, freedom) == pytest.approx(0.5)
+
+
+def test_far_tails_of_students_t():
+    assert student_t_tail(100.0, 2) == pytest.approx(0.5 - 50 / math.sqrt(10_002), rel=1e-9)
+    assert student_t_tail(100.0, 9) == pytest.approx(2.5365448831e-15, rel=1e-9)
 
 
 def test_the_interval_of_a_mean():

@@ -29,6 +29,7 @@ HEAD = ("data set", "method", "score", "seeds", "minus {}", "p", "area under cur
 SUMMARY = ("method", "inter-quartile mean over data sets", "probability of improvement over {}")
 NUMBERS = ("dataset", "method", "unit", "seeds", "mean", "low", "high", "difference", "difference_low",
            "difference_high", "p_holm", "area", "area_low", "area_high")  # fmt: skip
+NOTHING = Interval(math.nan, math.nan, math.nan)
 UPDATES = "updates"  # in a cell's seconds: those of the agent alone
 EXPLANATION = """Scores are those of the last checkpoint, over the final episodes of every seed. Brackets hold 95 %
 intervals: of means Student's over the seeds, of differences Welch's, over data sets stratified bootstrap. p is that of
@@ -65,6 +66,10 @@ class Comparison:
         """The results of one method on one data set."""
         return [r for r in self.results if (r["method"], r["dataset"]) == (method, dataset)]
 
+    def unit(self, dataset: str) -> str:
+        """Of a data set's scores: ``score``, or ``return`` where it has no reference scores."""
+        return next(result["unit"] for result in self.results if result["dataset"] == dataset)
+
     def scores(self, method: str, dataset: str) -> Floats:
         """Scores of all seeds, shape (S,)."""
         return np.array([score for result in self.of(method, dataset) for score in result["scores"]])
@@ -82,6 +87,10 @@ class Comparison:
         """Values of all seeds, shape (..., S), or their means by group, shape (..., G): what intervals are over."""
         grouped = self.grouped(method, dataset, values)
         return grouped.mean(axis=-1) if grouped.ndim > values.ndim else values
+
+    def mean(self, method: str, dataset: str) -> Interval:
+        """Mean of all seeds' scores, with its interval."""
+        return mean_interval(self.independent(method, dataset, self.scores(method, dataset)))
 
     def curve(self, method: str, dataset: str) -> tuple[list[int], Floats]:
         """Updates (K,) and scores (K, S) of the evaluations while training."""
@@ -107,39 +116,29 @@ class Comparison:
             found.append(difference(ours, theirs))
         return dict(zip(pairs, zip(found, holm([each.p for each in found]))))
 
-    def row(self, method: str, dataset: str) -> tuple[Interval, int, Difference | None, float, Interval | None]:
-        """Score, seeds, difference to the first method, its p, and area under the curve."""
-        scores = self.scores(method, dataset)
-        minus, p = self.differences.get((method, dataset), (None, math.nan))
-        steps, curve = self.curve(method, dataset)
-        area, span = None, self.span(dataset)
-        if steps and span is not None:
-            area = mean_interval(self.independent(method, dataset, area_under_curve(steps, curve, span)))
-        return mean_interval(self.independent(method, dataset, scores)), len(scores), minus, p, area
-
     def pairs(self) -> list[tuple[str, str]]:
         """Data sets and methods that there are results of."""
         return [(dataset, method) for dataset in self.datasets for method in self.methods if self.of(method, dataset)]
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """One row for each method on each data set."""
-        rows: list[tuple[str, ...]] = []
-        for dataset, method in self.pairs():
-            score, seeds, minus, p, area = self.row(method, dataset)
-            less = "" if minus is None else _interval(Interval(*minus[:3]), sign=True)
-            rows.append((dataset, method, _interval(score), str(seeds), less, _p(p), _interval(area)))
-        return rows
-
     def numbers(self) -> list[tuple[Any, ...]]:
-        """The same as numbers, for ``table.csv``."""
-        nothing = (math.nan,) * 3
+        """What `NUMBERS` names, of each method on each data set; NaN where there is nothing."""
         rows: list[tuple[Any, ...]] = []
         for dataset, method in self.pairs():
-            score, seeds, minus, p, area = self.row(method, dataset)
-            unit, less = self.of(method, dataset)[0]["unit"], nothing if minus is None else minus[:3]
-            found = (dataset, method, unit, seeds, *score, *less, p, *(area or nothing))
-            rows.append(tuple("" if isinstance(v, float) and math.isnan(v) else v for v in found))
+            minus, p = self.differences.get((method, dataset), (NOTHING, math.nan))
+            steps, curve = self.curve(method, dataset)
+            area, span, seeds = NOTHING, self.span(dataset), len(self.scores(method, dataset))
+            if steps and span is not None:
+                area = mean_interval(self.independent(method, dataset, area_under_curve(steps, curve, span)))
+            mean = self.mean(method, dataset)
+            rows.append((dataset, method, self.unit(dataset), seeds, *mean, *minus[:3], p, *area))
         return rows
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The same for readers, as `HEAD` names it."""
+        return [
+            (dataset, method, _interval(*n[:3]), str(seeds), _interval(*n[3:6], sign=True), _p(n[6]), _interval(*n[7:]))
+            for dataset, method, _, seeds, *n in self.numbers()
+        ]
 
     def summary(self) -> list[tuple[str, ...]]:
         """Over several data sets, all with scores: the methods that have the same number of seeds on each."""
@@ -152,8 +151,8 @@ class Comparison:
         for method, scores in whole.items():
             better = ""
             if first is not None and scores is not first:
-                better = _interval(stratified_bootstrap(probability_of_improvement, scores, first), digits=2)
-            rows.append((method, _interval(stratified_bootstrap(interquartile_mean, scores)), better))
+                better = _interval(*stratified_bootstrap(probability_of_improvement, scores, first), digits=2)
+            rows.append((method, _interval(*stratified_bootstrap(interquartile_mean, scores)), better))
         return rows
 
     def times(self) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -199,11 +198,11 @@ class Comparison:
         return [name.format(self.methods[0]) for name in names]
 
 
-def _interval(found: Interval | None, sign: bool = False, digits: int = 1) -> str:
-    if found is None:
+def _interval(value: float, low: float, high: float, *, sign: bool = False, digits: int = 1) -> str:
+    if math.isnan(value):
         return ""
-    value = f"{found.value:+.{digits}f}" if sign else f"{found.value:.{digits}f}"
-    return value if math.isnan(found.low) else f"{value} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    return text if math.isnan(low) else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _p(p: float) -> str:

@@ -40,7 +40,8 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
     tables = comparison.tables()
     write_whole(folder / "table.md", "\n".join(markdown(*entry) for entry in tables))
     text = io.StringIO()
-    csv.writer(text).writerows([NUMBERS, *comparison.numbers()])
+    blank = [["" if number != number else number for number in row] for row in comparison.numbers()]  # of NaN
+    csv.writer(text).writerows([NUMBERS, *blank])
     write_whole(folder / "table.csv", text.getvalue())
     picture(
         folder / "scores.png", [partial(_bars, comparison=comparison, dataset=name) for name in comparison.datasets]
@@ -92,15 +93,14 @@ def _bars(axis: Any, comparison: Comparison, dataset: str) -> None:
     """One bar for each method, with its seeds."""
     methods = [method for method in reversed(comparison.methods) if comparison.of(method, dataset)]
     for height, method in enumerate(methods):
-        interval, scores = comparison.row(method, dataset)[0], comparison.scores(method, dataset)
+        interval, scores = comparison.mean(method, dataset), comparison.scores(method, dataset)
         axis.barh(height, interval.value, height=0.6, color="#4477aa", alpha=0.5)
         axis.plot(scores, np.full(len(scores), height - 0.18), "|", color="#4477aa")
         axis.plot([interval.low, interval.high], [height, height], color="#1d2733", linewidth=2)
     axis.set_yticks(range(len(methods)), methods)
-    result = next(r for r in comparison.results if r["dataset"] == dataset)
-    level = result["data"]["normalized_score" if result["unit"] == "score" else "return"]
-    axis.axvline(level, color="grey", linestyle="--")
-    axis.set(title=dataset.replace("+", "\n+ "), xlabel=result["unit"])
+    unit, data = comparison.unit(dataset), comparison.of(methods[0], dataset)[0]["data"]
+    axis.axvline(data["normalized_score" if unit == "score" else "return"], color="grey", linestyle="--")
+    axis.set(title=dataset.replace("+", "\n+ "), xlabel=unit)
 
 
 def _curves(axis: Any, comparison: Comparison, dataset: str) -> None:
@@ -112,5 +112,5 @@ def _curves(axis: Any, comparison: Comparison, dataset: str) -> None:
             (line,) = axis.plot(steps, [band.value for band in bands], marker=".", label=method)
             low, high = [band.low for band in bands], [band.high for band in bands]
             axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
-    axis.set(title="while training", xlabel="updates", ylabel=comparison.results[0]["unit"])
+    axis.set(title="while training", xlabel="updates", ylabel=comparison.unit(dataset))
     axis.legend(fontsize="small")

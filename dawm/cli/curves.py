@@ -17,16 +17,9 @@ __all__ = ["draw_curves", "imagined_figures", "learning_figures", "picture", "re
 Curve = tuple[list[int], list[float]]  # updates, and the metric's value at each
 Draw = Callable[[Any], None]  # onto an axis of matplotlib
 
-FATES = (
-    "kept",
-    "after_end",
-    "out_of_range",
-    "uncertain",
-    "inconsistent",
-    "unfamiliar",
-    "non_finite",
-)  # of imagined steps
-COLORS = ("#bbbbbb", "#ee6677", "#ccbb44", "#aa3377")  # that the colour-blind can tell apart
+FATES = ("kept", "after_end", "out_of_range", "uncertain", "inconsistent", "unfamiliar", "non_finite")  # of a step
+# of all fates but the first, which the colour-blind can tell apart (Paul Tol's bright scheme)
+COLORS = ("#bbbbbb", "#ee6677", "#ccbb44", "#66ccee", "#4477aa", "#aa3377")
 DRIFTS = (
     ("rejected_fraction", "max_rejected", "Fraction of the steps up to the imagined end that were rejected."),
     ("mean_reward", "", "Mean reward of the imagined steps that were kept."),

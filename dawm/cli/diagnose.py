@@ -1,7 +1,6 @@
 """``python -m dawm diagnose``: how true, how new and how usable the transitions are that a run's agent learnt from."""
 
 import json
-import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -12,8 +11,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dawm.cli.fidelity import draw_fidelity, fidelity_section, show_fidelity
-from dawm.cli.report import add_to_report, checkpoint_hashes, read_results
+from dawm.cli.fidelity import draw_fidelity, show_fidelity
+from dawm.cli.report import checkpoint_hashes, draw_report, read_results
 from dawm.cli.synthesize import load_synthesizer
 from dawm.data.batches import derive_seed
 from dawm.data.module import TransitionDataModule
@@ -77,13 +76,11 @@ def diagnose_run(
 
     parts: dict[str, Callable[[], Any]] = {
         "held_out": lambda: _against_recorded(synthesizer, real, units, noise),
-        "forward_model": lambda: _against_forward_model(synthesizer.world_model, (real, imagined), units),
+        "forward_model": lambda: _against_forward_model(synthesizer.world_model, real, imagined, units),
         "inverse_dynamics": lambda: diagnosis.action_errors(synthesizer.inverse_dynamics.cpu(), held_out),
-        "return_response": lambda: {
-            name: figures
-            for paths in (real, imagined)
-            for name, figures in diagnosis.return_response(paths, data.discount).items()
-        },
+        "return_response": lambda: (
+            diagnosis.return_response(real, data.discount) | diagnosis.return_response(imagined, data.discount)
+        ),
         "novelty": lambda: diagnosis.novelty(units, rows, generator),
         "distributions": lambda: diagnosis.distributions(units, rows, generator),
         "edge": lambda: {
@@ -102,12 +99,13 @@ def diagnose_run(
     with progress_bar("diagnosing", len(parts)) as bar:
         for name, part in parts.items():
             bar.update(bar.task_ids[0], description=f"diagnosing: {name.replace('_', ' ')}")
-            fidelity[name] = _plain(part())
+            figures = json.dumps(part(), default=lambda tensor: tensor.tolist())
+            fidelity[name] = json.loads(figures, parse_constant=lambda _: None)  # what is not finite is null
             bar.advance(bar.task_ids[0])
     fidelity["simulator"] = fidelity.get("simulator") or {"left_out": reason}
     write_whole(run / "fidelity.json", json.dumps(fidelity, indent=2, default=str) + "\n")
     draw_fidelity(run / "fidelity.png", fidelity)
-    add_to_report(run, results, fidelity_section(fidelity))
+    draw_report(run, results)
     show_fidelity(console, fidelity)
     console.print(f"all figures: {run}/fidelity.json and report.html", soft_wrap=True, markup=False, highlight=False)
 
@@ -142,7 +140,7 @@ def _against_simulator(
     return found
 
 
-def _against_forward_model(model: DiffusionWorldModel, groups: tuple[Paths, ...], units: Units) -> Any:
+def _against_forward_model(model: DiffusionWorldModel, real: Paths, imagined: Paths, units: Units) -> Any:
     """Errors against the world model's forward model; None where it was trained without."""
     forward_model = model.forward_model
     if forward_model is None:
@@ -152,10 +150,7 @@ def _against_forward_model(model: DiffusionWorldModel, groups: tuple[Paths, ...]
         told = forward_model.predict(model.codec, observations.to(model.device), actions.to(model.device))
         return ForwardPrediction(*(part.cpu() for part in told))
 
-    found: dict[str, Any] = {}
-    for paths in groups:
-        found |= diagnosis.forward_errors(predict, paths, units)
-    return found
+    return diagnosis.forward_errors(predict, real, units) | diagnosis.forward_errors(predict, imagined, units)
 
 
 def _against_recorded(synthesizer: Synthesizer, real: Paths, units: Units, noise: torch.Generator) -> dict[str, Any]:
@@ -168,14 +163,3 @@ def _against_recorded(synthesizer: Synthesizer, real: Paths, units: Units, noise
     )
     predicted = replace(steps, next_observations=following, rewards=rewards, terminations=ends)
     return diagnosis.errors(units, predicted, steps, real.chosen)
-
-
-def _plain(value: Any) -> Any:
-    """Figures as JSON holds them: what is not finite is null."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    if isinstance(value, Tensor):
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value

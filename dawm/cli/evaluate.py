@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import cast
 
 import gymnasium as gym
-import lightning as L
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -15,12 +14,12 @@ from dawm.cli.report import read_results, show_evaluation
 from dawm.data.sources.environments import environment_from
 from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError, require
-from dawm.evaluation.episodes import Environment, Evaluation, Policy, evaluate
+from dawm.evaluation.episodes import Evaluation, Policy, evaluate
 from dawm.files import expanded, write_whole
 from dawm.training.build import restore_module
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
 
-__all__ = ["EVALUATION_SEED", "evaluate_run", "score"]
+__all__ = ["EVALUATION_SEED", "evaluate_run"]
 
 EVALUATION_SEED = 2_000_000  # of the last evaluation: apart from the seeds of evaluations during training
 
@@ -63,19 +62,6 @@ def evaluate_run(
     console.print(table)
 
 
-def score(
-    agent: L.LightningModule, environment: Environment, action_space: gym.spaces.Box | None,
-    reference: ReferenceScores | None, episodes: int, seed: int, max_episode_steps: int | None = None,
-) -> Evaluation:  # fmt: skip
-    """Plays an agent (any module with ``act``; of several seeds each plays all episodes) and scores what it earns.
-
-    Its actions are in units of ``action_space``, the data's.
-    """
-    normalize, seeds = None if reference is None else reference.normalize, getattr(agent, "seeds", 1)
-    return evaluate(cast(Policy, agent.act), environment, episodes, seed, normalize=normalize, seeds=seeds,
-                    action_space=action_space, max_episode_steps=max_episode_steps)  # fmt: skip
-
-
 def _score_checkpoint(
     path: Path, episodes: int, seed: int, env_id: str | None, max_episode_steps: int | None
 ) -> tuple[int, Evaluation, ReferenceScores | None]:
@@ -88,5 +74,7 @@ def _score_checkpoint(
     reference = None if origin["reference"] is None else ReferenceScores(**origin["reference"])
     limit = max_episode_steps or origin["max_episode_steps"]
     low, high = (np.array(bound, np.float32) for bound in origin["action_space"])
-    evaluation = score(agent, environment, gym.spaces.Box(low, high), reference, episodes, seed, limit)
+    evaluation = evaluate(cast(Policy, agent.act), environment, episodes, seed, reference=reference,
+                          seeds=getattr(agent, "seeds", 1), action_space=gym.spaces.Box(low, high),
+                          max_episode_steps=limit, env_id_key="env_id")  # fmt: skip
     return int(checkpoint["global_step"]), evaluation, reference

@@ -29,22 +29,14 @@ UNIT = (
 
 def show_fidelity(console: Console, fidelity: Mapping[str, Any]) -> None:
     """Prints the figures that one looks for first."""
-    head = _head(fidelity)
-    for heading, rows in _error_rows(fidelity):
+    for (title, *names), rows in _tables(fidelity):
         first = Column(style="cyan", min_width=17)  # as wide in each table
-        steps = Table(first, title=escape(heading), title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in head:
-            steps.add_column(name, justify="right", min_width=6)
+        columns = [first, *(Column(name, justify="right", min_width=6) for name in names)]
+        printed = Table(*columns, title=escape(title), title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for row in rows:
-            steps.add_row(*row)
-        console.print(steps)
+            printed.add_row(*row)
+        console.print(printed)
     console.print(UNIT, style="dim", highlight=False)
-    others = Table(Column(style="cyan"), title="rows", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("real", "unfiltered", "filtered"):
-        others.add_column(name, justify="right")
-    for row in _row_figures(fidelity):
-        others.add_row(*row)
-    console.print(others)
     for note in _notes(fidelity):
         console.print(note, highlight=False, markup=False)
 
@@ -53,8 +45,7 @@ def fidelity_section(fidelity: Mapping[str, Any]) -> str:
     """The report's section, of HTML."""
     parts = [figures({caption: svg(draw) for caption, draw in _drawings(fidelity).items()})]
     parts.append(f'<p class="soft">{UNIT}</p>')
-    parts += [table(rows, [heading, *_head(fidelity)]) for heading, rows in _error_rows(fidelity)]
-    parts.append(table(_row_figures(fidelity), ["Rows", "real", "unfiltered", "filtered"]))
+    parts += [table(rows, head) for head, rows in _tables(fidelity)]
     parts += [f'<p class="soft">{html.escape(note)}</p>' for note in _notes(fidelity)]
     return section("Fidelity of imagined data", *parts)
 
@@ -76,20 +67,18 @@ def _judges(fidelity: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
     yield "recorded future, imagined from held-out starts", {"before_filters": fidelity["held_out"]["real"]}
 
 
-def _head(fidelity: Mapping[str, Any]) -> list[str]:
-    return [*(str(k) for k in _shown_steps(fidelity["horizon"])), "raw", "reward", "ends"]
-
-
-def _error_rows(fidelity: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
-    """For each judge its name, and its label and figures of each choice of steps."""
-    for heading, choices in _judges(fidelity):
+def _tables(fidelity: Mapping[str, Any]) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Head, which begins with the title, and rows of each table: the errors by each judge, then figures of rows."""
+    shown = _shown_steps(fidelity["horizon"])
+    for title, choices in _judges(fidelity):
         rows = []
         for choice, label in CHOICES.items():
             if (found := choices.get(choice)) is not None:
-                errors = [found["observation"][k - 1] for k in _shown_steps(fidelity["horizon"])]
+                errors = [found["observation"][k - 1] for k in shown]
                 figures = [*errors, found["mean_raw_observation"], found["mean_reward"]]
                 rows.append([label, *map(_figure, figures), _percent(found["mean_termination"])])
-        yield heading, rows
+        yield [title, *map(str, shown), "raw", "reward", "ends"], rows
+    yield ["rows", "real", "unfiltered", "filtered"], _row_figures(fidelity)
 
 
 def _row_figures(fidelity: Mapping[str, Any]) -> list[list[str]]:

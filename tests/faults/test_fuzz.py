@@ -131,8 +131,8 @@ def no_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "load_episodes", load)
     monkeypatch.setattr(Experiment, "_train", train)
-    for name in ("score", "collect_results", "write_files", "log_summary", "show_results"):
-        monkeypatch.setattr(commands, name, lambda *args: {})
+    for name in ("evaluate", "collect_results", "write_files", "log_summary", "show_results"):
+        monkeypatch.setattr(commands, name, lambda *args, **options: {})
 
 
 class _Nothing(L.Callback):

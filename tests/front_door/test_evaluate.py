@@ -17,6 +17,8 @@ def test_evaluate_agrees_with_the_run_itself(smoke, tmp_path, capsys, monkeypatc
     printed = capsys.readouterr().out
     assert f"return {agent['return']['mean']:.1f}" in printed
     assert f"score {agent['normalized_score']['mean']:.1f}" in printed
+    assert main(["evaluate", "--run", str(tmp_path / "moved"), "--env_id", "Nope-v0"]) == 2
+    assert "error: --env_id: got 'Nope-v0' (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "not json"])

@@ -68,11 +68,12 @@ def test_wrong_setting(mistake, options, named):
         assert part in line
 
 
-def test_patience_of_a_plain_module_that_nothing_validates(mistake, tmp_path, monkeypatch):
+def test_a_plain_module_that_nothing_validates_or_that_cannot_act(mistake, tmp_path, monkeypatch):
     (tmp_path / "plain.py").write_text("import lightning\n\nclass Plain(lightning.LightningModule):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     line = mistake("--agent", "plain.Plain", "--stages.agent.patience", "2")
     assert "stages.agent.patience: got 2, expected None, as Plain has no validation" in line
+    assert "--agent: got Plain, which has no act, expected an agent to score" in mistake("--agent", "plain.Plain")
 
 
 def test_labels_that_no_model_will_give_are_refused_before_the_world_model_is_trained(mistake, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dawm.cli.curves import read_logs
+from dawm.cli.curves import DRIFTS, FATES, imagined_figures, read_logs
 from dawm.cli.main import main
 from dawm.cli.report import log_summary, read_results, write_files
 
@@ -79,6 +79,7 @@ def make_run(tmp_path):
             data |= {"normalized_score": 50.0, "reference": reference}
         results = {
             "dawm": "0",
+            "command": command,
             "seed": 7,
             "data": data,
             "agent": {
@@ -91,7 +92,7 @@ def make_run(tmp_path):
                 for name in stages
             },
         }  # fmt: skip
-        write_files(run, results, settings, command)
+        write_files(run, results, settings)
         return run
 
     return make
@@ -164,6 +165,12 @@ def test_limits_that_are_no_numbers_draw_no_line(make_run):
     callback = {"class_path": "Mine", "init_args": {"max_rejected": float("inf"), "max_reward_drift": "much"}}
     text = text_of(make_run(settings={"stages": {"agent": {"callbacks": [callback]}}}))
     assert "rejected fraction 0.125 0.1 reward drift" in text
+
+
+def test_each_reason_to_drop_a_step_has_a_colour_of_its_own():
+    logged = {f"synthetic/{name}": ([0, 10], [1.0, 2.0]) for name in (*FATES, *(drift for drift, *_ in DRIFTS))}
+    stacked = next(iter(imagined_figures(logged, {}).values()))
+    assert len(set(re.findall(r"fill: (#\w+)", stacked)) - {"#ffffff"}) == len(FATES) - 1
 
 
 def test_half_a_row_of_a_killed_run_is_left_out(tmp_path):
