@@ -71,6 +71,9 @@ class RegenerateRollouts(EveryNUpdates):
             (0, 1], of held-out real transitions; None keeps all.
         max_forward_disagreement: Drop steps on which the forward models disagree more than on this quantile, in (0, 1],
             of held-out real transitions; None keeps all.
+        pessimism: Lower the reward of each step by so many standard deviations of the data's rewards per unit of the
+            forward models' disagreement (MOPO, arXiv 2005.13239): a policy that leaves the data meets what the models
+            do not know.
         noising: Noise recorded segments by this part of the sampler's steps, in (0, 1], and denoise them under the
             target return; None begins with noise alone.
         max_rejected: Warn if more than this fraction of the imagined steps is dropped, in [0, 1]. Steps after an
@@ -101,6 +104,7 @@ class RegenerateRollouts(EveryNUpdates):
         max_disagreement: float | None = None,
         max_inconsistency: float | None = None,
         max_forward_disagreement: float | None = None,
+        pessimism: float = 0.0,
         noising: float | None = None,
         max_rejected: float = 0.5,
         max_reward_drift: float = 1.0,
@@ -114,7 +118,7 @@ class RegenerateRollouts(EveryNUpdates):
         for name, value in drifts.items():
             require(f"{self.key}.{name}", value, value >= 0, "at least 0")
         self.rollouts, self.seed, self.labels, self.noising = rollouts, seed, labels, noising
-        self.imagination = imagination
+        self.imagination, self.pessimism = imagination, pessimism
         self.starts, self.first_action, self.first_action_noise = starts, first_action, first_action_noise
         self.target_return = LiftedReturn() if target_return is None else target_return
         self.value_expansion, self.discount = value_expansion, discount
@@ -129,7 +133,8 @@ class RegenerateRollouts(EveryNUpdates):
         """Names the models to imagine with."""
         asked = {"imagination": self.imagination == "ensemble", "labels": self.labels == "forward",
                  "max_inconsistency": self.max_inconsistency is not None,
-                 "max_forward_disagreement": self.max_forward_disagreement is not None}  # fmt: skip
+                 "max_forward_disagreement": self.max_forward_disagreement is not None,
+                 "pessimism": self.pessimism > 0}  # fmt: skip
         for name in (name for name, holds in asked.items() if holds):
             expected = f"at least 1, as {self.key}.{name} asks the forward models"
             has = getattr(world_model, "forward_model", None) is not None
@@ -150,7 +155,7 @@ class RegenerateRollouts(EveryNUpdates):
         kind = EnsembleSynthesizer if self.imagination == "ensemble" else Synthesizer
         return kind(
             *self._models, starts, self.guidance, self.labels, statistics.bounds(self.margin), self.max_disagreement,
-            inconsistency, disagreement, self.noising,
+            inconsistency, disagreement, self.pessimism * statistics.reward_deviation, self.noising,
         )  # fmt: skip
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -217,7 +222,7 @@ class RegenerateRollouts(EveryNUpdates):
 
 def check_synthesis(callback: RegenerateRollouts, prefix: str = "") -> None:
     """Raises a UserError where the settings that say how to imagine do not fit; ``prefix`` is for its message."""
-    for name in ("margin", "first_action_noise"):
+    for name in ("margin", "first_action_noise", "pessimism"):
         require(prefix + name, getattr(callback, name), getattr(callback, name) >= 0, "at least 0")
     for name in ("max_inconsistency", "max_forward_disagreement", "noising"):
         value = getattr(callback, name)

@@ -202,7 +202,9 @@ def test_real_rows_do_not_depend_on_the_synthetic_ones(dataset, fraction):
 def test_a_smaller_refill_leaves_no_old_rows(dataset):
     data = module(dataset, synthetic_fraction=1.0)
     data.refill(synthetic(20, reward=-1.0))
+    storage = data.synthetic.rewards.untyped_storage().data_ptr()
     data.refill(synthetic(7, reward=-2.0))
+    assert data.synthetic.rewards.untyped_storage().data_ptr() == storage
     assert len(data.synthetic) == 7
     drawn = torch.cat([batch.observations[..., 0].flatten() for batch in data.mixed_loader(60)])
     rewards = torch.cat([batch.rewards.flatten() for batch in data.mixed_loader(60)])

@@ -6,7 +6,7 @@ from small_world_model import model
 
 from dawm.data.module import TransitionDataModule
 from dawm.inverse_dynamics import InferredActions
-from dawm.synthesis.guards import forward_quantiles
+from dawm.synthesis.guards import Bounds, forward_quantiles
 from dawm.synthesis.rollouts import Synthesizer
 from dawm.world_model import Imagined
 
@@ -116,6 +116,20 @@ def test_an_unfamiliar_step_and_its_tail_are_dropped_and_counted():
     assert made.lengths.tolist() == [3, 1]
     assert made.counts["unfamiliar"] == 2
     assert rollouts(world_model, path, max_forward_disagreement=0.31).counts["unfamiliar"] == 0
+
+
+def test_pessimism_lowers_rewards_where_the_forward_models_disagree():
+    """By 10 x 0.3 where the second observation is above 1, whatever the range of the rewards."""
+    path = true_path([[0.0, 0.0], [0.0, 0.9]])
+    world_model = imagining(path, disagreement=lambda observations: 0.3 * (observations[:, 1] > 1))
+    bounds = Bounds((torch.full((2,), -9.0), torch.full((2,), 9.0)), (torch.tensor(-1.0), torch.tensor(1.0)))
+    plain, lowered = (
+        rollouts(world_model, path, labels="forward", bounds=bounds, pessimism=by).steps().rewards for by in (0.0, 10.0)
+    )
+    torch.testing.assert_close(plain - lowered, torch.tensor([[0.0, 0.0, 0.0], [0.0, 3.0, 0.0]]))
+    made = rollouts(world_model, path, pessimism=10.0)  # of the world model's own rewards, too
+    assert made.steps().rewards[1].tolist() == pytest.approx([-99, -102, -99])
+    assert made.lengths.tolist() == [3, 3]
 
 
 def test_limits_are_quantiles_of_held_out_real_transitions(dataset):

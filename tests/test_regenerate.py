@@ -427,7 +427,8 @@ def test_without_models_it_says_what_is_missing(data, make_trainer, recorder):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"labels": "forward"}, {"max_inconsistency": 1.0}, {"max_forward_disagreement": 1}]
+    "setting",
+    [{"labels": "forward"}, {"max_inconsistency": 1.0}, {"max_forward_disagreement": 1}, {"pessimism": 1.0}],
 )
 def test_what_asks_forward_models_needs_some(setting):
     with pytest.raises(
@@ -440,7 +441,7 @@ def test_what_asks_forward_models_needs_some(setting):
     "setting",
     [{"every_n_steps": 0}, {"rollouts": 0}, {"margin": -0.1}, {"max_rejected": 1.1}, {"max_rejected": -0.1},
      {"max_rejected": NAN}, {"max_reward_drift": -1.0}, {"max_termination_drift": -0.1}, {"first_action_noise": -0.1},
-     {"max_inconsistency": 0.0}, {"max_forward_disagreement": 1.1}],
+     {"max_inconsistency": 0.0}, {"max_forward_disagreement": 1.1}, {"pessimism": -1.0}],
 )  # fmt: skip
 def test_mistakes_name_the_setting(setting):
     with pytest.raises(UserError, match=next(iter(setting))):

@@ -46,8 +46,11 @@ class Mixture:
             self.real = self.real.to(device)
 
     def refill(self, *blocks: Transitions) -> None:
-        """Replaces the synthetic rows: one block for all agents, or one for each."""
-        self._synthetic = torch.cat([block.pack() for block in blocks]).to(self.device)
+        """Replaces the synthetic rows in place: one block for all agents, or one for each."""
+        rows = torch.cat([block.pack() for block in blocks]).to(self.device)
+        if len(self._synthetic) < len(rows) or self._synthetic.shape[1] != rows.shape[1]:
+            self._synthetic = torch.empty_like(rows)
+        self._synthetic[: len(rows)].copy_(rows)
         self._counts = [len(block) for block in blocks]
 
     def _blocks(self, agents: int) -> list[tuple[int, int]]:
@@ -60,7 +63,7 @@ class Mixture:
     @property
     def synthetic(self) -> Transitions:
         """The synthetic rows now in use (views), fields of shape (M, ...)."""
-        return Transitions.unpack(self._synthetic, *self._sizes)
+        return Transitions.unpack(self._synthetic[: sum(self._counts)], *self._sizes)
 
     def gather(self, rows: Tensor) -> Transitions:
         """Real rows by number, on the training device, fields of shape (*rows.shape, ...)."""

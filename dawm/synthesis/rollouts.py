@@ -131,6 +131,7 @@ class Synthesizer:
         max_disagreement: Largest disagreement of the inverse dynamics to accept; None accepts all.
         max_inconsistency: Largest distance from the forward models' prediction to accept; None accepts all.
         max_forward_disagreement: Largest disagreement of the forward models to accept; None accepts all.
+        pessimism: How much rewards are lowered per unit of the forward models' disagreement, in the rewards' own unit.
         noising: Part of the sampler's steps by which recorded segments are noised and denoised; None begins with noise.
     """
 
@@ -143,6 +144,7 @@ class Synthesizer:
     max_disagreement: float | None = None
     max_inconsistency: float | None = None
     max_forward_disagreement: float | None = None
+    pessimism: float = 0.0
     noising: float | None = None
 
     def draw(self, data: TransitionDataModule, count: int, seed: int) -> tuple[Start, Tensor | None]:
@@ -169,8 +171,9 @@ class Synthesizer:
         return self.judge(self.imagine(start, generator, x))
 
     def unfiltered(self) -> Self:
-        """The same without its filters: what is finite and not after an imagined end is kept."""
-        return replace(self, bounds=None, max_disagreement=None, max_inconsistency=None, max_forward_disagreement=None)
+        """The same without filters and pessimism: what is finite and not after an imagined end is kept as it is."""
+        without = dict.fromkeys(("bounds", "max_disagreement", "max_inconsistency", "max_forward_disagreement"))
+        return replace(self, **without, pessimism=0.0)
 
     @torch.no_grad()
     def imagine(self, start: Start, generator: torch.Generator | None = None, x: Tensor | None = None) -> Drawn:
@@ -211,6 +214,8 @@ class Synthesizer:
             kept = kept & fine
         counts["kept"] = int(kept.sum())
         terminations = (ends > 0.5).float()
+        if self.pessimism:
+            rewards = rewards - self.pessimism * drawn.unfamiliarity
         return Rollouts(drawn.path, drawn.actions, rewards, following, terminations, kept.sum(dim=1), counts)
 
     def _draw(self, generator: torch.Generator | None, start: Start, x: Tensor | None) -> Drawn:
@@ -226,7 +231,8 @@ class Synthesizer:
             all_actions[:, 0], uncertainty[:, 1:] = start[1], disagreement[:, 1:]
         nothing = torch.zeros_like(rewards)
         drawn = Drawn(path, all_actions, after, rewards, ends, ends, uncertainty, nothing, nothing)
-        if self.labels == "imagined" and self.max_inconsistency is None and self.max_forward_disagreement is None:
+        limits = self.max_inconsistency, self.max_forward_disagreement
+        if self.labels == "imagined" and limits == (None, None) and not self.pessimism:
             return drawn
         forward_model, codec = self.world_model.forward_model, self.world_model.codec
         assert forward_model is not None
