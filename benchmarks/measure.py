@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dawm.cli.comparison_page import markdown
+from dawm.cli.html import processor
 from dawm.nn.matmul import prefer_onednn
 from dawm.nn.memory import keep_freed_memory
 
@@ -131,14 +132,6 @@ def report(question: str, command: str, tables: Sequence[tuple[str, Sequence[str
     head = f"# {question}\n\n`{command}`, {today}\n\n{hardware()}\n\n{versions()}\n\n{notes}\n\n"
     path.write_text(re.sub(r"\n{3,}", "\n\n", head + "\n".join(markdown(*table) for table in tables)))
     console.print(f"written to {path}", soft_wrap=True)
-
-
-def processor() -> str:
-    try:
-        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def hardware() -> str:

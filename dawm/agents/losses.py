@@ -17,16 +17,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "advantage_weights",
-    "behaviour_cloning_loss",
-    "critic_loss",
-    "expectile_loss",
-    "gaussian_log_likelihood",
-    "masked",
-    "policy_improvement_weight",
-    "smoothed_actions",
-    "td_target",
-]
+    "advantage_weights", "behaviour_cloning_loss", "critic_loss", "expectile_loss", "gaussian_log_likelihood", "masked",
+    "policy_improvement_weight", "smoothed_actions", "td_target",
+]  # fmt: skip
 
 
 def td_target(

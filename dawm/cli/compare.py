@@ -9,90 +9,28 @@ what is missing.
 import hashlib
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from rich.console import Console
 
 from dawm import __version__
+from dawm.cli.cells import LAYOUT, Cell, read_result, slug
 from dawm.cli.comparison import Comparison
 from dawm.cli.comparison_page import show_comparison, write_comparison
-from dawm.cli.html import hardware, versions
 from dawm.cli.launchers import LAUNCHERS
 from dawm.cli.messages import Parser, as_user_error
-from dawm.cli.report import read_results
 from dawm.cli.settings import parse_fit
-from dawm.data.sources.scores import ReferenceScores
 from dawm.errors import UserError, require
 from dawm.files import expanded, writable, write_whole
 from dawm.training.build import import_class, parameters_of, sources_of
-from dawm.training.checkpoints import read_checkpoint
 from dawm.training.ranks import only_run_in
 
-__all__ = ["Cell", "compare", "make_compare_parser"]
+__all__ = ["compare", "make_compare_parser"]
 
 GRID = "compare.json"  # in the folder of a comparison: what belongs to it, in order
 OWN = ("--seeds", "--data.dataset", "--output_dir", "--stages_dir", "--wait")  # of a cell, set by the comparison
-LAYOUT = 2  # of a result; one of another layout is collected again from its run, whose stages are reused
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One ``fit`` of a comparison."""
-
-    method: str  # name of its config, or names joined by +
-    dataset: str
-    number: int  # of the cells of this method and data set; the seed of its data split and networks
-    options: tuple[str, ...]  # of ``fit``
-    key: str  # of the settings; a result of others is not reused
-    folder: Path  # of the comparison
-    index: int  # among all cells
-    imagines: bool  # whether it trains models to imagine with
-    cost: int  # agents' and models' updates, by which the longest cells come first
-
-    @property
-    def name(self) -> str:
-        """Names the cell's files."""
-        return f"{self.method}/{_slug(self.dataset)}/{self.number}"
-
-    @property
-    def result(self) -> Path:
-        """Its JSON file."""
-        return self.folder / "results" / f"{self.name}.json"
-
-    @property
-    def run(self) -> Path:
-        """Its run's folder."""
-        return self.folder / "runs" / self.name
-
-    @property
-    def log(self) -> Path:
-        """What its ``fit`` prints."""
-        return self.run / "fit.log"
-
-    @property
-    def models(self) -> str:
-        """Names the models that it may have in common with other cells."""
-        return f"{self.dataset} {self.number}" if self.imagines else self.name
-
-    def command(self) -> list[str]:
-        """The ``fit`` that trains it."""
-        own = ["--output_dir", str(self.run), "--stages_dir", str(self.folder / "stages" / _slug(self.dataset))]
-        return [sys.executable, "-m", "dawm", "fit", *self.options, *own, "--wait", "true"]
-
-    def done(self) -> bool:
-        """Whether there is a result of these settings."""
-        return _read_result(self.result, self.key) is not None
-
-    def collect(self, seconds: float) -> None:
-        """Writes the result of a finished run, whose last start took so long."""
-        self.result.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.result, json.dumps(_result(self, seconds), indent=1) + "\n")
 
 
 def make_compare_parser() -> Parser:
@@ -171,27 +109,18 @@ def _read(folder: Path, note: str) -> Comparison:
         grid = json.loads((folder / GRID).read_text())
     except OSError:
         raise UserError(f"--output_dir: got {folder}, expected the folder of a comparison; name one") from None
-    found = [_read_result(folder / "results" / f"{name}.json", key) for name, key in grid["keys"].items()]
+    found = [read_result(folder / "results" / f"{name}.json", key) for name, key in grid["keys"].items()]
     return Comparison(
         [result for result in found if result is not None], grid["methods"], grid["datasets"], note or grid["note"],
         grid["command"], len(found),
     )  # fmt: skip
 
 
-def _read_result(path: Path, key: str) -> dict[str, Any] | None:
-    """A cell's result, if there is one of these settings."""
-    try:
-        result = json.loads(path.read_text())
-        return result if result["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _cells(options: Namespace, further: Sequence[str], folder: Path) -> list[Cell]:
     """All cells, once the settings of each method were parsed."""
     names = [_name(path) for path in options.methods]
     require("methods", names, len(set(names)) == len(names), "files of different names", "rename one")
-    slugs = {_slug(dataset) for dataset in options.datasets}
+    slugs = {slug(dataset) for dataset in options.datasets}
     require("datasets", options.datasets, len(slugs) == len(options.datasets), "different names", "rename one")
     cells: list[Cell] = []
     for path, method in zip(options.methods, names):
@@ -220,35 +149,6 @@ def _cells(options: Namespace, further: Sequence[str], folder: Path) -> list[Cel
     return cells
 
 
-def _result(cell: Cell, seconds: float) -> dict[str, Any]:
-    """What is kept of a finished run: scores and returns of every seed, curves, and where the time went."""
-    results = read_results(cell.run)
-    agent, reference = results["agent"], results["data"].get("reference")
-    returns = agent["returns"] if isinstance(agent["returns"][0], list) else [agent["returns"]]
-    scored = (lambda value: value) if reference is None else ReferenceScores(**reference).normalize
-    states = read_checkpoint(Path(results["stages"]["agent"]["checkpoint"])).get("callbacks", {})
-    callbacks = {name.partition("{")[0]: s for name, s in states.items() if isinstance(s, dict) and "last_step" in s}
-    history = [entry for state in callbacks.values() for entry in state.get("history", []) if "returns" in entry]
-    return {
-        "key": cell.key, "method": cell.method, "dataset": cell.dataset, "number": cell.number,
-        "agent": agent["class"], "updates": results["stages"]["agent"]["steps"], "data": results["data"],
-        "imagines": cell.imagines, "unit": "score" if reference else "return",
-        "scores": [scored(sum(each) / len(each)) for each in returns], "returns": returns,
-        "curve": [{"step": e["step"], "scores": [scored(value) for value in e["returns"]]} for e in history],
-        "seconds": _seconds(results, {name: state["seconds"] for name, state in callbacks.items()}, seconds),
-        "command": shlex.join(cell.command()), "versions": dict(versions()), "hardware": hardware(),
-        "settings": yaml.safe_load((cell.run / "config.yaml").read_text()),
-    }  # fmt: skip
-
-
-def _seconds(results: Mapping[str, Any], callbacks: Mapping[str, float], whole: float) -> dict[str, float]:
-    """Where a cell's time went; of one that was resumed, all of its agent's training and the rest of the last start."""
-    trained = {n: stage["seconds"] for n, stage in results["stages"].items() if n == "agent" or not stage["reused"]}
-    parts = {"updates": max(0.0, trained.pop("agent") - sum(callbacks.values())), **callbacks, **results["seconds"]}
-    parts |= {name.replace("_", " "): value for name, value in trained.items()}
-    return {**parts, "start and files": max(0.0, whole - sum(parts.values()))}
-
-
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     """Options of ``compare``, and those of ``fit``: what it does not know, and all that follows ``--``."""
     known = {option for action in make_compare_parser()._actions for option in action.option_strings}
@@ -266,7 +166,3 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _name(paths: str) -> str:
     return "+".join(Path(path).stem for path in paths.split("+"))
-
-
-def _slug(dataset: str) -> str:
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in dataset)

@@ -21,7 +21,7 @@ from dawm import __version__
 from dawm.cli.curves import DRIFTS, Curve, imagined_figures, learning_figures, read_logs
 from dawm.files import write_whole
 
-__all__ = ["figures", "hardware", "page", "section", "table", "versions", "write_report"]
+__all__ = ["figures", "hardware", "page", "processor", "section", "table", "versions", "write_report"]
 
 LIBRARIES = ("torch", "lightning", "gymnasium", "minari", "mujoco", "numpy")
 
@@ -143,12 +143,16 @@ def versions() -> list[tuple[str, str]]:
     return [("dawm", __version__), ("python", platform.python_version()), *libraries]
 
 
-def hardware() -> str:
-    """Processor, cores and GPU of this machine, in one line."""
+def processor() -> str:
+    """This machine's processor."""
     try:
         names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
         names = []
-    processor = (*names, platform.processor() or platform.machine())[0]
+    return (*names, platform.processor() or platform.machine())[0]
+
+
+def hardware() -> str:
+    """Processor, cores and GPU of this machine, in one line."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ", ".join([f"{processor}, {os.cpu_count()} cores", *(gpus or ["no GPU"]), platform.platform()])
+    return ", ".join([f"{processor()}, {os.cpu_count()} cores", *(gpus or ["no GPU"]), platform.platform()])

@@ -13,13 +13,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
 
+from dawm.cli.cells import Cell
 from dawm.errors import UserError
 from dawm.files import write_whole
 
@@ -32,22 +32,7 @@ START = "--- started "  # in a cell's log, before what each start of its `fit` p
 JOBS = "compare.jobs"  # in the folder of a comparison: SLURM's numbers of the jobs submitted
 
 
-class Work(Protocol):
-    """A cell, as far as a launcher needs it."""
-
-    name: str
-    folder: Path
-    run: Path
-    log: Path
-    cost: int
-    models: str
-
-    def command(self) -> list[str]: ...  # noqa: D102
-    def done(self) -> bool: ...  # noqa: D102
-    def collect(self, seconds: float) -> None: ...  # noqa: D102
-
-
-def train(cell: Work, folder: str) -> str | None:
+def train(cell: Cell, folder: str) -> str | None:
     """Runs one cell to its end in a current folder, with one thread; the reason if it failed."""
     os.chdir(folder)
     for _ in range(RETRIES + 1):
@@ -62,10 +47,10 @@ def train(cell: Work, folder: str) -> str | None:
     return _finish(cell, code, time.monotonic() - start)
 
 
-def run_locally(cells: Sequence[Any], workers: int, command: Sequence[str], console: Console) -> dict[str, str]:
+def run_locally(cells: Sequence[Cell], workers: int, command: Sequence[str], console: Console) -> dict[str, str]:
     """So many cells at once on this machine, one thread each; one that is killed starts again and resumes."""
-    waiting, failed = list(cells), dict[str, str]()
-    running, kills = dict[subprocess.Popen, tuple[Any, float]](), Counter[str]()
+    waiting, kills = list(cells), Counter[str]()
+    running = dict[subprocess.Popen, tuple[Cell, float]]()
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`
     progress = Progress(cells, console)
     try:
@@ -82,23 +67,21 @@ def run_locally(cells: Sequence[Any], workers: int, command: Sequence[str], cons
                 if _was_killed(code) and kills[cell.name] <= RETRIES:
                     waiting.insert(0, cell)
                     continue
-                error = _finish(cell, code, time.monotonic() - start)
-                failed |= {} if error is None else {cell.name: error}
-                progress.ended(cell, error)
+                progress.ended(cell, _finish(cell, code, time.monotonic() - start))
             progress.show([cell for cell, _ in running.values()])
     finally:
         progress.close()
         _stop(running)
         signal.signal(signal.SIGTERM, handler)
-    return failed
+    return progress.failed
 
 
-def _pick(waiting: list[Any], busy: set[str]) -> Any:
+def _pick(waiting: list[Cell], busy: set[str]) -> Cell:
     """Takes the next cell, if possible one that does not wait for models that another one is training."""
     return waiting.pop(next((number for number, cell in enumerate(waiting) if cell.models not in busy), 0))
 
 
-def run_on_ray(cells: Sequence[Any], workers: int, command: Sequence[str], console: Console) -> dict[str, str]:
+def run_on_ray(cells: Sequence[Cell], workers: int, command: Sequence[str], console: Console) -> dict[str, str]:
     """One task for each cell on a Ray cluster (its address from ``RAY_ADDRESS``, else a local one of so many workers).
 
     A task whose worker dies is started again, and goes on from the cell's last checkpoint. The folder of the comparison
@@ -112,7 +95,7 @@ def run_on_ray(cells: Sequence[Any], workers: int, command: Sequence[str], conso
     if started:
         os.environ.setdefault("RAY_worker_niceness", "0")  # of a local one; Ray's own default is a low priority
         ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else workers, include_dashboard=False)
-    progress, failed = Progress(cells, console), dict[str, str]()
+    progress = Progress(cells, console)
     error: str | None
     try:
         task = ray.remote(num_cpus=1, max_retries=RETRIES)(train)
@@ -125,17 +108,16 @@ def run_on_ray(cells: Sequence[Any], workers: int, command: Sequence[str], conso
                     error = ray.get(reference)
                 except ray.exceptions.RayError as problem:
                     error = f"its worker died {RETRIES + 1} times ({type(problem).__name__}; log: {cell.log})"
-                failed |= {} if error is None else {cell.name: error}
                 progress.ended(cell, error)
             progress.show([cell for cell in tasks.values() if cell.log.exists()])
     finally:
         progress.close()
         if started:
             ray.shutdown()
-    return failed
+    return progress.failed
 
 
-def submit_to_slurm(cells: Sequence[Any], workers: int, command: Sequence[str], console: Console) -> dict[str, str]:
+def submit_to_slurm(cells: Sequence[Cell], workers: int, command: Sequence[str], console: Console) -> dict[str, str]:
     """Writes an array job with one task for each cell, and submits it where there is ``sbatch``.
 
     The same command again shows what is finished, and submits what is not, unless it is still in the queue.
@@ -174,7 +156,7 @@ exec {line.replace("'$SLURM_ARRAY_TASK_ID'", '"$SLURM_ARRAY_TASK_ID"')}
     return {}
 
 
-LAUNCHERS: dict[str, Callable[[Sequence[Any], int, Sequence[str], Console], dict[str, str]]] = {
+LAUNCHERS: dict[str, Callable[[Sequence[Cell], int, Sequence[str], Console], dict[str, str]]] = {
     "local": run_locally,
     "ray": run_on_ray,
     "slurm": submit_to_slurm,
@@ -184,20 +166,22 @@ LAUNCHERS: dict[str, Callable[[Sequence[Any], int, Sequence[str], Console], dict
 class Progress:
     """How far a comparison is: a line as each cell ends, a live one on a terminal, elsewhere one each half minute."""
 
-    def __init__(self, cells: Sequence[Any], console: Console) -> None:
+    def __init__(self, cells: Sequence[Cell], console: Console) -> None:
         self.count, self.cost, self.console = len(cells), sum(cell.cost for cell in cells), console
         self.ended_count = self.ended_cost = 0
+        self.failed: dict[str, str] = {}  # cells, and why
         self.start = self.last = time.monotonic()
         self.live = console.status("starting") if console.is_terminal else None
         if self.live is not None:
             self.live.start()
 
-    def ended(self, cell: Work, error: str | None) -> None:
+    def ended(self, cell: Cell, error: str | None) -> None:
         """A cell has ended."""
         self.ended_count, self.ended_cost = self.ended_count + 1, self.ended_cost + cell.cost
+        self.failed |= {} if error is None else {cell.name: error}
         self._print(f"{cell.name} {'done' if error is None else 'failed: ' + error}; {self._counts()}")
 
-    def show(self, running: Sequence[Work]) -> None:
+    def show(self, running: Sequence[Cell]) -> None:
         """What runs."""
         if self.live is None and time.monotonic() - self.last < LINES:
             return
@@ -231,7 +215,7 @@ def _clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _start(cell: Work) -> subprocess.Popen:
+def _start(cell: Cell) -> subprocess.Popen:
     cell.run.mkdir(parents=True, exist_ok=True)
     with cell.log.open("ab") as log:
         log.write(f"{START}{datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
@@ -247,7 +231,7 @@ def _was_killed(code: int) -> bool:
     return code < 0 or code == 130
 
 
-def _finish(cell: Work, code: int, seconds: float) -> str | None:
+def _finish(cell: Cell, code: int, seconds: float) -> str | None:
     """Collects the result of a process that has ended; the reason if there is none."""
     if code == 0:
         cell.collect(seconds)
@@ -259,7 +243,7 @@ def _finish(cell: Work, code: int, seconds: float) -> str | None:
     return f"{reason} (log: {cell.log})"
 
 
-def _stop(processes: Any) -> None:
+def _stop(processes: Collection[subprocess.Popen]) -> None:
     """Ends what still runs, with a signal at which `fit` writes a checkpoint."""
     for process in processes:
         if process.poll() is None:

@@ -47,29 +47,26 @@ def main(args: Sequence[str] | None = None) -> int:
             config = make_parser().parse_args(args)
         return _run(config, console)
     except UserError as error:
-        errors.print(f"error: {one_line(str(error))}", style="bold red", markup=False, highlight=False)
-        return 2
+        line, code = f"error: {one_line(str(error))}", 2
     except Interrupted as stop:
-        errors.print(f"interrupted: {stop}", style="bold", markup=False, highlight=False)
-        return 130
+        line, code = f"interrupted: {stop}", 130
     except RuntimeError as error:
         if "find_unused_parameters" in str(error):  # a module that takes several backward passes of its own
             line = "got ddp, expected ddp_find_unused_parameters_true for a module of several backward passes; set it"
-            errors.print(f"error: --trainer.strategy: {line}", style="bold red", highlight=False)
-            return 2
-        if not is_lost_connection(error):
+            line, code = f"error: --trainer.strategy: {line}", 2
+        elif is_lost_connection(error):
+            line, code = "stopped, because another process of this run ended; its own error, if it had one, is above", 1
+        else:
             raise
-        errors.print("stopped, because another process of this run ended; its own error, if it had one, is above")
-        return 1
     except OSError as error:
         if error.filename is None:
             raise
         line = f"got {error.filename} ({error.strerror}), expected a file to read or write; mend it, or name another"
-        errors.print(f"error: {one_line(line)}", style="bold red", markup=False, highlight=False)
-        return 2
+        line, code = f"error: {one_line(line)}", 2
     except KeyboardInterrupt:
-        errors.print("interrupted", style="bold")
-        return 130
+        line, code = "interrupted", 130
+    errors.print(line, style="bold red" if code == 2 else "bold", markup=False, highlight=False)
+    return code
 
 
 class Command(NamedTuple):

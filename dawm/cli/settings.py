@@ -40,6 +40,8 @@ STAGES = tuple(MODULES)
 SHARED = ("horizon", "discount", "seeds")
 """Numbers that are handed to every constructor with a parameter of that name, like the sizes of the data."""
 HIGHEST = 2**63 - 1  # of the numbers that torch can count to, seeds among them
+RANGES = {"horizon": (1, HIGHEST), "discount": (0, 1), "seeds": (1, HIGHEST), "seed_everything": (-HIGHEST, HIGHEST),
+          "final_episodes": (1, HIGHEST)}  # fmt: skip
 GROUPS = ("data", "trainer", "stages", "stages.world_model", "stages.inverse_dynamics", "stages.agent", *MODULES)
 
 # some callbacks of Lightning have members of an enumeration as defaults
@@ -126,9 +128,7 @@ def parse_fit(args: Sequence[str]) -> Settings:
     config = parser.parse_args([*DEFAULTS, *_forgetting_replaced_lists(args)])
     config.pop("config", None)
     check_groups(config.as_dict(), GROUPS)
-    for name in (*SHARED, "seed_everything", "final_episodes"):
-        lowest = {"seed_everything": -HIGHEST, "discount": 0}.get(name, 1)
-        highest = 1 if name == "discount" else HIGHEST
+    for name, (lowest, highest) in RANGES.items():
         holds = config[name] is not None and lowest <= config[name] <= highest
         require(name, config[name], holds, f"a number from {lowest} to {highest}")
     _share(config, parser.given)

@@ -42,9 +42,9 @@ from dawm.training.checkpoints import ORIGIN, read_checkpoint
 __all__ = ["load_synthesizer", "synthesize_dataset"]
 
 SETTINGS = (
-    *("starts", "imagination", "first_action", "first_action_noise", "target_return", "guidance", "labels", "margin"),
-    *("max_disagreement", "max_inconsistency", "max_forward_disagreement", "noising", "value_expansion"),
-)
+    "starts", "imagination", "first_action", "first_action_noise", "target_return", "guidance", "labels", "margin",
+    "max_disagreement", "max_inconsistency", "max_forward_disagreement", "noising", "value_expansion",
+)  # fmt: skip
 """What the metadata say of `RegenerateRollouts`."""
 FEWEST = 256  # starts of a chunk: the last ones, which make up for dropped steps, are not worth making smaller
 
@@ -127,15 +127,11 @@ def load_synthesizer(
         num_steps: Steps of the sampler; None keeps the run's.
         device: Where to imagine: cpu, cuda, ...; auto takes a GPU if there is one.
     """
+    chosen = {name: value for name, value in locals().items() if name in SETTINGS and value is not None}
     require("num_steps", num_steps, num_steps is None or num_steps >= 1, "at least 1")
-    options = {"target_return": target_return, "guidance": guidance, "margin": margin, "labels": labels,
-               "max_disagreement": max_disagreement, "starts": starts, "first_action": first_action,
-               "first_action_noise": first_action_noise, "max_inconsistency": max_inconsistency,
-               "max_forward_disagreement": max_forward_disagreement}  # fmt: skip
     place = _device(device)
     stages = read_results(run)["stages"]
     data, callback, unchosen = _read_settings(run / "config.yaml")
-    chosen = {key: value for key, value in options.items() if value is not None}
     for key, value in chosen.items():
         setattr(callback, key, value)
     check_synthesis(callback)
@@ -150,14 +146,12 @@ def load_synthesizer(
     sampler = synthesizer.world_model.sampler
     sampler.num_steps = num_steps or sampler.num_steps
     described = {
-        **{"dawm": __version__, "run": str(run), "dataset": data.episodes.name},
-        **{"fingerprint": data.episodes.fingerprint, **hashes},
-        **{"horizon": synthesizer.world_model.horizon, "device": place.type},
-        **{key: _described(getattr(callback, key)) for key in SETTINGS},
-        "sampler": _described(sampler),
+        "dawm": __version__, "run": str(run), "dataset": data.episodes.name, "fingerprint": data.episodes.fingerprint,
+        **hashes, "horizon": synthesizer.world_model.horizon, "device": place.type,
+        **{key: _described(getattr(callback, key)) for key in SETTINGS}, "sampler": _described(sampler),
         "chosen_by": {key: "option" if key in chosen else unchosen for key in SETTINGS}
         | {"num_steps": "run" if num_steps is None else "option"},
-    }
+    }  # fmt: skip
     return data, synthesizer, described
 
 

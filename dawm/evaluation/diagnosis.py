@@ -23,9 +23,9 @@ from dawm.nn.normalizer import Normalizer
 from dawm.synthesis.rollouts import Rollouts
 
 __all__ = [
-    *("Paths", "Units", "action_errors", "column_names", "distributions", "edges", "errors", "imagined_paths"),
-    *("novelty", "real_paths", "return_response", "simulated", "td_targets"),
-]
+    "Paths", "Units", "action_errors", "column_names", "distributions", "edges", "errors", "forward_errors",
+    "imagined_paths", "novelty", "real_paths", "return_response", "simulated", "td_targets",
+]  # fmt: skip
 
 Figures = dict[str, Any]  # by name, tensors or further figures
 

@@ -21,9 +21,9 @@ from dawm.files import hash_of
 from dawm.training.checkpoints import ORIGIN, read_checkpoint
 
 __all__ = [
-    *("SIZES", "build_logger", "build_module", "import_class", "load_module", "parameters_of", "restore_module"),
+    "SIZES", "build_logger", "build_module", "import_class", "load_module", "parameters_of", "restore_module",
     "sources_of",
-]
+]  # fmt: skip
 
 SIZES = ("observation_size", "action_size")
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"

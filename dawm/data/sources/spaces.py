@@ -17,9 +17,9 @@ from torch import Tensor
 from dawm.errors import UserError, first_line
 
 __all__ = [
-    *("action_box", "environment_spaces", "environment_spec", "observation_box", "observation_leaves"),
-    *("scale_actions", "unbounded", "unscale_actions"),
-]
+    "action_box", "environment_spaces", "environment_spec", "observation_box", "observation_leaves",
+    "scale_actions", "unbounded", "unscale_actions",
+]  # fmt: skip
 
 
 def unbounded(size: int) -> gym.spaces.Box:
