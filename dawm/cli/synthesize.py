@@ -43,7 +43,7 @@ __all__ = ["load_synthesizer", "synthesize_dataset"]
 
 SETTINGS = (
     "starts", "imagination", "first_action", "first_action_noise", "target_return", "guidance", "labels", "margin",
-    "max_disagreement", "max_inconsistency", "max_forward_disagreement", "noising", "value_expansion",
+    "max_disagreement", "max_inconsistency", "max_forward_disagreement", "pessimism", "noising", "value_expansion",
 )  # fmt: skip
 """What the metadata say of `RegenerateRollouts`."""
 FEWEST = 256  # starts of a chunk: the last ones, which make up for dropped steps, are not worth making smaller
@@ -101,9 +101,9 @@ def synthesize_dataset(
 def load_synthesizer(
     run: Path, target_return: TargetReturn | None = None, guidance: float | None = None, margin: float | None = None,
     max_disagreement: float | None = None, max_inconsistency: float | None = None,
-    max_forward_disagreement: float | None = None, labels: Labels | None = None, starts: RowWeights | None = None,
-    first_action: FirstAction | None = None, first_action_noise: float | None = None, num_steps: int | None = None,
-    device: str = "auto",
+    max_forward_disagreement: float | None = None, pessimism: float | None = None, labels: Labels | None = None,
+    starts: RowWeights | None = None, first_action: FirstAction | None = None, first_action_noise: float | None = None,
+    num_steps: int | None = None, device: str = "auto",
 ) -> tuple[TransitionDataModule, Synthesizer, dict[str, Any]]:  # fmt: skip
     """A finished run's data, what imagines as its agent saw it but for the options given, and all of it described.
 
@@ -119,6 +119,8 @@ def load_synthesizer(
             ones; None keeps the run's.
         max_forward_disagreement: Drop steps on which the forward models disagree more than on this quantile of held-out
             real ones; None keeps the run's.
+        pessimism: Standard deviations of the data's rewards that a reward is lowered by per unit of the forward models'
+            disagreement; None keeps the run's.
         labels: Whose next observation, reward and termination a step gets, ``imagined`` or ``forward``; None keeps the
             run's.
         starts: How often rollouts start from each real row, by weight; None keeps the run's.

@@ -172,8 +172,8 @@ class Synthesizer:
 
     def unfiltered(self) -> Self:
         """The same without filters and pessimism: what is finite and not after an imagined end is kept as it is."""
-        without = dict.fromkeys(("bounds", "max_disagreement", "max_inconsistency", "max_forward_disagreement"))
-        return replace(self, **without, pessimism=0.0)
+        return replace(self, bounds=None, max_disagreement=None, max_inconsistency=None, max_forward_disagreement=None,
+                       pessimism=0.0)  # fmt: skip
 
     @torch.no_grad()
     def imagine(self, start: Start, generator: torch.Generator | None = None, x: Tensor | None = None) -> Drawn:
