@@ -225,7 +225,7 @@ class TransitionDataModule(L.LightningDataModule):
         return self._mixture.loader(self.batch_size, self.synthetic_fraction, *chunks, self.seed, rank, seeds)
 
     def refill(self, *blocks: Transitions) -> None:
-        """Replaces the synthetic rows, fields of shape (M, ...); the next batch draws from them.
+        """Replaces the synthetic rows in place, fields of shape (M, ...); the next batch draws from them.
 
         Given one block for each of the agents trained side by side, each draws from its own.
         """
