@@ -18,9 +18,8 @@ from dawm.nn.normalizer import Normalizer
 from dawm.training.updates import cosine_decay
 
 __all__ = [
-    *("ConstantReturn", "FeasibleReturn", "LiftedReturn", "QuantileReturn", "ScaledReturn"),
-    *("Target", "TargetReturn"),
-]
+    "ConstantReturn", "FeasibleReturn", "LiftedReturn", "QuantileReturn", "ScaledReturn", "Target", "TargetReturn",
+]  # fmt: skip
 
 Target = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Targets, shape (B,), from the starts' ``s_t``, shape (B, O), ``a_t``, (B, A), and own recorded return-to-go, (B,)."""
