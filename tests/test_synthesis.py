@@ -1,3 +1,6 @@
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from dawm.data.transitions import Transitions
 from dawm.errors import UserError
 from dawm.inverse_dynamics import InferredActions
 from dawm.synthesis import rollouts as synthesis
-from dawm.synthesis.guards import Bounds, DataStatistics
+from dawm.synthesis.guards import Bounds, DataStatistics, Watch
 from dawm.synthesis.rollouts import Synthesizer
 from dawm.synthesis.targets import ConstantReturn, LiftedReturn, QuantileReturn
 from dawm.world_model import Imagined
@@ -146,6 +149,11 @@ def test_what_the_data_are_like_by_hand(write_dataset):
     assert statistics.reward_range == (100.25, 103.25)
     assert statistics[2:] == pytest.approx((101.75, 1.25**0.5, 1 / 4))
     assert [float(bound) for bound in statistics.bounds(0.1).rewards] == pytest.approx([99.95, 103.55])
+    steps = data.episodes.transitions[torch.zeros(5, dtype=torch.int64)]
+    steps = replace(steps, rewards=torch.tensor([102.0, 106, 104, 104, 104]), terminations=torch.eye(5)[4])
+    measured = Watch(statistics, {}, "key").measure(steps, Counter(kept=5))
+    assert measured["reward_drift"] == pytest.approx(2.25 / 1.25**0.5)
+    assert measured["termination_drift"] == pytest.approx(0.2 - 0.25)
 
 
 def test_uncertain_steps_take_the_later_ones_along():

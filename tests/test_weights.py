@@ -50,10 +50,11 @@ def test_the_baseline_is_least_squares_of_many_episodes_and_the_mean_where_obser
     assert same.tolist() == [1.5] * 4
 
 
-def test_the_baseline_may_learn_from_some_rows_alone():
+def test_the_baseline_is_the_same_block_by_block(monkeypatch):
     observations, returns = torch.randn(50, 3), torch.randn(50)
     rows = torch.randperm(50)[:40]
     whole = linear_regression(observations[rows], returns[rows], observations)
+    monkeypatch.setattr("dawm.data.weights.BLOCK", 7)
     torch.testing.assert_close(linear_regression(observations, returns[rows], observations, rows), whole)
 
 

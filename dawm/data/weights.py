@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dawm.data.episodes import Episodes
 from dawm.errors import require
-from dawm.nn.normalizer import Normalizer
 
 __all__ = ["AdvantageWeights", "RowWeights", "TopShare", "checked", "linear_regression"]
+
+BLOCK = 1 << 16  # rows held in double precision at once
 
 
 class RowWeights(ABC):
@@ -80,15 +81,21 @@ def linear_regression(observations: Tensor, returns: Tensor, asked: Tensor, rows
 
     Or on the ``rows``, shape (E,), of more observations. They are standardised, and the penalty is O: nothing beside
     many episodes, while few are not fitted exactly, as plain least squares would, which leaves advantages of rounding
-    errors alone.
+    errors alone. Sums are taken block by block, in double precision.
     """
-    known, size = observations if rows is None else observations[rows], observations.shape[1]
-    normalizer = Normalizer(size)
-    normalizer.fit(known)
-    inputs, returns = normalizer(known).double(), returns.double()
-    centre, ridge = returns.mean(), size * torch.eye(size, dtype=torch.float64)
-    slopes = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ (returns - centre))
-    return centre + normalizer(asked).double() @ slopes
+    rows = torch.arange(len(observations)) if rows is None else rows
+    blocks, returns = rows.split(BLOCK), returns.double()
+    mean = torch.stack([observations[block].double().sum(dim=0) for block in blocks]).sum(dim=0) / len(rows)
+    size, centre = observations.shape[1], returns.mean()
+    products, towards = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    for block, targets in zip(blocks, returns.split(BLOCK)):
+        inputs = observations[block].double() - mean
+        products += inputs.T @ inputs
+        towards += inputs.T @ (targets - centre)
+    std = (products.diagonal() / len(rows)).sqrt()
+    scale = torch.where(std > 1e-9 * mean.abs(), std, torch.inf)  # one that does not vary says nothing
+    covariance = products / scale / scale.unsqueeze(-1) + size * torch.eye(size, dtype=torch.float64)
+    return centre + (asked.double() - mean) / scale @ torch.linalg.solve(covariance, towards / scale)
 
 
 def _over_rows(weights: Tensor, lengths: Tensor) -> Tensor:
