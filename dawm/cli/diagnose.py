@@ -71,8 +71,9 @@ def diagnose_run(
     imagined = diagnosis.imagined_paths(all_made, made.kept, start[2].cpu())
     rows = {"real": held_out, **imagined.rows()}
     edge, last = diagnosis.edges(made)
-    learnt = rows | {"last": imagined.steps[last], "earlier": imagined.steps[made.kept & ~last]}
-    learnt.pop("before_filters")
+    steps = made.steps()  # with the rewards that the agent learnt from, pessimism included
+    learnt = {"real": held_out, "after_filters": steps[made.kept], "last": steps[last],
+              "earlier": steps[made.kept & ~last]}  # fmt: skip
 
     parts: dict[str, Callable[[], Any]] = {
         "held_out": lambda: _against_recorded(synthesizer, real, units, noise),

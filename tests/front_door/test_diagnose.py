@@ -84,3 +84,16 @@ def test_filters_and_labels_are_judged_apart(run):
     assert fates["inconsistent"] > 0
     assert fidelity["judges_itself"]
     assert max(errors["after_filters"]["observation"]) < 1e-9 < max(errors["real"]["observation"])
+
+
+def test_pessimism_is_in_what_the_critics_learn_and_not_in_what_is_judged(run):
+    command = ["diagnose", "--run", str(run), "--rollouts", "60", "--margin", "10"]
+    found = []
+    for pessimism in ("0", "50"):
+        assert main([*command, "--pessimism", pessimism]) == 0
+        found.append(json.loads((run / "fidelity.json").read_text()))
+    plain, pessimistic = found
+    assert pessimistic["simulator"] == plain["simulator"]
+    assert pessimistic["td_targets"]["real"] == plain["td_targets"]["real"]
+    for group in ("after_filters", "earlier"):
+        assert pessimistic["td_targets"][group]["mean"] < plain["td_targets"][group]["mean"]
