@@ -73,7 +73,7 @@ class RegenerateRollouts(EveryNUpdates):
             of held-out real transitions; None keeps all.
         pessimism: Lower the reward of each step by so many standard deviations of the data's rewards per unit of the
             forward models' disagreement (MOPO, arXiv 2005.13239): a policy that leaves the data meets what the models
-            do not know.
+            do not know. In data of several behaviours that deviation is wide; the same number lowers more.
         noising: Noise recorded segments by this part of the sampler's steps, in (0, 1], and denoise them under the
             target return; None begins with noise alone.
         max_rejected: Warn if more than this fraction of the imagined steps is dropped, in [0, 1]. Steps after an
