@@ -16,7 +16,7 @@ from benchmarks import agent_update, batch_drawing, end_to_end, evaluation, grow
 from benchmarks.measure import show
 
 QUICK = {
-    agent_update: "--agents TD3+BC --updates 2 --rows 2000 --rounds 1 --shapes hopper --seeds 2",
+    agent_update: "--updates 2 --rows 2000 --rounds 1 --shapes hopper --seeds 2",
     batch_drawing: "--rows 2000 --rounds 1 --growth 1000",
     world_model_step: "--horizons 8 --batches 8 --rounds 1",
     synthesis: "--widths 16x1 --batch 4 --rounds 1",

@@ -37,7 +37,6 @@ from dawm.data.transitions import Transitions
 from dawm.nn.compiled import has_bf16
 from dawm.training.graphs import CUDAGraphs
 
-AGENTS = {"TD3+BC": (TD3BC, PlainTD3BC), "IQL": (IQL, PlainIQL)}
 SHAPES = {"hopper": (11, 3), "halfcheetah": (17, 6)}
 BATCH, CHUNK = 256, 50
 JAX = "compiled JAX"
@@ -99,7 +98,7 @@ def contestants(
 ) -> dict[str, Callable[[], int]]:
     sizes = data.observations.shape[1], data.actions.shape[1]
     packed, buffer = data.pack().to(device), PlainBuffer(data, device)
-    kind, plain_kind = AGENTS[name]
+    kind, plain_kind = {"TD3+BC": (TD3BC, PlainTD3BC), "IQL": (IQL, PlainIQL)}[name]
     plain, settings = plain_kind(*sizes, device, norm), {"critic_layer_norm": norm}
 
     def wait() -> None:
@@ -203,7 +202,6 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     parser.add_argument("--rows", type=int, default=1_000_000, help="transitions to draw from")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seeds", type=int, default=5, help="agents of the contestant with several")
-    parser.add_argument("--agents", nargs="+", choices=AGENTS, default=list(AGENTS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch; JAX takes part with one alone")
     parser.add_argument("--device", default="cpu")
@@ -215,7 +213,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     headlines, against_jax = [], []
     alone = options.device == "cpu" and options.threads == 1
     with tempfile.TemporaryDirectory() as folder, one_core() if alone else nullcontext():
-        for name, shape, norm in product(options.agents, options.shapes, (False, True)):
+        for name, shape, norm in product(("TD3+BC", "IQL"), options.shapes, (False, True)):
             data = random_data(options.rows, *SHAPES[shape])
             entries = contestants(name, norm, data, options.updates, options.device, options.seeds, folder)
             results = interleave(entries, options.rounds)

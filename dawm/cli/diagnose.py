@@ -72,7 +72,7 @@ def diagnose_run(
     rows = {"real": held_out, **imagined.rows()}
     edge, last = diagnosis.edges(made)
     steps = made.steps()  # with the rewards that the agent learnt from, pessimism included
-    learnt = {"real": held_out, "after_filters": steps[made.kept], "last": steps[last],
+    learnt = {"real": held_out, "after_filters": made.transitions(), "last": steps[last],
               "earlier": steps[made.kept & ~last]}  # fmt: skip
 
     parts: dict[str, Callable[[], Any]] = {
