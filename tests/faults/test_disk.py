@@ -35,7 +35,9 @@ def limited(config: Path, folder: Path, size: int) -> subprocess.CompletedProces
     return processes.run(["fit", "--config", str(config)], folder, limit=size)
 
 
-@pytest.mark.parametrize("size", [100, 1000, 20_000])  # the loggers' first files, TensorBoard's thread, a checkpoint
+# The loggers' first files, TensorBoard's thread, a checkpoint. What the process prints goes into a file as well: its
+# message has to fit, with a long path in it.
+@pytest.mark.parametrize("size", [300, 1000, 20_000])
 def test_files_that_may_not_grow(smoke, tmp_path, size):
     done = limited(smoke, tmp_path, size)
     assert done.returncode == 2
