@@ -71,9 +71,10 @@ class RegenerateRollouts(EveryNUpdates):
             (0, 1], of held-out real transitions; None keeps all.
         max_forward_disagreement: Drop steps on which the forward models disagree more than on this quantile, in (0, 1],
             of held-out real transitions; None keeps all.
-        pessimism: Lower the reward of each step by so many standard deviations of the data's rewards per unit of the
-            forward models' disagreement (MOPO, arXiv 2005.13239): a policy that leaves the data meets what the models
-            do not know. In data of several behaviours that deviation is wide; the same number lowers more.
+        pessimism: Lower the reward of each step by so many standard deviations of the data's rewards per unit by which
+            the forward models disagree more than on half of the held-out real transitions, so that a policy that leaves
+            the data meets what the models do not know (after MOPO, arXiv 2005.13239, which lowers by the whole of it).
+            The deviation is within episodes: that between behaviours of different quality says nothing of a step.
         noising: Noise recorded segments by this part of the sampler's steps, in (0, 1], and denoise them under the
             target return; None begins with noise alone.
         max_rejected: Warn if more than this fraction of the imagined steps is dropped, in [0, 1]. Steps after an
@@ -152,10 +153,11 @@ class RegenerateRollouts(EveryNUpdates):
         inconsistency, disagreement = forward_quantiles(
             self._models[0], data, self.max_inconsistency, self.max_forward_disagreement
         )
+        _, usual = forward_quantiles(self._models[0], data, None, 0.5 if self.pessimism else None)
         kind = EnsembleSynthesizer if self.imagination == "ensemble" else Synthesizer
         return kind(
             *self._models, starts, self.guidance, self.labels, statistics.bounds(self.margin), self.max_disagreement,
-            inconsistency, disagreement, self.pessimism * statistics.reward_deviation, self.noising,
+            inconsistency, disagreement, self.pessimism * statistics.deviation_within, usual or 0.0, self.noising,
         )  # fmt: skip
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

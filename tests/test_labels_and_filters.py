@@ -4,9 +4,10 @@ import pytest
 import torch
 from small_world_model import model
 
+from dawm.callbacks import RegenerateRollouts
 from dawm.data.module import TransitionDataModule
-from dawm.inverse_dynamics import InferredActions
-from dawm.synthesis.guards import Bounds, forward_quantiles
+from dawm.inverse_dynamics import InferredActions, InverseDynamics
+from dawm.synthesis.guards import Bounds, DataStatistics, forward_quantiles
 from dawm.synthesis.rollouts import Synthesizer
 from dawm.world_model import Imagined
 
@@ -130,6 +131,8 @@ def test_pessimism_lowers_rewards_where_the_forward_models_disagree():
     made = rollouts(world_model, path, pessimism=10.0)  # of the world model's own rewards, too
     assert made.steps().rewards[1].tolist() == pytest.approx([-99, -102, -99])
     assert made.lengths.tolist() == [3, 3]
+    made = rollouts(world_model, path, pessimism=10.0, usual_disagreement=0.1)  # 10 x (0.3 - 0.1), and not below 0
+    assert made.steps().rewards[1].tolist() == pytest.approx([-99, -101, -99])
 
 
 def test_limits_are_quantiles_of_held_out_real_transitions(dataset):
@@ -154,3 +157,8 @@ def test_limits_are_quantiles_of_held_out_real_transitions(dataset):
     assert disagreement == pytest.approx(float(rows.quantile(0.5) / 100))
     assert forward_quantiles(world_model, data, None, 1.0) == (None, pytest.approx(float(rows.max() / 100)))
     assert forward_quantiles(world_model, data, None, None) == (None, None)
+    callback = RegenerateRollouts(pessimism=3.0)  # of what is more than on half of them
+    callback.connect(world_model, InverseDynamics(2, 1))
+    statistics = DataStatistics.of(data.episodes)
+    made = callback.synthesizer(data, statistics)
+    assert (made.pessimism, made.usual_disagreement) == (3 * statistics.deviation_within, disagreement)

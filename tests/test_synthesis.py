@@ -135,19 +135,19 @@ def test_rewards_out_of_range_drop_their_step_and_the_later_ones(outlier):
 def test_bounds_leave_a_fraction_of_the_range_on_both_sides():
     """The second dimension is always 5, give or take a float's last bit: it has no range, and gets a unit's."""
     low, high = torch.tensor([-1.0, 5.0]), torch.tensor([3.0, 5.0000005])
-    statistics = DataStatistics((low, high), (torch.tensor(0.0), torch.tensor(10.0)), 5.0, 1.0, 0.1)
+    statistics = DataStatistics((low, high), (torch.tensor(0.0), torch.tensor(10.0)), 5.0, 1.0, 0.1, 1.0)
     observations, rewards = statistics.bounds(margin=0.5)
     torch.testing.assert_close(torch.stack(observations), torch.tensor([[-3.0, 4.5], [5.0, 5.5]]))
     assert rewards == (-5, 15)
 
 
 def test_what_the_data_are_like_by_hand(write_dataset):
-    """Rewards are 100.25, 101.25, 102.25 and 103.25; one of the two episodes ends with a termination."""
+    """Rewards are 100.25, 101.25 and 102.25, and 103.25 in an episode of its own, the one that does not terminate."""
     data = TransitionDataModule(write_dataset((3, 1), (True, False), first=100), horizon=1)
     statistics = DataStatistics.of(data.episodes)
     assert [bound.tolist() for bound in statistics.observation_range] == [[100, 0], [103, 1]]
     assert statistics.reward_range == (100.25, 103.25)
-    assert statistics[2:] == pytest.approx((101.75, 1.25**0.5, 1 / 4))
+    assert statistics[2:] == pytest.approx((101.75, 1.25**0.5, 1 / 4, 0.5**0.5))  # within: -1, 0, 1, and 0
     assert [float(bound) for bound in statistics.bounds(0.1).rewards] == pytest.approx([99.95, 103.55])
     steps = data.episodes.transitions[torch.zeros(5, dtype=torch.int64)]
     steps = replace(steps, rewards=torch.tensor([102.0, 106, 104, 104, 104]), terminations=torch.eye(5)[4])

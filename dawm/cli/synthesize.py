@@ -119,8 +119,8 @@ def load_synthesizer(
             ones; None keeps the run's.
         max_forward_disagreement: Drop steps on which the forward models disagree more than on this quantile of held-out
             real ones; None keeps the run's.
-        pessimism: Standard deviations of the data's rewards that a reward is lowered by per unit of the forward models'
-            disagreement; None keeps the run's.
+        pessimism: Standard deviations of the data's rewards, within episodes, that a reward is lowered by per unit by
+            which the forward models disagree more than on half of the held-out real ones; None keeps the run's.
         labels: Whose next observation, reward and termination a step gets, ``imagined`` or ``forward``; None keeps the
             run's.
         starts: How often rollouts start from each real row, by weight; None keeps the run's.

@@ -41,24 +41,34 @@ class DataStatistics(NamedTuple):
     mean_reward: float
     reward_deviation: float  # standard deviation; 1 if the reward is always the same
     termination_rate: float  # terminations per row
+    deviation_within: float  # standard deviation of rewards from their episode's mean; 1 if they do not deviate
 
     @classmethod
     def of(cls, episodes: Episodes) -> "DataStatistics":
         """Reads them from the real data."""
         low, high = (Transitions.unpack(bound, *episodes.sizes) for bound in (episodes.low, episodes.high))
-        normalizer = Normalizer(1)
-        normalizer.fit(episodes.transitions.rewards[episodes.sample_rows()].unsqueeze(-1))
+        rows = episodes.sample_rows()
+        rewards = episodes.transitions.rewards[rows]
+        of_episodes = (episodes.episode_returns / episodes.lengths)[torch.searchsorted(episodes.ends, rows, right=True)]
+        mean, deviation = _mean_and_deviation(rewards)
         return cls(
             observation_range=(low.observations, high.observations),
             reward_range=(low.rewards, high.rewards),
-            mean_reward=normalizer.mean.item(),
-            reward_deviation=normalizer.std.item(),
+            mean_reward=mean,
+            reward_deviation=deviation,
             termination_rate=episodes.terminated.sum().item() / len(episodes),
+            deviation_within=_mean_and_deviation(mean + rewards - of_episodes)[1],
         )
 
     def bounds(self, margin: float) -> Bounds:
         """The range to accept: the data's, and a margin on both sides as a fraction of it."""
         return Bounds(_widened(*self.observation_range, margin), _widened(*self.reward_range, margin))
+
+
+def _mean_and_deviation(values: Tensor) -> tuple[float, float]:
+    normalizer = Normalizer(1)
+    normalizer.fit(values.unsqueeze(-1))
+    return normalizer.mean.item(), normalizer.std.item()
 
 
 def _widened(low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor]:

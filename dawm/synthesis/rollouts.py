@@ -131,7 +131,9 @@ class Synthesizer:
         max_disagreement: Largest disagreement of the inverse dynamics to accept; None accepts all.
         max_inconsistency: Largest distance from the forward models' prediction to accept; None accepts all.
         max_forward_disagreement: Largest disagreement of the forward models to accept; None accepts all.
-        pessimism: How much rewards are lowered per unit of the forward models' disagreement, in the rewards' own unit.
+        pessimism: How much rewards are lowered, in their own unit, per unit by which the forward models disagree more
+            than ``usual_disagreement``.
+        usual_disagreement: What is not more than on recorded transitions.
         noising: Part of the sampler's steps by which recorded segments are noised and denoised; None begins with noise.
     """
 
@@ -145,6 +147,7 @@ class Synthesizer:
     max_inconsistency: float | None = None
     max_forward_disagreement: float | None = None
     pessimism: float = 0.0
+    usual_disagreement: float = 0.0
     noising: float | None = None
 
     def draw(self, data: TransitionDataModule, count: int, seed: int) -> tuple[Start, Tensor | None]:
@@ -215,7 +218,7 @@ class Synthesizer:
         counts["kept"] = int(kept.sum())
         terminations = (ends > 0.5).float()
         if self.pessimism:
-            rewards = rewards - self.pessimism * drawn.unfamiliarity
+            rewards = rewards - self.pessimism * (drawn.unfamiliarity - self.usual_disagreement).clamp(min=0)
         return Rollouts(drawn.path, drawn.actions, rewards, following, terminations, kept.sum(dim=1), counts)
 
     def _draw(self, generator: torch.Generator | None, start: Start, x: Tensor | None) -> Drawn:
