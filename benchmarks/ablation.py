@@ -64,11 +64,6 @@ def target(name: str, **settings: Any) -> Change:
     return rollouts(target_return={"class_path": name, "init_args": settings})
 
 
-def pessimistic(by: float) -> Change:
-    """Rewards lowered where the forward models disagree, and no warning that they are."""
-    return rollouts(pessimism=by, max_reward_drift=5.0)
-
-
 PARTS: dict[str, dict[str, Change | None]] = {  # None is dawm-plus on AW as it is
     "labels": {"imagined": rollouts(labels="imagined"), "forward": None},
     "target return": {"own": rollouts(target_return=None), "quantile 0.9": target("QuantileReturn"), "feasible": None},
@@ -92,8 +87,7 @@ PARTS: dict[str, dict[str, Change | None]] = {  # None is dawm-plus on AW as it 
         "1, all cloned": {"data": {"synthetic_fraction": 1.0}, **agent(clone_real_only=False, scale_on_real=False)},
     },
     "guidance": {"1": None, "1.5": rollouts(guidance=1.5), "3": rollouts(guidance=3.0)},
-    "pessimism": {"0": None, "20": pessimistic(20.0)},
-    "pessimism at alpha 10": {str(by): {**pessimistic(by), **agent(alpha=10.0)} for by in (5, 20, 50)},
+    "pessimism": {"0": None, **{str(by): rollouts(pessimism=by, max_reward_drift=5.0) for by in (20, 50, 100)}},
     "updates between refills": {
         "1000": rollouts(every_n_steps=1000),
         "5000": None,
