@@ -150,10 +150,10 @@ class RegenerateRollouts(EveryNUpdates):
             )
         starts = Starts.of(data, self.target_return, self.starts, f"{self.key}.starts")
         starts = replace(starts, noise=self.first_action_noise)
-        inconsistency, disagreement = forward_quantiles(
-            self._models[0], data, self.max_inconsistency, self.max_forward_disagreement
+        half = 0.5 if self.pessimism else None
+        inconsistency, disagreement, usual = forward_quantiles(
+            self._models[0], data, self.max_inconsistency, self.max_forward_disagreement, half
         )
-        _, usual = forward_quantiles(self._models[0], data, None, 0.5 if self.pessimism else None)
         kind = EnsembleSynthesizer if self.imagination == "ensemble" else Synthesizer
         return kind(
             *self._models, starts, self.guidance, self.labels, statistics.bounds(self.margin), self.max_disagreement,

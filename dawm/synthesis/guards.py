@@ -57,7 +57,7 @@ class DataStatistics(NamedTuple):
             mean_reward=mean,
             reward_deviation=deviation,
             termination_rate=episodes.terminated.sum().item() / len(episodes),
-            deviation_within=_mean_and_deviation(mean + rewards - of_episodes)[1],
+            deviation_within=_mean_and_deviation(mean + rewards - of_episodes)[1],  # mean: what is rounding is relative
         )
 
     def bounds(self, margin: float) -> Bounds:
@@ -82,14 +82,14 @@ def _widened(low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def forward_quantiles(
-    model: DiffusionWorldModel, data: TransitionDataModule, inconsistency: float | None, disagreement: float | None
-) -> tuple[float | None, float | None]:
-    """What held-out real transitions reach against the forward models, as limits for imagined ones.
+    model: DiffusionWorldModel, data: TransitionDataModule, inconsistency: float | None, *disagreements: float | None
+) -> tuple[float | None, ...]:
+    """What held-out real transitions reach against the forward models, to hold imagined ones against.
 
     Quantiles, in (0, 1], of their inconsistency and of the forward models' disagreement on them; of None it is None.
     """
-    if inconsistency is None and disagreement is None:
-        return None, None
+    if inconsistency is None and not any(disagreements):
+        return None, *disagreements
     forward_model, codec = model.forward_model, model.codec
     assert forward_model is not None
     reached = []
@@ -98,9 +98,9 @@ def forward_quantiles(
         predicted = forward_model.predict(codec, held_out.observations, held_out.actions)
         distance = forward_model.inconsistency(codec, predicted, held_out.next_observations)
         reached.append(torch.stack([distance, predicted.disagreement]))
-    both = zip(torch.cat(reached, dim=1), (inconsistency, disagreement))
-    first, second = (None if q is None else float(values.quantile(q)) for values, q in both)
-    return first, second
+    distances, disagreed = torch.cat(reached, dim=1)
+    wanted = (distances, inconsistency), *((disagreed, quantile) for quantile in disagreements)
+    return tuple(None if quantile is None else float(values.quantile(quantile)) for values, quantile in wanted)
 
 
 class Watch:

@@ -133,7 +133,7 @@ class Synthesizer:
         max_forward_disagreement: Largest disagreement of the forward models to accept; None accepts all.
         pessimism: How much rewards are lowered, in their own unit, per unit by which the forward models disagree more
             than ``usual_disagreement``.
-        usual_disagreement: What is not more than on recorded transitions.
+        usual_disagreement: Disagreement up to which rewards stay as they are; what is usual on recorded transitions.
         noising: Part of the sampler's steps by which recorded segments are noised and denoised; None begins with noise.
     """
 
