@@ -54,6 +54,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if "find_unused_parameters" in str(error):  # a module that takes several backward passes of its own
             line = "got ddp, expected ddp_find_unused_parameters_true for a module of several backward passes; set it"
             line, code = f"error: --trainer.strategy: {line}", 2
+        elif str(error).startswith("Early stopping conditioned on metric"):
+            metric = str(error).split("`")[1]
+            line = f"got early stopping by {metric}, which nothing logs, expected a metric of the module's validation"
+            line, code = f"error: --stages: {line}; log it, or leave patience or the callback out", 2
         elif is_lost_connection(error):
             line, code = "stopped, because another process of this run ended; its own error, if it had one, is above", 1
         else:

@@ -90,6 +90,10 @@ class Stage:
         validates = hasattr(module, "validation_loader")
         expected = f"None, as {type(module).__name__} has no validation"
         require(f"{key}.patience", self.patience, self.patience is None or validates, expected, "leave it out")
+        for callback in self.callbacks:
+            holds = validates or not isinstance(callback, L.pytorch.callbacks.EarlyStopping)
+            expected = f"none that stops early, as {type(module).__name__} has no validation"
+            require(f"{key}.callbacks", type(callback).__name__, holds, expected, "leave it out")
 
     def hashed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that this stage's result depends on."""

@@ -59,6 +59,17 @@ class Typed(OfflineAgent):
     def configure_optimizers(self):
         return [self.optimizer]
 
+class Validated(Typed):
+    """Logs an error of its own in validation."""
+    def validation_loader(self, data, rank, world_size):
+        return data.validation_transition_loader(rank, world_size)
+    def validation_step(self, batch, batch_idx):
+        self.log("agent/own", (self.act(batch.observations) - batch.actions).square().mean())
+
+class Stopping(L.pytorch.callbacks.EarlyStopping):
+    def __init__(self):
+        super().__init__("agent/loss")
+
 class Noisy(Typed):
     """Draws from NumPy and from Python."""
     def update(self, batch):
@@ -196,6 +207,17 @@ def test_a_plain_module_with_two_optimisers_makes_max_steps_training_steps(own, 
     assert (result["steps"], result["unit"]) == (40, "training steps")
     assert load_module(Path(result["checkpoint"])).batches == 40
     assert "40 training steps" in capsys.readouterr().out
+
+
+def test_early_stopping_that_could_never_stop_is_said_in_one_line(own, smoke, capsys):
+    config = config_with(smoke, {"class_path": "typed_agents.Validated"})
+    assert main(["fit", "--config", config, "--stages.agent.patience", "1"]) == 2
+    expected = "error: --stages: got early stopping by agent/validation_error, which nothing logs"
+    assert expected in " ".join(capsys.readouterr().err.split())
+    config = config_with(smoke, {"class_path": "typed_agents.Typed"}, "typed_agents.Stopping")
+    assert main(["fit", "--config", config]) == 2
+    expected = "--stages.agent.callbacks: got 'Stopping', expected none that stops early, as Typed has no validation"
+    assert expected in " ".join(capsys.readouterr().err.split())
 
 
 def test_checkpoints_that_are_all_damaged_end_the_run_instead_of_starting_again(smoke, tmp_path, capsys):
