@@ -87,13 +87,13 @@ class Stage:
         fits = not self.imagines or every >= self.max_steps or every % chunk == 0
         expected = f"a multiple of data.updates_per_step, which is {chunk}"
         require(f"{key}.validate_every_n_steps", every, fits, expected, "change one of the two")
-        validates = hasattr(module, "validation_loader")
-        expected = f"None, as {type(module).__name__} has no validation"
-        require(f"{key}.patience", self.patience, self.patience is None or validates, expected, "leave it out")
-        for callback in self.callbacks:
-            holds = validates or not isinstance(callback, L.pytorch.callbacks.EarlyStopping)
-            expected = f"none that stops early, as {type(module).__name__} has no validation"
-            require(f"{key}.callbacks", type(callback).__name__, holds, expected, "leave it out")
+        if not hasattr(module, "validation_loader"):
+            reason = f"as {type(module).__name__} has no validation"
+            require(f"{key}.patience", self.patience, self.patience is None, f"None, {reason}", "leave it out")
+            for callback in self.callbacks:
+                holds = not isinstance(callback, L.pytorch.callbacks.EarlyStopping)
+                expected = f"none that stops early, {reason}"
+                require(f"{key}.callbacks", type(callback).__name__, holds, expected, "leave it out")
 
     def hashed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that this stage's result depends on."""
