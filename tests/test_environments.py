@@ -1,5 +1,6 @@
 """Environments as users write them: those that can be played are, and every other ends in one line that names it."""
 
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -121,6 +122,26 @@ def test_a_time_limit_is_set_where_the_command_takes_one():
             "stages.agent.callbacks.EvaluateInEnvironment.env_id": "data.max_episode_steps"}  # fmt: skip
     for key, limit in keys.items():
         assert line_of(make_environment, "Drift-v0", 0, key).startswith(f"--{limit}: got 0, expected a whole number")
+
+
+NAN_THRICE = """
+import mujoco
+
+from dawm.evaluation.environments import make_environment
+
+for joint in range(3):
+    env = make_environment("Hopper-v5").unwrapped
+    env.reset(seed=0)
+    env.data.qvel[joint] = float("nan")
+    mujoco.mj_step(env.model, env.data)
+"""
+
+
+def test_mujoco_says_each_warning_once_and_leaves_no_file(tmp_path):
+    pytest.importorskip("mujoco")
+    done = subprocess.run([sys.executable, "-c", NAN_THRICE], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr.count("huge value") == done.stderr.count("UserWarning: MuJoCo: ") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # Descriptions

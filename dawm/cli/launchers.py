@@ -255,7 +255,7 @@ def _stop(processes: Collection[subprocess.Popen]) -> None:
 def _last_line(log: Path) -> str:
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 500))
+            file.seek(max(0, log.stat().st_size - 20_000))  # past what else was said since
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return "starting"

@@ -19,6 +19,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 
+from dawm.data.sources.environments import warn_once_by_mujoco
 from dawm.errors import UserError, first_line, require
 
 __all__ = ["ENV_ID", "Environment", "GymnasiumEnvironments", "Named", "make_environment", "time_limit", "warn_once"]
@@ -85,6 +86,7 @@ def make_environment(
     """
     named, limit = Named.of(environment, env_id_key), max_episode_steps
     require(named.limit_key, limit, limit is None or limit >= 1, "a whole number of at least 1")
+    warn_once_by_mujoco()
     try:
         if not callable(environment):
             # checking every step takes as long as a policy does

@@ -137,6 +137,11 @@ def test_cells_that_need_the_same_models_do_not_start_together(tmp_path):
     assert [launchers._pick(cells, busy).name for busy in (set(), {"a"}, {"a", "b"})] == ["0", "2", "1"]
 
 
+def test_how_far_a_cell_is_shows_past_what_else_it_says(tmp_path):
+    (tmp_path / "log").write_text("agent: 5 of 10 updates\n" + 100 * "a warning\n")
+    assert launchers._last_line(tmp_path / "log") == "agent: 5 of 10 updates"
+
+
 @pytest.mark.slow  # starting and mending a cluster takes a minute
 def test_cells_on_ray_survive_the_death_of_a_worker(tmp_path, monkeypatch):
     pytest.importorskip("ray")

@@ -1,10 +1,14 @@
-"""Environments as plain values, for checkpoints and data sets."""
+"""Environments as plain values, for checkpoints and data sets, and what MuJoCo says of those it makes."""
+
+import re
+import warnings
+from functools import cache
 
 from gymnasium.envs.registration import EnvSpec
 
 from dawm.errors import require
 
-__all__ = ["describe_environment", "environment_from", "spec_as_json"]
+__all__ = ["describe_environment", "environment_from", "spec_as_json", "warn_once_by_mujoco"]
 
 
 def spec_as_json(env_spec: EnvSpec | None) -> str | None:
@@ -38,3 +42,26 @@ def environment_from(description: str | None, env_id: str | None = None, env_id_
     require(env_id_key, env_id, description is not None, expected, f"set --{env_id_key}")
     assert description is not None
     return EnvSpec.from_json(description) if description.startswith("{") else description
+
+
+@cache
+def warn_once_by_mujoco() -> None:
+    """Makes each of MuJoCo's warnings a Python warning, once in a process; to be called before an environment is made.
+
+    By itself it prints a warning whenever a model is loaded, which is once for every environment of an evaluation, and
+    adds it to a file in the working folder.
+    """
+    try:
+        import mujoco
+    except ImportError:
+        return
+    said = set()
+
+    def warn(text: str) -> None:
+        kind = re.sub(r"[\d.]+", "", text)  # times and indices differ
+        if kind not in said:
+            said.add(kind)
+            warnings.warn(f"MuJoCo: {text.strip()}", stacklevel=2)
+
+    if mujoco.get_mju_user_warning() is None:  # the user's own handler stays
+        mujoco.set_mju_user_warning(warn)

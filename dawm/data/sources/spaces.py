@@ -14,6 +14,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
+from dawm.data.sources.environments import warn_once_by_mujoco
 from dawm.errors import UserError, first_line
 
 __all__ = [
@@ -85,6 +86,7 @@ def environment_spec(env_id: str) -> EnvSpec:
 def environment_spaces(spec: EnvSpec, name: str, sizes: tuple[int, int]) -> tuple[gym.spaces.Box, gym.spaces.Box]:
     """Flat observation Box and action Box of an environment, or a UserError if the data's sizes (O, A) are others."""
     got = f"--data.env_id: got {spec.id!r}"
+    warn_once_by_mujoco()
     try:
         environment = gym.make(spec, disable_env_checker=True)
     except Exception as error:  # Gymnasium lets through whatever the environment's own package raises
