@@ -1,9 +1,7 @@
 """``python -m dawm fit``: the three stages in order, the score, the files and the table."""
 
-import logging
 import shlex
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +31,6 @@ __all__ = ["fit"]
 
 def fit(args: Sequence[str], console: Console) -> None:
     """Trains the stages in order, scores the agent, writes and shows the results."""
-    _quieten()
     with as_user_error("config"):
         settings = parse_fit(args)
     check_launcher(settings.plain["trainer"])
@@ -123,19 +120,3 @@ def _say_what_is_left_out(settings: dict[str, Any], console: Console) -> None:
     class_path, seeds = settings["agent"]["class_path"], settings["seeds"]
     if seeds > 1 and "seeds" not in parameters_of(import_class(class_path)):
         console.print(f"{class_path} has no parameter `seeds`: it trains one seed, not {seeds}", style="yellow")
-
-
-def _quieten() -> None:
-    """Keeps Lightning's advice off the screen where the project has decided otherwise."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for pattern in (
-        "(?s).*(instantiate_classes|only one JsonargparseDeprecationWarning).*",  # Lightning's
-        ".*isinstance.treespec, LeafSpec.*",  # Lightning calls a deprecated part of torch
-        ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has put the ranks' metrics together
-        ".*precision lowered by casting to float32.*",  # Gymnasium on a Box of its own wrappers
-        ".*does not have many workers.*",  # the data are in memory: worker processes would only slow the drawing down
-    ):
-        warnings.filterwarnings("ignore", pattern)
-    warnings.showwarning = lambda message, *args, **kwargs: Console(stderr=True, soft_wrap=True).print(
-        f"warning: {message}", style="yellow", markup=False, highlight=False
-    )

@@ -5,7 +5,9 @@ module, the three modules, the Trainer and the callbacks is a key of the config 
 """
 
 import inspect
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs one command; exit code 0, 1 for defects in a data set, 2 after a user's mistake, 130 after Ctrl-C."""
     args = sys.argv[1:] if args is None else list(args)
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    _quieten()
     prefer_onednn()
     keep_freed_memory()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=False)
@@ -136,3 +139,19 @@ def _add_commands(subcommands: Any, commands: Mapping[str, Command]) -> None:
     for name, command in commands.items():
         parser = command.parser()
         subcommands.add_subcommand(name, parser, help=parser.description)
+
+
+def _quieten() -> None:
+    """Warnings as one line each, without the advice of libraries where the project has decided otherwise."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for pattern in (
+        "(?s).*(instantiate_classes|only one JsonargparseDeprecationWarning).*",  # Lightning's
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning calls a deprecated part of torch
+        ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has put the ranks' metrics together
+        ".*precision lowered by casting to float32.*",  # Gymnasium on a Box of its own wrappers
+        ".*does not have many workers.*",  # the data are in memory: worker processes would only slow the drawing down
+    ):
+        warnings.filterwarnings("ignore", pattern)
+    warnings.showwarning = lambda message, *args, **kwargs: Console(stderr=True, soft_wrap=True).print(
+        f"warning: {message}", style="yellow", markup=False, highlight=False
+    )

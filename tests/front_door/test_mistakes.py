@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import h5py
 import minari
@@ -203,6 +204,12 @@ def test_help_and_version():
         with pytest.raises(SystemExit) as exit_:
             main([option])
         assert exit_.value.code == 0
+
+
+def test_a_warning_is_one_line_of_any_command(monkeypatch, capsys):
+    monkeypatch.setattr("dawm.cli.main._run", lambda *args: warnings.warn("of a library", stacklevel=1))
+    main(["datasets", "list"])
+    assert capsys.readouterr().err == "warning: of a library\n"
 
 
 def test_a_module_that_ddp_stumbles_over_is_reported_with_the_strategy_it_needs(smoke, monkeypatch, capsys):
