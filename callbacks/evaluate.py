@@ -10,6 +10,7 @@ from dawm.callbacks.every_n_updates import EveryNUpdates
 from dawm.errors import require
 from dawm.evaluation.environments import ENV_ID
 from dawm.evaluation.episodes import Evaluation, Policy, run_episodes, summarize
+from dawm.nn.modes import evaluating
 
 __all__ = ["EvaluateInEnvironment"]
 
@@ -86,24 +87,19 @@ class EvaluateInEnvironment(EveryNUpdates):
         data, seeds = trainer.datamodule, getattr(pl_module, "seeds", 1)  # type: ignore[attr-defined]
         part = torch.arange(self.episodes).tensor_split(trainer.world_size)[trainer.global_rank]
         returns = torch.zeros((seeds, self.episodes) if seeds > 1 else self.episodes, dtype=torch.float64)
-        training = pl_module.training
-        pl_module.eval()
-        try:
-            with isolate_rng():
-                played = run_episodes(
-                    cast(Policy, pl_module.act),
-                    self.env_id or data.env_spec,
-                    [self.seed + int(episode) for episode in part],
-                    self.num_envs,
-                    pl_module.device,
-                    agents=seeds,
-                    action_space=data.episodes.action_space,
-                    max_episode_steps=data.max_episode_steps,
-                    env_id_key=f"{self.key}.env_id" if self.env_id else ENV_ID,
-                )
-                returns[..., part] = torch.from_numpy(played)
-        finally:
-            pl_module.train(training)
+        with evaluating(pl_module), isolate_rng():
+            played = run_episodes(
+                cast(Policy, pl_module.act),
+                self.env_id or data.env_spec,
+                [self.seed + int(episode) for episode in part],
+                self.num_envs,
+                pl_module.device,
+                agents=seeds,
+                action_space=data.episodes.action_space,
+                max_episode_steps=data.max_episode_steps,
+                env_id_key=f"{self.key}.env_id" if self.env_id else ENV_ID,
+            )
+            returns[..., part] = torch.from_numpy(played)
         if trainer.world_size > 1:  # each episode is non-zero on one rank only, so the sum puts them together
             returns = trainer.strategy.reduce(returns.to(trainer.strategy.root_device), reduce_op="sum").cpu()
         return summarize(returns.numpy(), data.reference)

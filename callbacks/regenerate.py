@@ -12,6 +12,7 @@ from dawm.callbacks.every_n_updates import EveryNUpdates
 from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Transitions
 from dawm.data.weights import RowWeights
+from dawm.diffusion.codecs import JointDifferences, JointSegments
 from dawm.errors import UserError, require
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.synthesis.ensemble import EnsembleSynthesizer
@@ -76,7 +77,7 @@ class RegenerateRollouts(EveryNUpdates):
             the data meets what the models do not know (after MOPO, arXiv 2005.13239, which lowers by the whole of it).
             The deviation is within episodes: that between behaviours of different quality says nothing of a step.
         noising: Noise recorded segments by this part of the sampler's steps, in (0, 1], and denoise them under the
-            target return; None begins with noise alone.
+            target return; None begins with noise alone. Segments are drawn alike, whatever the data's `real_weights`.
         max_rejected: Warn if more than this fraction of the imagined steps is dropped, in [0, 1]. Steps after an
             imagined termination do not count: there is nothing to imagine there.
         max_reward_drift: Warn if the mean imagined reward is further from the data's than so many standard deviations
@@ -140,6 +141,7 @@ class RegenerateRollouts(EveryNUpdates):
             expected = f"at least 1, as {self.key}.{name} asks the forward models"
             has = getattr(world_model, "forward_model", None) is not None
             require("world_model.forward_members", 0, has, expected, "set it, and train the world model with it")
+        _check_codec(self, getattr(world_model, "codec", None))
         self._models = world_model.eval(), inverse_dynamics.eval()
 
     def synthesizer(self, data: TransitionDataModule, statistics: DataStatistics) -> Synthesizer:
@@ -241,3 +243,14 @@ def check_synthesis(callback: RegenerateRollouts, prefix: str = "") -> None:
     for name, value in plain.items():
         given, expected = getattr(callback, name), f"{value}, as {because} and it would do nothing"
         require(prefix + name, given, given == value, expected, "leave it out")
+
+
+def _check_codec(callback: RegenerateRollouts, codec: Any) -> None:
+    """Refuses settings that do nothing where the world model imagines the actions."""
+    diffuses, key = callback.imagination == "diffusion", callback.key
+    holds = callback.first_action == "recorded" or not (diffuses and isinstance(codec, JointSegments))
+    expected = "recorded, as JointSegments imagines starts and actions, too"
+    require(f"{key}.first_action", callback.first_action, holds, expected, "change one of the two")
+    holds = callback.max_disagreement is None or not isinstance(codec, JointDifferences)
+    expected = "None, as the world model's codec imagines actions and none is inferred"
+    require(f"{key}.max_disagreement", callback.max_disagreement, holds, expected, "leave it out")

@@ -80,6 +80,10 @@ class InverseDynamics(UpdateModule):
         self.observation_normalizer.fit(transitions.observations)
         self.difference_normalizer.fit(transitions.next_observations - transitions.observations)
 
+    def forget_best(self) -> None:
+        """Forgets the best network so far: its error was on other data."""
+        self.best_errors.fill_(torch.inf)
+
     def train_loader(self, data: TransitionDataModule, updates: int, rank: int) -> BatchLoader:
         """Real transitions of the training episodes."""
         return data.transition_loader(updates, rank)

@@ -166,6 +166,8 @@ class DiffusionWorldModel(UpdateModule):
             f"1 (with return_dropout {self.return_dropout} the world model learnt only one of the two models to mix)",
             "set it to 1, or train with a --world_model.return_dropout between 0 and 1",
         )  # fmt: skip
+        kind = next(self.parameters()).dtype  # NumPy's numbers are doubles
+        observations, actions, returns_to_go = (part.to(kind) for part in (observations, actions, returns_to_go))
         # a model that never saw a return has learnt nothing for the flag 1
         keep = torch.full_like(returns_to_go, float(self.return_dropout < 1))
 

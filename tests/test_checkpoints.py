@@ -68,3 +68,9 @@ def test_a_first_checkpoint_that_cannot_be_read_back_is_an_error(tmp_path, monke
     monkeypatch.setattr("dawm.training.checkpoints.plain", lambda checkpoint: checkpoint)
     with pytest.raises(UserError, match="not a safe checkpoint"):
         AtomicCheckpointIO().save_checkpoint({"where": Path("x")}, tmp_path / "last.ckpt")
+
+
+def test_keys_of_numpy_become_plain_ones():
+    found = plain({np.int64(1): "one", np.str_("two"): 2})
+    assert found == {1: "one", "two": 2}
+    assert [type(key) for key in found] == [int, str]

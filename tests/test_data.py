@@ -135,10 +135,13 @@ def test_a_resumed_loader_continues_where_it_was(dataset, name):
     assert_equal(flat(resumed), whole[4:])
 
 
-def test_the_last_chunk_is_shortened(dataset):
+def test_the_last_chunk_is_shortened_and_made_up_for_in_a_longer_run(dataset):
     loader = module(dataset, updates_per_step=4).mixed_loader(10)
     assert len(loader) == 3
     assert [len(batch) for batch in loader] == [4, 4, 2]
+    longer = module(dataset, updates_per_step=4).mixed_loader(16)
+    longer.load_state_dict(loader.state_dict())
+    assert [len(batch) for batch in longer] == [2, 4]
 
 
 @pytest.mark.parametrize("name", LOADERS)

@@ -163,7 +163,20 @@ def test_a_d4rl_file_without_timeouts(tmp_path):
     path = write_d4rl(tmp_path / "a.hdf5", **columns)
     with pytest.warns(UserWarning, match="cut at terminals alone"):
         assert load_episodes(path).ends.tolist() == [2, 9]
-    assert load_episodes(path, env_id="Line-v0").ends.tolist() == [2, 5, 8, 9]  # the time limit is three steps
+    # the time limit is three steps; next_observations that lead on past it were made by shifting, and count as missing
+    assert load_episodes(path, env_id="Line-v0").ends.tolist() == [2, 4, 6]
+
+
+def test_without_timeouts_next_observations_say_where_episodes_end(tmp_path):
+    """As in a saved `d4rl.qlearning_dataset`, whose episodes are a row shorter than the time limit."""
+    columns = d4rl_columns(rows=9)
+    columns["observations"] = columns["observations"] + 100 * np.repeat(np.arange(4), [2, 3, 2, 2])[:, None]
+    columns["next_observations"] = columns["observations"] + 2
+    columns["terminals"] = np.zeros(9)
+    del columns["timeouts"]
+    path = write_d4rl(tmp_path / "a.hdf5", **columns)
+    with pytest.warns(UserWarning, match="cut at terminals alone"):
+        assert load_episodes(path, env_id="Line-v0").ends.tolist() == [2, 5, 7, 9]
 
 
 @pytest.mark.parametrize("name", ["hopper_medium_replay-v2.hdf5", "hopper-medium-replay-v2.hdf5"])
@@ -186,6 +199,7 @@ def test_reference_scores():
     assert reference_scores("Hopper-v5").maximum == 3276
     assert reference_scores("Hopper-v4") == d4rl_scores("hopper")
     assert reference_scores("Ant-v5") is None  # D4RL's ant is another environment
+    assert reference_scores("hopper-jump-v0") is None  # somebody's own
     assert d4rl_scores("maze2d-umaze-dense-v1").minimum == 68.537689
     assert d4rl_scores("maze2d-umaze-sparse-v1").minimum == 23.85
     assert d4rl_scores("antmaze-large-play-v2").maximum == 1

@@ -175,3 +175,13 @@ def test_disagreement_is_that_of_the_worst_dimension():
     inferred = model.infer(torch.zeros(4, 1), torch.zeros(4, 1))
     torch.testing.assert_close(inferred.actions, torch.tensor([[0.2, 0.0]]).expand(4, 2))
     torch.testing.assert_close(inferred.disagreement, torch.full((4,), 0.5))
+
+
+def test_weights_for_other_data_bring_no_best_network():
+    model = InverseDynamics(3, 1)
+    model.best_errors.fill_(0.01)
+    model.forget_best()
+    observations = torch.randn(4, 3)
+    features = model.features(observations, observations + 1)
+    expected = model.network(features).clamp(-1, 1).mean(dim=0)
+    torch.testing.assert_close(model.infer(observations, observations + 1).actions, expected)

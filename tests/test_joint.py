@@ -6,10 +6,12 @@ import pytest
 import torch
 from small_world_model import SEGMENT, model, starts_of
 
+from dawm.callbacks import RegenerateRollouts
 from dawm.data.transitions import Segments
 from dawm.diffusion.codecs import JointDifferences, JointSegments
 from dawm.diffusion.preconditioning import EDM
 from dawm.diffusion.samplers import DPMSolverPP2M
+from dawm.errors import UserError
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.synthesis.rollouts import Synthesizer
 from dawm.synthesis.starts import Starts
@@ -87,6 +89,16 @@ def test_unconditional_transitions_are_those_of_the_data():
     assert 0.45 < second.float().mean() < 0.55
     torch.testing.assert_close(rows[~second], torch.tensor([[0.0, 0, 0.7, 5, 1, 2, 0]]).expand((~second).sum(), -1))
     torch.testing.assert_close(rows[second], torch.tensor([[1.0, 2, -0.4, 0, 1, 2, 1]]).expand(second.sum(), -1))
+
+
+@pytest.mark.parametrize(
+    ("codec", "settings"),
+    [(JointSegments, {"first_action": "policy"}), (JointDifferences, {"max_disagreement": 0.1})],
+)
+def test_settings_without_effect_on_imagined_actions_are_refused(codec, settings):
+    (name,) = settings
+    with pytest.raises(UserError, match=f"--stages.agent.callbacks.RegenerateRollouts.{name}: got "):
+        RegenerateRollouts(**settings).connect(model(codec=codec), InverseDynamics(2, 1))
 
 
 def test_whole_segments_depend_on_the_return_alone():

@@ -160,5 +160,6 @@ def test_limits_are_quantiles_of_held_out_real_transitions(dataset):
     callback = RegenerateRollouts(pessimism=3.0)  # of what is more than on half of them
     callback.connect(world_model, InverseDynamics(2, 1))
     statistics = DataStatistics.of(data.episodes)
+    assert statistics.observation_range[1][0] == 26, "the last row ends where no row begins"
     made = callback.synthesizer(data, statistics)
     assert (made.pessimism, made.usual_disagreement) == (3 * statistics.deviation_within, disagreement)

@@ -110,3 +110,10 @@ def test_fitting_gives_the_same_again_and_leaves_the_random_numbers_of_training(
 def test_an_expectile_below_the_mean_or_of_1_is_refused(expectile):
     with pytest.raises(UserError, match=r"target_return\.expectile"):
         FeasibleReturn(expectile)
+
+
+def test_a_frozen_part_of_an_agent_stays_frozen():
+    agent = Agent()
+    agent.frozen = torch.nn.Dropout(0.5).eval()
+    policy_of(agent)(torch.ones(4, 2))
+    assert (agent.training, agent.dropout.training, agent.frozen.training) == (True, True, False)

@@ -145,7 +145,7 @@ def test_what_the_data_are_like_by_hand(write_dataset):
     """Rewards are 100.25, 101.25 and 102.25, and 103.25 in an episode of its own, the one that does not terminate."""
     data = TransitionDataModule(write_dataset((3, 1), (True, False), first=100), horizon=1)
     statistics = DataStatistics.of(data.episodes)
-    assert [bound.tolist() for bound in statistics.observation_range] == [[100, 0], [103, 1]]
+    assert [bound.tolist() for bound in statistics.observation_range] == [[100, 0], [104, 1]]  # s_{t+1}, too
     assert statistics.reward_range == (100.25, 103.25)
     assert statistics[2:] == pytest.approx((101.75, 1.25**0.5, 1 / 4, 0.5**0.5))  # within: -1, 0, 1, and 0
     assert [float(bound) for bound in statistics.bounds(0.1).rewards] == pytest.approx([99.95, 103.55])

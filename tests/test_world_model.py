@@ -118,6 +118,17 @@ def test_imagined_futures(codec):
     assert not torch.equal(seeded(world_model, start), seeded(world_model, start, seed=1))
 
 
+def test_starts_in_double_precision_give_the_same_futures():
+    """As NumPy has them, for whom a target return or an environment may have been written."""
+    world_model, given = model(horizon=3), (torch.randn(4, 2), torch.rand(4, 1), torch.randn(4))
+    futures = [
+        world_model.imagine(*map(kind, given), generator=torch.Generator().manual_seed(0))
+        for kind in (torch.Tensor.float, torch.Tensor.double)
+    ]
+    assert torch.equal(futures[0].observations, futures[1].observations)
+    assert torch.equal(futures[0].rewards, futures[1].rewards)
+
+
 def test_guidance_mixes_the_two_models_in_the_right_order():
     """Weight 0 is the model that does not know the return, weight 1 the one that does."""
     world_model = model()

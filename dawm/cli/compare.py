@@ -41,7 +41,7 @@ def make_compare_parser() -> Parser:
         ("methods", "config of each method, or several joined by +, given after these; the first is the reference"),
         ("datasets", "data sets, as in --data.dataset"),
     ):
-        parser.add_argument(f"--{name}", nargs="+", type=str, help=about)
+        parser.add_argument(f"--{name}", nargs="+", type=str, action="extend", help=about)
     parser.add_argument("--seeds", type=int, default=10, help="agents of each cell, side by side where they can")
     parser.add_argument("--groups", type=int, default=1, help="cells of a method and data set, each with own models")
     parser.add_argument("--output_dir", type=str, default="runs/compare", help="folder of the comparison")

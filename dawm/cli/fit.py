@@ -62,7 +62,7 @@ def _run(settings: Settings, output_dir: Path, command: str, console: Console) -
         return
     episodes = settings.plain["final_episodes"]
     assert data.env_spec is not None
-    console.print(f"scoring the agent over {episodes} episodes of {data.env_spec.id}")
+    console.print(f"scoring the agent over {episodes} episodes of {data.env_spec.id}", markup=False)
     start = time.monotonic()
     agent = trained["agent"]
     evaluation = evaluate(cast(Policy, agent.act), data.env_spec, episodes, EVALUATION_SEED, reference=data.reference,

@@ -101,10 +101,11 @@ HELD_OUT = (
 def show_evaluation(console: Console, evaluation: Evaluation, reference: ReferenceScores | None) -> None:
     """Prints one evaluation and the scale of its score."""
     e, played = evaluation, _played(evaluation.returns.tolist())
-    console.print(f"return {e.mean_return:.1f} (95 % interval {e.low:.1f} to {e.high:.1f}, {played})")
+    console.print(f"return {e.mean_return:.1f} (95 % interval {e.low:.1f} to {e.high:.1f}, {played})", markup=False)
     if reference is not None:
         scale = f"0 = {reference.minimum:.1f}, 100 = {reference.maximum:.1f} ({reference.source})"
-        console.print(f"score {e.score:.1f} (95 % interval {e.score_low:.1f} to {e.score_high:.1f}); {scale}")
+        score = f"score {e.score:.1f} (95 % interval {e.score_low:.1f} to {e.score_high:.1f}); {scale}"
+        console.print(score, markup=False, soft_wrap=True)
 
 
 def _played(returns: list) -> str:

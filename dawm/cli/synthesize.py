@@ -166,7 +166,8 @@ def _read_settings(path: Path) -> tuple[TransitionDataModule, RegenerateRollouts
             if issubclass(resolve_name(entry["class_path"]), RegenerateRollouts):
                 callback, chosen_by = _instantiated(RegenerateRollouts, entry), "run"
         weights = _instantiated(RowWeights, settings["data"]["real_weights"])
-        return TransitionDataModule(**settings["data"] | {"real_weights": weights}), callback, chosen_by
+        shared = {"real_weights": weights, "seed": settings["seed_everything"]}
+        return TransitionDataModule(**settings["data"] | shared), callback, chosen_by
     except UserError:
         raise
     except Exception as error:  # whatever YAML, imports and constructors raise

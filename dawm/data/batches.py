@@ -100,7 +100,8 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Any]:
         while self.drawn < self.updates:
-            count = min(self.updates_per_step, self.updates - self.drawn)
+            # to the next multiple of K, also after an end or a resume in between: what runs every N updates runs there
+            count = min(self.updates_per_step - self.drawn % self.updates_per_step, self.updates - self.drawn)
             self.drawn += count
             yield self.draw(count)
 

@@ -13,6 +13,7 @@ the actions they are given, so a recorded action outside is clipped to what was 
 than rounding. One further out than half the Box's width was recorded in other units and is an error.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,10 +25,10 @@ from torch import Tensor
 from dawm.data.batches import Ranges, derive_seed
 from dawm.data.returns import returns_to_go
 from dawm.data.sources.catalog import EMBEDDED, dataset_folder
-from dawm.data.sources.d4rl import D4RLSource, is_d4rl_name
+from dawm.data.sources.d4rl import D4RLSource
 from dawm.data.sources.embedded import build
 from dawm.data.sources.minari import MinariSource
-from dawm.data.sources.scores import ReferenceScores
+from dawm.data.sources.scores import ReferenceScores, is_d4rl_name
 from dawm.data.sources.source import Recording, Source
 from dawm.data.store.cache import MEMORY_LIMIT, load_table, mapped_returns_to_go
 from dawm.data.store.table import Table
@@ -157,7 +158,7 @@ def read_recordings(dataset: str, env_id: str | None = None) -> list[Recording]:
 
 def _split(dataset: str) -> list[str]:
     """The names that are joined with ``+``; an existing file may have a ``+`` in its path."""
-    if expanded(dataset).is_file():
+    if os.path.isfile(expanded(dataset)):  # Path.is_file raises where so many names are too long for one
         return [dataset]
     parts = [part.strip() for part in dataset.split("+")]
     if not all(parts):

@@ -52,7 +52,11 @@ class DataStatistics(NamedTuple):
         of_episodes = (episodes.episode_returns / episodes.lengths)[torch.searchsorted(episodes.ends, rows, right=True)]
         mean, deviation = _mean_and_deviation(rewards)
         return cls(
-            observation_range=(low.observations, high.observations),
+            # where tasks end, s_{t+1} lies where no s_t does
+            observation_range=(
+                torch.minimum(low.observations, low.next_observations),
+                torch.maximum(high.observations, high.next_observations),
+            ),
             reward_range=(low.rewards, high.rewards),
             mean_reward=mean,
             reward_deviation=deviation,

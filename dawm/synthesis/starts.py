@@ -13,6 +13,7 @@ from torch import Tensor
 from dawm.data.batches import WeightedRows
 from dawm.data.module import TransitionDataModule
 from dawm.data.weights import RowWeights, checked
+from dawm.nn.modes import evaluating
 from dawm.synthesis.targets import Target, TargetReturn
 
 __all__ = ["FirstAction", "Policy", "Start", "Starts", "policy_of"]
@@ -76,12 +77,10 @@ def policy_of(agent: Any, seed: int | None = None) -> Policy:
 
     @torch.no_grad()
     def act(observations: Tensor) -> Tensor:
-        training = agent.training
-        agent.eval()
         seeds, rows = getattr(agent, "seeds", 1), torch.arange(len(observations))
         asked = observations.to(agent.device)
-        actions = agent.act(asked if seeds == 1 else asked.expand(seeds, -1, -1)).cpu()
-        agent.train(training)
+        with evaluating(agent):
+            actions = agent.act(asked if seeds == 1 else asked.expand(seeds, -1, -1)).cpu()
         return actions if seeds == 1 else actions[rows % seeds if seed is None else seed, rows]
 
     return act

@@ -74,9 +74,10 @@ def plain(value: Any, where: tuple[str, ...] = ()) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name), (*where, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
-        parts = {plain(key, where): plain(part, (*where, str(key))) for key, part in value.items()}
-        same = type(value) in (dict, OrderedDict, Counter) and all(parts.get(k) is v for k, v in value.items())
-        return value if same else parts
+        keys = [plain(key, where) for key in value]
+        parts = [plain(part, (*where, str(key))) for key, part in value.items()]
+        same = all(a is b for a, b in zip([*keys, *parts], [*value, *value.values()]))
+        return value if same and type(value) in (dict, OrderedDict, Counter) else dict(zip(keys, parts))
     if isinstance(value, (set, frozenset)):
         return {plain(part, where) for part in value}
     if isinstance(value, (Sequence, deque)) and not isinstance(value, (str, bytes)):

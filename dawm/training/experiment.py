@@ -88,16 +88,20 @@ class Experiment:
         stage.connect(trained)
         if stage.ckpt_path is not None:
             path = expanded(stage.ckpt_path)
-            checkpoint = self._load(module, path, f"stages.{stage.name}.ckpt_path")
+            checkpoint = read_checkpoint(path)
+            self._load(module, checkpoint, path, f"stages.{stage.name}.ckpt_path")
             self._keys[stage.name] = hash_of(path)
             self.results[stage.name] = StageResult(str(path), checkpoint["global_step"], 0.0, True, {})
             return module.eval()
         if stage.init_from is not None:
-            self._load(module, expanded(stage.init_from), f"stages.{stage.name}.init_from")
+            path = expanded(stage.init_from)
+            self._load(module, read_checkpoint(path), path, f"stages.{stage.name}.init_from")
+            if isinstance(module, UpdateModule):
+                module.forget_best()
         self._keys[stage.name] = self.key(stage)
         folder = self.folder / stage.name / self._keys[stage.name][:8]
         waits = f"{stage.name}: waits for another run that trains it in {folder}"
-        say = partial(self.console.print, waits, soft_wrap=True)
+        say = partial(self.console.print, waits, soft_wrap=True, markup=False)
         start = time.monotonic()
         with only_run_in(folder, wait=True, create=True, say=say) if self.shared else nullcontext():
             self.waited += time.monotonic() - start
@@ -105,14 +109,19 @@ class Experiment:
         return module.cpu().eval()
 
     def _train_or_reuse(self, stage: Stage, module: L.LightningModule, folder: Path) -> None:
-        complete = folder / "complete.json"
-        if complete.exists():
-            self._load(module, folder / "last.ckpt", f"stages.{stage.name}")
-            done = json.loads(complete.read_text()) | {"checkpoint": str(folder / "last.ckpt"), "reused": True}
-            self.results[stage.name] = StageResult(**done)
-            self.console.print(f"{stage.name}: reused from {folder}", soft_wrap=True)
-        else:
+        complete, last = folder / "complete.json", folder / "last.ckpt"
+        try:
+            checkpoint = read_checkpoint(last) if complete.exists() else None
+        except UserError:  # damaged or gone: training goes on from the one before, and says so
+            complete.unlink(missing_ok=True)
+            checkpoint = None
+        if checkpoint is None:
             self.results[stage.name] = self._train(stage, module, folder)
+            return
+        self._load(module, checkpoint, last, f"stages.{stage.name}")
+        done = json.loads(complete.read_text()) | {"checkpoint": str(last), "reused": True}
+        self.results[stage.name] = StageResult(**done)
+        self.console.print(f"{stage.name}: reused from {folder}", soft_wrap=True, markup=False)
 
     def key(self, stage: Stage, max_steps: int | None = None) -> str:
         """Hash of all that the stage's result depends on; ``max_steps`` 0 in place of its own leaves the length out."""
@@ -167,7 +176,7 @@ class Experiment:
                     refused = str(error)
                     self.console.print(f"{stage.name}: {error}", style="yellow", markup=False, soft_wrap=True)
                 else:
-                    self.console.print(f"{stage.name}: resuming from {path}", soft_wrap=True)
+                    self.console.print(f"{stage.name}: resuming from {path}", soft_wrap=True, markup=False)
                     if self.rank == 0:
                         os.replace(path, last)  # instead of a damaged one; all ranks wait for each other before loading
                     return last
@@ -190,10 +199,12 @@ class Experiment:
             self.console.print(
                 f"{stage.name}: training from the start, not after {steps} updates of {shorter}, because the learning "
                 "rate follows max_steps; to start from those weights set "
-                f"--stages.{stage.name}.init_from {shorter}", soft_wrap=True
+                f"--stages.{stage.name}.init_from {shorter}", soft_wrap=True, markup=False
             )  # fmt: skip
             return None
-        self.console.print(f"{stage.name}: resuming from {shorter}, after {steps} updates", soft_wrap=True)
+        self.console.print(
+            f"{stage.name}: resuming from {shorter}, after {steps} updates", soft_wrap=True, markup=False
+        )
         if self.rank == 0:
             last.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(shorter, last.with_name(".shorter"))
@@ -213,8 +224,7 @@ class Experiment:
             "reference": None if episodes.reference is None else asdict(episodes.reference),
         }  # fmt: skip
 
-    def _load(self, module: L.LightningModule, path: Path, setting: str) -> dict[str, Any]:
-        checkpoint = read_checkpoint(path)
+    def _load(self, module: L.LightningModule, checkpoint: Mapping[str, Any], path: Path, setting: str) -> None:
         origin = checkpoint.get(ORIGIN, {})
         if origin.get("fingerprint") != self.data.episodes.fingerprint and not setting.endswith("init_from"):
             trained_on = origin.get("dataset", "unknown data")
@@ -227,7 +237,6 @@ class Experiment:
         except (RuntimeError, KeyError) as error:
             expected = f"weights of the networks in the settings ({' '.join(str(error).split())[:150]})"
             raise UserError(f"--{setting}: got {path}, expected {expected}; name another") from None
-        return checkpoint
 
 
 def _steps_of(path: Path) -> int:

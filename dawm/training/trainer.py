@@ -41,7 +41,9 @@ def make_trainer(
     chosen = dict(settings["trainer"])
     if chosen.get("profiler") in PROFILERS:
         chosen["profiler"] = PROFILERS[chosen["profiler"]](dirpath=folder, filename="profile")
-        console.print(f"{stage.name}: the profiler's report goes to {folder}/fit-profile*", soft_wrap=True)
+        console.print(
+            f"{stage.name}: the profiler's report goes to {folder}/fit-profile*", soft_wrap=True, markup=False
+        )
     try:
         return L.Trainer(
             **chosen, max_steps=stage.max_steps, max_epochs=-1, callbacks=callbacks,

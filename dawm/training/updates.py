@@ -72,6 +72,9 @@ class UpdateModule(L.LightningModule):
     def fit_normalizers(self, data: Any) -> None:
         """Takes the normalizers' statistics from the real data of a `TransitionDataModule`; `setup` calls it."""
 
+    def forget_best(self) -> None:
+        """Forgets what belongs to the training that given weights (``init_from``) come from; here nothing."""
+
     def train_loader(self, data: Any, updates: int, rank: int) -> Iterable[Any]:
         """The batches of this rank: by default the mixture of real and synthetic transitions.
 

@@ -62,18 +62,21 @@ def test_commands_refuse_a_checkpoint_that_runs_code(hopper, run, owned, capsys,
 
 
 @pytest.mark.parametrize("stage", ["world_model", "inverse_dynamics", "agent"])
-def test_fit_refuses_it_where_it_reuses_resumes_or_is_given_it(smoke, tmp_path, owned, capsys, stage):
+def test_fit_loads_it_neither_where_it_reuses_and_resumes_nor_where_it_is_given_it(
+    smoke, tmp_path, owned, capsys, stage
+):
     command = ["fit", "--config", str(smoke)]
     assert main(command) == 0
     path = poison(tmp_path / "run", stage, owned)
     capsys.readouterr()
-    assert main(command) == 2  # reused
-    assert str(path) in capsys.readouterr().err
     assert main([*command, f"--stages.{stage}.ckpt_path", str(path)]) == 2
     assert str(path) in capsys.readouterr().err
-    path.with_name("complete.json").unlink()
-    assert main(command) == 0  # resumed from the one before
-    assert "not a safe checkpoint" in " ".join(capsys.readouterr().out.split())
+    for finished in (True, False):  # from the one before
+        if not finished:
+            poison(tmp_path / "run", stage, owned)
+            path.with_name("complete.json").unlink()
+        assert main(command) == 0
+        assert "not a safe checkpoint" in " ".join(capsys.readouterr().out.split())
     assert not owned.exists()
 
 

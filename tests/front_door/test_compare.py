@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from dawm.cli import launchers
+from dawm.cli.compare import make_compare_parser
 from dawm.cli.main import main
 from dawm.training.ranks import only_run_in
 
@@ -135,6 +136,12 @@ def test_a_killed_cell_starts_again_and_one_that_fails_names_its_error(tmp_path,
 def test_cells_that_need_the_same_models_do_not_start_together(tmp_path):
     cells = [Cell(tmp_path, number, "", models) for number, models in enumerate("aab")]
     assert [launchers._pick(cells, busy).name for busy in (set(), {"a"}, {"a", "b"})] == ["0", "2", "1"]
+
+
+def test_lists_given_twice_are_one():
+    given = ["--config", "a", "b", "--config", "c", "--methods", "d", "--methods", "e"]
+    options = make_compare_parser().parse_args(given)
+    assert (options.config, options.methods) == (["a", "b", "c"], ["d", "e"])
 
 
 def test_how_far_a_cell_is_shows_past_what_else_it_says(tmp_path):

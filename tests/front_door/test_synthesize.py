@@ -146,6 +146,7 @@ def aiming_run(finished_run, tmp_path, request):
         "init_args": {"every_n_steps": 5, **LEARNT_FROM, **request.param},
     }
     config["stages"]["agent"]["callbacks"] = [callback]
+    config["seed_everything"] = 3
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     return run
 
@@ -172,7 +173,7 @@ def test_by_default_it_makes_what_the_runs_agent_learnt_from(hopper, aiming_run,
     objects = {"target_return": QuantileReturn(0.95), "starts": TopShare(0.5) if more else None}
     callback = RegenerateRollouts(5, count, **LEARNT_FROM | more | objects)
     callback.connect(*models)
-    data = TransitionDataModule(hopper, horizon=3, updates_per_step=5)
+    data = TransitionDataModule(hopper, horizon=3, updates_per_step=5, seed=3)
     agent = load_module(Path(stages["agent"]["checkpoint"]))
     trainer = SimpleNamespace(datamodule=data, global_step=0, global_rank=0, world_size=1, max_steps=10, loggers=[],
                               lightning_module=agent,

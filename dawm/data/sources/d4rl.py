@@ -9,8 +9,8 @@
 * ``next_observations`` made by shifting ``observations``, so that episodes end in the next one's first observation: the
   column counts as missing.
 * ``next_observations[t]`` is not ``observations[t + 1]`` inside an episode: the episode is truncated at row t.
-* ``timeouts`` missing: an episode is cut at the environment's time limit where the environment is known, and the
-  file's end truncates the last one.
+* ``timeouts`` missing: an episode is cut at the environment's time limit where the environment is known, unless
+  ``next_observations`` say where it ends, and the file's end truncates the last one.
 
 D4RL's own file names (``hopper_medium_replay-v2.hdf5``) bring D4RL's reference scores. D4RL's environments are gone;
 Hopper, Walker2d and HalfCheetah are evaluated in Gymnasium's v5 versions, whose rewards and endings are nearly the same
@@ -18,7 +18,6 @@ but whose simulator is newer. Symbols: N rows, O observation size, T steps of an
 """
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,30 +26,18 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from dawm.data.sources.scores import d4rl_scores, reference_scores
+from dawm.data.sources.scores import LOCOMOTION, d4rl_scores, is_d4rl_name, reference_scores
 from dawm.data.sources.source import BLOCK, Block, Source, columns, flags, require_numbers
 from dawm.data.sources.spaces import environment_spaces, environment_spec, unbounded
 from dawm.errors import UserError
 
-__all__ = ["D4RLSource", "is_d4rl_name"]
+__all__ = ["D4RLSource"]
 
-_LOCOMOTION_KINDS = "(random|medium|expert|mixed|medium-replay|full-replay|medium-expert)"
-_LOCOMOTION = re.compile(rf"(?P<family>hopper|walker2d|halfcheetah)-{_LOCOMOTION_KINDS}-v\d+")
-_OTHERS = re.compile(
-    rf"ant-{_LOCOMOTION_KINDS}-v\d+"
-    r"|(maze2d|antmaze|kitchen|minigrid)-[a-z0-9-]+-v\d+"
-    r"|(pen|door|hammer|relocate)-(human|cloned|expert)(-longhorizon)?-v\d+"
-)
 _EVALUATED_IN = {"hopper": "Hopper-v5", "walker2d": "Walker2d-v5", "halfcheetah": "HalfCheetah-v5"}
 
 _RANKS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1, "next_observations": 2}
 _REQUIRED = ("observations", "actions", "rewards", "terminals")
 _ENDS = 64  # of episodes, to look at
-
-
-def is_d4rl_name(name: str) -> bool:
-    """Whether a name is that of one of D4RL's data sets, such as ``hopper-medium-v2``."""
-    return _LOCOMOTION.fullmatch(name) is not None or _OTHERS.fullmatch(name) is not None
 
 
 class D4RLSource(Source):
@@ -146,7 +133,7 @@ class D4RLSource(Source):
 
     def _surroundings(self, title: str, env_id: str | None, sizes: tuple[int, int]) -> None:
         """Spaces, environment and reference scores."""
-        if env_id is None and (locomotion := _LOCOMOTION.fullmatch(title)) is not None:
+        if env_id is None and (locomotion := LOCOMOTION.fullmatch(title)) is not None:
             env_id = _EVALUATED_IN[locomotion["family"]]
         self.reference = d4rl_scores(title) if is_d4rl_name(title) else None
         self.env_spec = None
@@ -164,18 +151,34 @@ class D4RLSource(Source):
         self._terminations = flagged = self._read(file, "terminals")
         if isinstance(file.get("timeouts"), h5py.Dataset):
             self._last = flagged = flagged | self._read(file, "timeouts")
+            shifted = self.has_next_observations and self._are_shifted(file, flagged)
         else:
             limit = self.env_spec.max_episode_steps if self.env_spec is not None else None
-            self._last = flagged | _time_limits(flagged, limit)
+            limits = _time_limits(flagged, limit)
+            shifted = self.has_next_observations and self._are_shifted(file, flagged)
+            if self.has_next_observations and not shifted and limits.any():
+                # next_observations of their own say where episodes end, and some may be shorter than the time limit
+                shifted = not self._has_breaks(file, flagged)
+                limit, limits = (limit, limits) if shifted else (None, np.zeros_like(limits))
+            self._last = flagged | limits
             cut = "at terminals alone" if limit is None else f"at terminals and every {limit} steps"
             self.defects += (f"timeouts: the file has none; episodes are cut {cut}",)
-        if self.has_next_observations and self._are_shifted(file, flagged):
+        if shifted:
             self.has_next_observations = False
             found = "at the ends of episodes they are the next episode's first observations, so none is used"
             self.defects += (f"next_observations: {found}",)
         self._opening_defects = self.defects
         self._last[-1:] = True
         self._kept = self._terminations | ~self._last | self.has_next_observations
+
+    def _has_breaks(self, file: h5py.File, ended: NDArray[np.bool_]) -> bool:
+        """Whether ``s_{t+1}`` of any row that ended no episode, flags of shape (N,), is not the next row's ``s_t``."""
+        for start in range(0, len(ended), BLOCK):
+            observations = self._read(file, "observations", start, start + BLOCK + 1)
+            after = self._read(file, "next_observations", start, start + BLOCK)
+            if len(_breaks(observations, after, ended[start : start + BLOCK])):
+                return True
+        return False
 
     def _are_shifted(self, file: h5py.File, ended: NDArray[np.bool_]) -> bool:
         """Whether ``s_{t+1}`` of rows that ended an episode, flags of shape (N,), is the next episode's first one."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-__all__ = ["ReferenceScores", "d4rl_scores", "reference_scores"]
+__all__ = ["LOCOMOTION", "ReferenceScores", "d4rl_scores", "is_d4rl_name", "reference_scores"]
 
 Returns = TypeVar("Returns", float, np.ndarray)
 
@@ -44,6 +44,19 @@ _GYMNASIUM_V5 = {"Hopper-v5": (18.8, 3276.0), "Walker2d-v5": (1.8, 4401.0), "Hal
 
 # Gymnasium's v2 to v4 keep the dynamics, rewards and endings that D4RL's values were measured with.
 _EARLIER_GYMNASIUM = re.compile(r"(Hopper|Walker2d|HalfCheetah|Ant)-v[234]")
+
+_KINDS = "(random|medium|expert|mixed|medium-replay|full-replay|medium-expert)"
+LOCOMOTION = re.compile(rf"(?P<family>hopper|walker2d|halfcheetah)-{_KINDS}-v\d+")
+_OTHERS = re.compile(
+    rf"ant-{_KINDS}-v\d+"
+    r"|(maze2d|antmaze|kitchen|minigrid)-[a-z0-9-]+-v\d+"
+    r"|(pen|door|hammer|relocate)-(human|cloned|expert)(-longhorizon)?-v\d+"
+)
+
+
+def is_d4rl_name(name: str) -> bool:
+    """Whether a name is that of one of D4RL's data sets, such as ``hopper-medium-v2``."""
+    return LOCOMOTION.fullmatch(name) is not None or _OTHERS.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -82,5 +95,4 @@ def reference_scores(env_id: str) -> ReferenceScores | None:
     """
     if env_id in _GYMNASIUM_V5:
         return ReferenceScores(*_GYMNASIUM_V5[env_id], source="Gymnasium v5 table")
-    # Gymnasium's names have capitals, D4RL's have none: Ant-v5 must not fall through to D4RL's ant.
-    return d4rl_scores(env_id) if env_id == env_id.lower() or _EARLIER_GYMNASIUM.fullmatch(env_id) else None
+    return d4rl_scores(env_id) if is_d4rl_name(env_id) or _EARLIER_GYMNASIUM.fullmatch(env_id) else None
