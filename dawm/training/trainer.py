@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from dawm.errors import UserError
+from dawm.errors import UserError, require
 from dawm.training.checkpoints import AtomicCheckpointIO
 from dawm.training.graphs import CUDAGraphs
 from dawm.training.progress import StageProgress
@@ -39,6 +40,11 @@ def make_trainer(
     if stage.patience is not None:
         callbacks.append(EarlyStopping(f"{stage.name}/validation_error", patience=stage.patience, check_finite=True))
     chosen = dict(settings["trainer"])
+    if chosen.get("accelerator") in ("auto", "mps") and MPSAccelerator.is_available():
+        expected = "cpu, as Apple's GPU has no double precision, in which errors and noise levels are added up"
+        require("trainer.accelerator", "mps", chosen["accelerator"] == "auto", expected, "set it")
+        console.print(f"{stage.name}: trains on the CPU, as Apple's GPU has no double precision")
+        chosen["accelerator"] = "cpu"
     if chosen.get("profiler") in PROFILERS:
         chosen["profiler"] = PROFILERS[chosen["profiler"]](dirpath=folder, filename="profile")
         console.print(

@@ -212,6 +212,15 @@ def test_a_warning_is_one_line_of_any_command(monkeypatch, capsys):
     assert capsys.readouterr().err == "warning: of a library\n"
 
 
+def test_apples_gpu_has_no_double_precision(smoke, monkeypatch, capsys):
+    monkeypatch.setattr("dawm.training.trainer.MPSAccelerator.is_available", lambda: True)
+    command = ["fit", "--config", str(smoke), "--trainer.accelerator"]
+    assert main([*command, "mps"]) == 2
+    assert "--trainer.accelerator: got 'mps', expected cpu" in capsys.readouterr().err
+    assert main([*command, "auto"]) == 0
+    assert "world_model: trains on the CPU" in capsys.readouterr().out
+
+
 def test_a_module_that_ddp_stumbles_over_is_reported_with_the_strategy_it_needs(smoke, monkeypatch, capsys):
     def fail(*args):
         raise RuntimeError("enable detection by passing find_unused_parameters=True")
