@@ -98,8 +98,8 @@ class ResidualMLP(Denoiser):
     def forward(self, x_t: Tensor, noise_level: Tensor, condition: Tensor) -> Tensor:
         """The network's answer, shape (B, H, D)."""
         inputs = self.embedding.inputs(noise_level, condition)
-        plain = all(compiled.applies(part, self.last.weight) for part in (x_t, inputs))
-        if plain and not (x_t.requires_grad or inputs.requires_grad):
+        applies = compiled.applies(x_t, inputs, self.last.weight)
+        if applies and not (x_t.requires_grad or inputs.requires_grad):
             width = self.last.in_features
             return compiled.CompiledResidual.apply(x_t.flatten(1), inputs, width, *self.parameters()).view_as(x_t)
         embedding = self.embedding.layers(inputs)

@@ -97,9 +97,9 @@ def rounding(bf16: bool) -> Iterator[None]:
         _rounds = before
 
 
-def applies(x: Tensor, weights: Tensor) -> bool:
+def applies(x: Tensor, *others: Tensor) -> bool:
     """Whether the compiled half can compute these: plain float32 on a CPU."""
-    plain = x.dtype == weights.dtype == torch.float32 and x.device.type == weights.device.type == "cpu"
+    plain = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in (x, *others))
     traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     return plain and x.numel() > 0 and not traced and not torch.is_autocast_enabled("cpu") and library() is not None
 

@@ -149,18 +149,18 @@ class D4RLSource(Source):
     def _cut(self, file: h5py.File) -> None:
         """Where episodes end, and which rows have an ``s_{t+1}`` or need none: flags of shape (N,)."""
         self._terminations = flagged = self._read(file, "terminals")
-        if isinstance(file.get("timeouts"), h5py.Dataset):
-            self._last = flagged = flagged | self._read(file, "timeouts")
-            shifted = self.has_next_observations and self._are_shifted(file, flagged)
-        else:
+        recorded = isinstance(file.get("timeouts"), h5py.Dataset)
+        if recorded:
+            flagged = flagged | self._read(file, "timeouts")
+        shifted = self.has_next_observations and self._are_shifted(file, flagged)
+        self._last = flagged.copy()
+        if not recorded:
             limit = self.env_spec.max_episode_steps if self.env_spec is not None else None
-            limits = _time_limits(flagged, limit)
-            shifted = self.has_next_observations and self._are_shifted(file, flagged)
-            if self.has_next_observations and not shifted and limits.any():
+            if self.has_next_observations and not shifted and _time_limits(flagged, limit).any():
                 # next_observations of their own say where episodes end, and some may be shorter than the time limit
                 shifted = not self._has_breaks(file, flagged)
-                limit, limits = (limit, limits) if shifted else (None, np.zeros_like(limits))
-            self._last = flagged | limits
+                limit = limit if shifted else None
+            self._last |= _time_limits(flagged, limit)
             cut = "at terminals alone" if limit is None else f"at terminals and every {limit} steps"
             self.defects += (f"timeouts: the file has none; episodes are cut {cut}",)
         if shifted:
