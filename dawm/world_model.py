@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.optim import Adam, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dawm.data.batches import BatchLoader
 from dawm.data.module import TransitionDataModule
@@ -26,6 +25,7 @@ from dawm.diffusion.preconditioning import EDM, Preconditioning, denoising_loss,
 from dawm.diffusion.samplers import DPMSolverPP2M, Sampler
 from dawm.errors import require
 from dawm.forward_model import ForwardEnsemble
+from dawm.nn.ema import EMA
 from dawm.training.metrics import MeanPerColumn
 from dawm.training.updates import UpdateModule
 
@@ -55,6 +55,7 @@ class DiffusionWorldModel(UpdateModule):
     """
 
     name = "world_model"
+    update_period = 1
     schedule_follows_max_steps = True
     step_weights: Tensor
 
@@ -95,8 +96,7 @@ class DiffusionWorldModel(UpdateModule):
         weights = torch.ones(1, horizon, 1)
         weights[:, 0] = first_step_weight
         self.register_buffer("step_weights", weights / weights.mean(), persistent=False)
-        self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-        self.ema.requires_grad_(False)
+        self.ema = EMA(self.network, ema_decay)
         self.optimizer = Adam(self.network.parameters(), lr=learning_rate, fused=True)
         self.forward_model: ForwardEnsemble | None = None
         if forward_members:

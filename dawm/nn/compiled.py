@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ["CompiledMLP", "CompiledResidual", "Layout", "applies", "has_bf16", "rounding"]
 
 _rounds = False  # whether matmuls round their factors to bfloat16
+_watch: Callable[[Any, tuple[Any, ...]], object] | None = None  # is told of every call of the library
 
 PANEL = 48  # columns of a matrix that mlp.c packs at once, at most
 
@@ -97,6 +98,24 @@ def rounding(bf16: bool) -> Iterator[None]:
         _rounds = before
 
 
+@contextmanager
+def watched(watch: Callable[[Any, tuple[Any, ...]], object]) -> Iterator[None]:
+    """Within it ``watch(function, arguments)`` is told of every call of the library, of which PyTorch sees nothing."""
+    global _watch
+    before, _watch = _watch, watch
+    try:
+        yield
+    finally:
+        _watch = before
+
+
+def _call(name: str, *arguments: Any) -> None:
+    function, arguments = getattr(library(), name), (torch.get_num_threads(), *arguments)
+    function(*arguments)
+    if _watch is not None:
+        _watch(function, arguments)
+
+
 def applies(x: Tensor, *others: Tensor) -> bool:
     """Whether the compiled half can compute these: plain float32 on a CPU."""
     plain = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in (x, *others))
@@ -125,8 +144,8 @@ class CompiledMLP(torch.autograd.Function):
         ctx.save_for_backward(x, weights, saved)
         ctx.layout, ctx.plain, ctx.rounds = layout, plain, _rounds
         panel, halves = _scratch(x, max(batch, layout.widest), ctx.rounds)
-        library().mlp_forward(  # type: ignore[union-attr]
-            torch.get_num_threads(), count, count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(),
+        _call(
+            "mlp_forward", count, count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(),
             weights.stride(0), saved.data_ptr(), 0 if shared else saved.stride(0), outputs.data_ptr(), panel.data_ptr(),
             _address(halves),
         )  # fmt: skip
@@ -147,8 +166,8 @@ class CompiledMLP(torch.autograd.Function):
         of_weights = weights.new_empty(weights.shape) if ctx.needs_input_grad[1] else None
         panel, halves = _scratch(x, max(batch, layout.widest), ctx.rounds)
         between = x.new_empty(2 * batch * layout.widest)
-        library().mlp_backward(  # type: ignore[union-attr]
-            torch.get_num_threads(), count, count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(),
+        _call(
+            "mlp_backward", count, count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(),
             weights.stride(0), saved.data_ptr(), saved.stride(0), gradient.data_ptr(), _address(of_weights),
             weights.shape[1], _address(of_x), panel.data_ptr(), _address(halves), between.data_ptr(),
         )  # fmt: skip
@@ -173,8 +192,8 @@ class CompiledResidual(torch.autograd.Function):
         ctx.sizes, ctx.rounds = sizes, _rounds
         ctx.widest = max(len(x), 2 * width, width + x.shape[1], features.shape[1])
         panel, halves = _scratch(x, ctx.widest, ctx.rounds)
-        library().residual_forward(  # type: ignore[union-attr]
-            torch.get_num_threads(), *sizes, x.data_ptr(), features.data_ptr(), _pointers(parameters), saved.data_ptr(),
+        _call(
+            "residual_forward", *sizes, x.data_ptr(), features.data_ptr(), _pointers(parameters), saved.data_ptr(),
             outputs.data_ptr(), panel.data_ptr(), _address(halves),
         )  # fmt: skip
         return outputs
@@ -188,8 +207,8 @@ class CompiledResidual(torch.autograd.Function):
         found = [torch.empty_like(parameter) for parameter in parameters]
         panel, halves = _scratch(features, ctx.widest, ctx.rounds)
         between = features.new_empty(batch * (6 * width + size))
-        library().residual_backward(  # type: ignore[union-attr]
-            torch.get_num_threads(), *ctx.sizes, features.data_ptr(), _pointers(parameters), saved.data_ptr(),
+        _call(
+            "residual_backward", *ctx.sizes, features.data_ptr(), _pointers(parameters), saved.data_ptr(),
             gradient.data_ptr(), _pointers(found), panel.data_ptr(), _address(halves), between.data_ptr(),
         )  # fmt: skip
         return None, None, None, *found

@@ -10,7 +10,7 @@ Symbols: K updates of a training step, G parameter groups of all optimisers.
 """
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dawm.errors import first_line
+from dawm.training.replay import given
 from dawm.training.updates import UpdateModule
 
 __all__ = ["CUDAGraphs"]
@@ -104,11 +105,6 @@ class CUDAGraphs(L.Callback):
         if not all(isinstance(group["lr"], Tensor) for group in groups):
             raise ValueError("`update` sets learning rates itself; give them by `learning_rates`")
         return launch
-
-
-def given(batches: Any) -> list[tuple[str, Tensor]]:
-    """The fields of a dataclass of tensors, without those that are None."""
-    return [(f.name, value) for f in fields(batches) if (value := getattr(batches, f.name)) is not None]
 
 
 def reason_against(module: L.LightningModule, trainer: L.Trainer) -> str | None:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from dawm.errors import UserError, require
 from dawm.nn.compiled import has_bf16, rounding
 from dawm.nn.normalizer import Normalizer
+from dawm.training.replay import Replay
 
 __all__ = ["UpdateModule", "cosine_decay"]
 
@@ -36,7 +37,9 @@ class UpdateModule(L.LightningModule):
 
     name: str
     update_period: int | None = None
-    """Period of the control flow in `update`; None disables CUDA graphs."""
+    """After how many updates the control flow in `update` repeats itself; None if it does not. Such updates are
+    recorded and replayed on a CPU (a subclass has to declare it again), and can be a CUDA graph: then nothing but
+    tensors may change from one update to the next, and nothing is printed or logged in them."""
     schedule_follows_max_steps = False
     """Whether a learning rate depends on ``trainer.max_steps``, so that more updates cannot follow a finished run."""
     matmul_precision = "fp32"
@@ -46,6 +49,7 @@ class UpdateModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False  # several optimisers, several updates per training step
         self.update_index = 0  # number of the current update, from 0; set by run_updates alone
+        self._replay = Replay()
         self.update_graph: Callable[..., dict[str, Tensor]] | None = None  # instead of run_updates; set by CUDAGraphs
 
     # What a subclass writes
@@ -129,13 +133,14 @@ class UpdateModule(L.LightningModule):
         values: dict[str, list[Tensor]] = defaultdict(list)  # some metrics come with every update, others with some
         groups = self.parameter_groups()
         rates = [self.learning_rates(first + k) for k in range(len(batches))] if rates is None else rates
-        with rounding(self.matmul_precision == "bf16"):
+        scheduled = any(group_rates is not None for group_rates in rates)
+        with rounding(self.matmul_precision == "bf16"), self._replay.of(self, scheduled) as update:
             for k, group_rates in enumerate(rates):
                 self.update_index = first + k
                 if group_rates is not None:
                     for group, rate in zip(groups, group_rates):
                         set_learning_rate(group, rate)
-                for key, value in self.update(batches[k]).items():
+                for key, value in update(batches[k]).items():
                     values[key].append(value)
         self.update_index = first + len(rates)
         return {key: torch.stack(parts).mean() for key, parts in values.items()}
@@ -209,7 +214,7 @@ class UpdateModule(L.LightningModule):
 def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
     """Sets the learning rate of a parameter group, in place where it is a tensor that a CUDA graph reads."""
     if isinstance(group["lr"], Tensor):
-        group["lr"].copy_(torch.as_tensor(rate))
+        group["lr"].fill_(rate)
     else:
         group["lr"] = rate
 

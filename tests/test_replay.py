@@ -1,0 +1,225 @@
+"""A replayed update does what the update itself does, to the last bit, or is not replayed."""
+
+import copy
+import pickle
+import warnings
+from dataclasses import replace
+
+import lightning as L
+import pytest
+import torch
+
+from dawm.agents import IQL, TD3BC
+from dawm.data.module import TransitionDataModule
+from dawm.data.transitions import Transitions
+from dawm.diffusion.denoisers import ResidualMLP
+from dawm.inverse_dynamics import InverseDynamics
+from dawm.nn import compiled
+from dawm.training import replay
+from dawm.world_model import DiffusionWorldModel
+
+HIDDEN = {"hidden": (8, 8)}
+
+
+def small_world_model(*sizes):
+    def network(*shape):
+        return ResidualMLP(*shape, width=16, depth=1)
+
+    return DiffusionWorldModel(*sizes, horizon=2, network=network, forward_members=2)
+
+
+MODULES = [
+    pytest.param(lambda *sizes: TD3BC(*sizes, **HIDDEN, decay_actor_learning_rate=True), id="td3_bc"),
+    pytest.param(lambda *sizes: TD3BC(*sizes, **HIDDEN, policy_every=3, critic_layer_norm=True), id="every third"),
+    pytest.param(lambda *sizes: TD3BC(*sizes, **HIDDEN, seeds=2, clone_real_only=True), id="two seeds"),
+    pytest.param(lambda *sizes: IQL(*sizes, **HIDDEN), id="iql"),
+    pytest.param(lambda *sizes: IQL(*sizes, **HIDDEN, actor_dropout=0.1), id="dropout"),
+    pytest.param(lambda *sizes: InverseDynamics(*sizes, members=2, **HIDDEN), id="inverse dynamics"),
+    pytest.param(small_world_model, id="world model"),
+]
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Counts the updates that are replayed; None in it rules replaying out."""
+    counts = [0]
+    call = replay.Recording.__call__
+
+    def counted(self, batch):
+        counts[0] += 1
+        return call(self, batch)
+
+    monkeypatch.setattr(replay.Recording, "__call__", counted)
+    monkeypatch.setattr(
+        replay, "applies", lambda module, applies=replay.applies: counts[0] is not None and applies(module)
+    )
+    return counts
+
+
+def batches(count, first=0, rows=8):
+    generator = torch.Generator().manual_seed(first)
+    return Transitions.unpack(torch.rand(count, rows, 2 * 3 + 2 + 2, generator=generator), 3, 2)
+
+
+def same(one, other):
+    states = one.state_dict(), other.state_dict()
+    return states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+class Logged(L.Callback):
+    """Keeps what is logged at each training step."""
+
+    def on_train_start(self, trainer, module):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.values.append({k: v.clone() for k, v in trainer.callback_metrics.items()})
+        if trainer.global_step == 20:  # the first synthetic rows come late
+            data = trainer.datamodule
+            data.refill(data.episodes.transitions[:5])
+
+
+@pytest.mark.parametrize("build", ["compiled", "plain"])
+@pytest.mark.parametrize("make", MODULES)
+def test_what_is_replayed_learns_and_logs_the_same(make, build, dataset, make_trainer, replays, monkeypatch):
+    if build == "plain":
+        monkeypatch.setattr(compiled, "library", lambda: None)
+
+    def trained():
+        data = TransitionDataModule(dataset, horizon=2, batch_size=8, updates_per_step=4, synthetic_fraction=0.5)
+        data.setup()
+        torch.manual_seed(0)
+        module = make(data.observation_size, data.action_size)
+        logged = Logged()
+        make_trainer(42, callbacks=[logged]).fit(module, datamodule=data)
+        return module, logged.values, torch.rand(1)
+
+    replayed, logged, random = trained()
+    # each phase of the period, with two kinds of batches for the agents: one update as it is, one recorded
+    assert replays[0] >= 42 - 2 * 2 * replayed.update_period
+    replays[0] = None
+    plain, expected, same_random = trained()
+    assert same(replayed, plain)
+    assert logged == expected
+    assert random == same_random
+    assert all(isinstance(group["lr"], float) for group in replayed.parameter_groups())
+
+
+def test_settings_weights_and_sizes_changed_in_between_are_seen(replays):
+    def trained():
+        torch.manual_seed(0)
+        module = TD3BC(3, 2, **HIDDEN)
+        module.run_updates(batches(12))
+        module.alpha = 40.0
+        module.run_updates(batches(12, 1), 12)
+        module.actor.weights.data = module.actor.weights.data * 1.5  # other memory
+        module.run_updates(batches(12, 2), 24)
+        module.critic_optimizer.load_state_dict(copy.deepcopy(module.critic_optimizer.state_dict()))  # other memory
+        module.actor_optimizer.param_groups[0]["lr"] = 1e-2
+        module.prepare = lambda batch: replace(batch, rewards=batch.rewards + 1)
+        module.run_updates(batches(12, 3), 36)
+        module.run_updates(batches(12, 4, rows=5), 48)
+        return module
+
+    replayed = trained()
+    assert replays[0] >= 5 * (12 - 4)
+    replays[0] = None
+    assert same(replayed, trained())
+
+
+def test_a_copy_goes_on_by_itself(replays):
+    module = TD3BC(3, 2, **HIDDEN)
+    module.run_updates(batches(12))
+    twin = copy.deepcopy(module)
+    assert same(module, twin)
+    assert isinstance(pickle.loads(pickle.dumps(module._replay)), replay.Replay)
+    torch.manual_seed(1)
+    module.run_updates(batches(12, 1), 12)
+    torch.manual_seed(1)
+    twin.run_updates(batches(12, 1), 12)
+    assert same(module, twin)
+
+
+def test_hooks_are_called_each_time(replays):
+    module, calls = TD3BC(3, 2, **HIDDEN), []
+    module.run_updates(batches(12))
+    module.actor.register_forward_hook(lambda *args: calls.append("actor"))
+    module.critic_optimizer.register_step_post_hook(lambda *args: calls.append("step"))
+    before = replays[0]
+    module.run_updates(batches(12, 1), 12)
+    assert replays[0] == before > 0
+    assert calls.count("actor") == 6
+    assert calls.count("step") == 12
+
+
+class Scheduled(TD3BC):
+    """Whose alpha grows, which a recording would not see."""
+
+    def actor_loss(self, batch):
+        self.alpha = 2.5 + 0.1 * self.update_index
+        return super().actor_loss(batch)
+
+
+class Careless(Scheduled):
+    """Which says that its control flow repeats itself all the same."""
+
+    update_period = 2
+
+
+class Asking(TD3BC):
+    """Whose control flow depends on numbers."""
+
+    update_period = 2
+
+    def critic_loss(self, batch):
+        loss, metrics = super().critic_loss(batch)
+        return (loss if float(loss.detach()) > 1 else 2 * loss), metrics
+
+
+class Selecting(TD3BC):
+    """Which learns from some of the rows."""
+
+    update_period = 2
+
+    def update(self, batch):
+        return super().update(batch[batch.rewards > batch.rewards.median()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Scheduled, None),  # of a subclass that does not say so nothing is known
+        (Careless, "an update and its recording gave different numbers"),
+        (Asking, "Python sees a number or a size by `aten._local_scalar_dense.default`"),
+        (Selecting, "Python sees a number or a size by `aten.index.Tensor`"),
+    ],
+)
+def test_what_cannot_be_replayed_runs_as_it_is(kind, reason, replays):
+    def trained():
+        torch.manual_seed(0)
+        module = kind(3, 2, **HIDDEN)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(4):
+                module.run_updates(batches(6, step), 6 * step)
+        return module, [str(warning.message) for warning in caught]
+
+    module, said = trained()
+    assert replays[0] <= 2  # of each phase one, compared with the update
+    name = kind.__name__
+    assert said == ([] if reason is None else [
+        f"the updates of {name} declare an update_period, but cannot be recorded and replayed: "
+        f"{reason}; they run as they are"
+    ])  # fmt: skip
+    replays[0] = None
+    assert same(module, trained()[0])
+
+
+def test_operations_without_a_place_for_their_result_are_copied():
+    a, b = torch.rand(3), torch.rand(3)
+    function = torch.ops.aten._foreach_mul.List
+    assert replay.out_variant(function) is None
+    results = [torch.zeros(3)]
+    step, arguments, options = replay.into(function, ([a], [b]), {}, results)
+    step(*arguments, **options)
+    assert torch.equal(results[0], a * b)
