@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import lightning as L
 import pytest
@@ -13,6 +14,7 @@ from dawm.agents import IQL, TD3BC
 from dawm.data.module import TransitionDataModule
 from dawm.data.transitions import Transitions
 from dawm.diffusion.denoisers import ResidualMLP
+from dawm.diffusion.preconditioning import EDM
 from dawm.inverse_dynamics import InverseDynamics
 from dawm.nn import compiled
 from dawm.training import replay
@@ -22,9 +24,7 @@ HIDDEN = {"hidden": (8, 8)}
 
 
 def small_world_model(*sizes):
-    def network(*shape):
-        return ResidualMLP(*shape, width=16, depth=1)
-
+    network = partial(ResidualMLP, width=16, depth=1)
     return DiffusionWorldModel(*sizes, horizon=2, network=network, forward_members=2)
 
 
@@ -150,6 +150,38 @@ def test_hooks_are_called_each_time(replays):
     assert replays[0] == before > 0
     assert calls.count("actor") == 6
     assert calls.count("step") == 12
+
+
+class Warming(EDM):
+    """Whose noise levels follow a count."""
+
+    count = 0
+
+    def training_sigmas(self, batch, generator=None, device=None):
+        self.count += 1
+        return super().training_sigmas(batch, generator, device) * min(1, self.count / 20)
+
+
+class Skipping(ResidualMLP):
+    """Which counts less at times."""
+
+    count = 0
+
+    def forward(self, x_t, noise_level, condition):
+        self.count += 1
+        x = super().forward(x_t, noise_level, condition)
+        return 0.5 * x if self.count % 5 == 0 else x
+
+
+@pytest.mark.parametrize("own", [{"preconditioning": Warming()}, {"network": partial(Skipping, width=8, depth=1)}])
+def test_parts_of_ones_own_are_not_replayed(own, dataset, make_trainer, replays):
+    data = TransitionDataModule(dataset, horizon=2, batch_size=8, segment_batch_size=8, updates_per_step=4)
+    data.setup()
+    module = DiffusionWorldModel(data.observation_size, data.action_size, horizon=2, **own)
+    make_trainer(40).fit(module, datamodule=data)
+    count = module.preconditioning.count if "preconditioning" in own else module.network.count
+    assert count == 40
+    assert replays[0] == 0
 
 
 class Scheduled(TD3BC):

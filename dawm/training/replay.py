@@ -8,6 +8,7 @@ flow (``update_period``), anew whenever a setting, a parameter or the shape of a
 with the update itself before it is used: every number has to be the same, to the last bit.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -31,6 +32,7 @@ Update = Callable[[Any], Metrics]
 
 NEW_MEMORY = ("dtype", "layout", "device", "pin_memory")  # settings of results, which an `out=` has already
 NUMBERS = (bool, int, float, str, tuple)
+KNOWN = {"dawm", "lightning", "torch", "torchmetrics", *sys.stdlib_module_names}
 
 
 class Replay:
@@ -222,7 +224,8 @@ def applies(module: Any) -> bool:
         and all(parameter.device.type == "cpu" for parameter in module.parameters())
         and not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
         and not (torch.is_autocast_enabled("cpu") or torch.is_anomaly_enabled())
-        and not any(value for part in parts(module) for key, value in vars(part).items() if key.endswith("_hooks"))
+        and not any(hooked(part) for part in (*module.modules(), *module.configure_optimizers()))
+        and packages(module) <= KNOWN | {type(module).__module__.split(".")[0]}
     )
 
 
@@ -239,9 +242,15 @@ def surroundings(module: Any, groups: list[dict[str, Any]], scheduled: bool) -> 
     return found + [(key, value) for group in groups for key, value in group.items() if key not in left_out]
 
 
-def parts(module: Any) -> list[Any]:
-    """The modules and optimisers, whose hooks a recording would leave out."""
-    return [*module.modules(), *module.configure_optimizers()]
+def hooked(part: Any) -> bool:
+    """Whether a module or an optimiser has hooks, which a recording would leave out."""
+    return any(value for key, value in vars(part).items() if key.endswith("_hooks"))
+
+
+def packages(module: Any) -> set[str]:
+    """Where the classes of a module's parts come from: of others nothing is known, as of a subclass."""
+    parts = [*module.modules(), *(value for part in module.modules() for value in vars(part).values())]
+    return {type(part).__module__.split(".")[0] for part in parts}
 
 
 def given(batch: Any) -> list[tuple[str, Tensor]]:
