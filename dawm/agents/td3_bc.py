@@ -71,7 +71,7 @@ class TD3BC(OfflineAgent):
         self.clone_real_only, self.scale_on_real = clone_real_only, scale_on_real
         self.needs_real_rows = clone_real_only or scale_on_real
         self.policy_noise, self.noise_clip = policy_noise, noise_clip
-        self.policy_every = policy_every
+        self.policy_every = self.update_period = policy_every
         self.learning_rate = learning_rate
         self.decay_actor_learning_rate = self.schedule_follows_max_steps = decay_actor_learning_rate
         self.actor = self.mlp(observation_size, hidden, action_size)
@@ -80,11 +80,6 @@ class TD3BC(OfflineAgent):
         self.target_critics = self.target_network(self.critics)
         self.critic_optimizer = Adam(self.critics.parameters(), lr=learning_rate, fused=True)
         self.actor_optimizer = Adam(self.actor.parameters(), lr=learning_rate, fused=True)
-
-    @property
-    def update_period(self) -> int:  # type: ignore[override]
-        """The actor's interval: the control flow of `update` repeats itself after it."""
-        return self.policy_every
 
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         """Both critics' squared TD error against one target, on prepared transitions."""

@@ -9,6 +9,7 @@ Symbols: M networks, C inputs, B batch, P weights of a network.
 """
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,8 +23,15 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["CompiledMLP", "CompiledResidual", "Layout", "applies", "has_bf16", "rounding"]
 
-_rounds = False  # whether matmuls round their factors to bfloat16
-_watch: Callable[[Any, tuple[Any, ...]], object] | None = None  # is told of every call of the library
+
+class _Thread(threading.local):
+    """What holds in one thread alone, beside which others may act."""
+
+    rounds = False  # whether matmuls round their factors to bfloat16
+    watch: Callable[[Any, tuple[Any, ...]], object] | None = None  # is told of every call of the library
+
+
+_thread = _Thread()
 
 PANEL = 48  # columns of a matrix that mlp.c packs at once, at most
 
@@ -90,30 +98,28 @@ def rounding(bf16: bool) -> Iterator[None]:
 
     Sums, activations, gradients and weights stay in single precision.
     """
-    global _rounds
-    before, _rounds = _rounds, bf16
+    before, _thread.rounds = _thread.rounds, bf16
     try:
         yield
     finally:
-        _rounds = before
+        _thread.rounds = before
 
 
 @contextmanager
 def watched(watch: Callable[[Any, tuple[Any, ...]], object]) -> Iterator[None]:
     """Within it ``watch(function, arguments)`` is told of every call of the library, of which PyTorch sees nothing."""
-    global _watch
-    before, _watch = _watch, watch
+    before, _thread.watch = _thread.watch, watch
     try:
         yield
     finally:
-        _watch = before
+        _thread.watch = before
 
 
 def _call(name: str, *arguments: Any) -> None:
     function, arguments = getattr(library(), name), (torch.get_num_threads(), *arguments)
     function(*arguments)
-    if _watch is not None:
-        _watch(function, arguments)
+    if _thread.watch is not None:
+        _thread.watch(function, arguments)
 
 
 def applies(x: Tensor, *others: Tensor) -> bool:
@@ -142,7 +148,7 @@ class CompiledMLP(torch.autograd.Function):
         saved = x.new_empty(1 if shared else count, batch * layout.saved)
         outputs = x.new_empty(count, batch, layout.out_size)
         ctx.save_for_backward(x, weights, saved)
-        ctx.layout, ctx.plain, ctx.rounds = layout, plain, _rounds
+        ctx.layout, ctx.plain, ctx.rounds = layout, plain, _thread.rounds
         panel, halves = _scratch(x, max(batch, layout.widest), ctx.rounds)
         _call(
             "mlp_forward", count, count // len(x), *layout.arguments, batch, x.data_ptr(), weights.data_ptr(),
@@ -189,7 +195,7 @@ class CompiledResidual(torch.autograd.Function):
         sizes = len(x), x.shape[1], features.shape[1], width, (len(parameters) - 8) // 6
         outputs, saved = torch.empty_like(x), x.new_empty(library().residual_saved(*sizes))  # type: ignore[union-attr]
         ctx.save_for_backward(features, saved, *parameters)
-        ctx.sizes, ctx.rounds = sizes, _rounds
+        ctx.sizes, ctx.rounds = sizes, _thread.rounds
         ctx.widest = max(len(x), 2 * width, width + x.shape[1], features.shape[1])
         panel, halves = _scratch(x, ctx.widest, ctx.rounds)
         _call(

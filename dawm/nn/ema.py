@@ -1,5 +1,7 @@
 """EMA: the exponential moving average of a network's weights."""
 
+from typing import Any
+
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -22,6 +24,10 @@ class EMA(AveragedModel):
         super().__init__(network, multi_avg_fn=self._follow)
         self.requires_grad_(False)
         self.began = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.began = False  # as far as is known
 
     def update_parameters(self, model: nn.Module) -> None:
         """Follows the network, whose weights have changed."""

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dawm.errors import first_line
-from dawm.training.replay import given
+from dawm.training.recording import given
 from dawm.training.updates import UpdateModule
 
 __all__ = ["CUDAGraphs"]

@@ -37,9 +37,8 @@ class UpdateModule(L.LightningModule):
 
     name: str
     update_period: int | None = None
-    """After how many updates the control flow in `update` repeats itself; None if it does not. Such updates are
-    recorded and replayed on a CPU (a subclass has to declare it again), and can be a CUDA graph: then nothing but
-    tensors may change from one update to the next, and nothing is printed or logged in them."""
+    """After how many updates the control flow in `update` repeats itself; None disables CUDA graphs and, for DAWM's own
+    classes on a CPU, replaying (`dawm.training.replay`)."""
     schedule_follows_max_steps = False
     """Whether a learning rate depends on ``trainer.max_steps``, so that more updates cannot follow a finished run."""
     matmul_precision = "fp32"
@@ -178,6 +177,10 @@ class UpdateModule(L.LightningModule):
         holds = self.matmul_precision == "fp32" or (self.matmul_precision == "bf16" and has_bf16())
         expected = "fp32, or bf16 where dawm/nn/mlp.c was compiled and the processor has AVX512_BF16"
         require("matmul_precision", self.matmul_precision, holds, expected)
+
+    def on_fit_end(self) -> None:
+        """Frees what replaying has kept."""
+        self._replay = Replay()
 
     def training_step(self, batches: Any, batch_idx: int) -> None:
         """Runs one update per batch: ``batches`` is a dataclass of tensors, fields of shape (K, B, ...)."""
