@@ -337,7 +337,7 @@ def test_operations_without_a_place_for_their_result_are_copied():
     assert torch.equal(results[0], a * b)
 
 
-def test_an_ema_begins_anew_with_what_is_loaded():
+def test_an_ema_begins_again_with_what_is_loaded():
     network = torch.nn.Linear(2, 2)
     ema = EMA(network, 0.9)
     start = copy.deepcopy(ema.state_dict())

@@ -4,7 +4,7 @@ An update of an agent is a hundred small operations around a few large ones. Aut
 memory for every result take as long as the small operations themselves. A `Recording` holds the operations alone, as a
 CUDA graph does on a GPU. It repeats operations, not Python: what Python decided while it was recorded stays decided. So
 only updates of DAWM's own classes are recorded, which say when their control flow repeats itself (``update_period``),
-and anew whenever a setting or the place of a weight has changed. Before it is used a recording is compared with the
+and again whenever a setting or the place of a weight has changed. Before it is used a recording is compared with the
 update itself: the numbers have to be the same, to the last bit, and come sooner.
 """
 
