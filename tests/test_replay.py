@@ -189,7 +189,18 @@ def patch_a_method(module, calls):
     return 12
 
 
-@pytest.mark.parametrize("intrude", [hook_a_module, hook_an_optimizer, hook_a_gradient, patch_a_method])
+def patch_a_method_by_partial(module, calls):
+    def counted(critic_loss, batch):
+        calls.append(1)
+        return critic_loss(batch)
+
+    module.critic_loss = partial(counted, module.critic_loss)
+    return 12
+
+
+@pytest.mark.parametrize(
+    "intrude", [hook_a_module, hook_an_optimizer, hook_a_gradient, patch_a_method, patch_a_method_by_partial]
+)
 def test_hooks_and_patched_methods_are_called_each_time(intrude, replays):
     module, calls = TD3BC(3, 2, **HIDDEN), []
     module.run_updates(batches(40))

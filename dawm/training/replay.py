@@ -109,17 +109,18 @@ class Replay:
 
 def applies(module: Any) -> bool:
     """Whether a module's updates may be recorded: on one CPU, without autocast and hooks, of DAWM's own classes."""
-    parts = [*module.modules(), *module.configure_optimizers()]
+    if module.update_period is None or module.update_graph is not None:
+        return False
     held = [value for part in module.modules() for value in (part, *vars(part).values())]
-    packages = {(getattr(value, "__module__", None) or type(value).__module__).split(".")[0] for value in held}
+    methods = [getattr(value, "func", value) for value in held]  # of partial
+    packages = {(getattr(value, "__module__", None) or type(value).__module__).split(".")[0] for value in methods}
+    hooked = (*module.modules(), *module.configure_optimizers())
     return (
-        module.update_period is not None
-        and module.update_graph is None
-        and packages <= KNOWN  # of other classes, and of methods put in another's place, nothing is known
+        packages <= KNOWN  # of other classes, and of methods put in another's place, nothing is known
         and all(parameter.device.type == "cpu" for parameter in module.parameters())
         and not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
         and not (torch.is_autocast_enabled("cpu") or torch.is_anomaly_enabled())
-        and not any(value for part in parts for key, value in vars(part).items() if key.endswith("_hooks"))
+        and not any(value for part in hooked for key, value in vars(part).items() if key.endswith("_hooks"))
         and not any(parameter._backward_hooks for parameter in module.parameters())
         and not (_has_any_global_hook() or optimizers._global_optimizer_pre_hooks)
         and not optimizers._global_optimizer_post_hooks
