@@ -10,6 +10,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from small_world_model import TINY
 
 from dawm.agents import IQL, TD3BC
 from dawm.data.module import TransitionDataModule
@@ -26,8 +27,7 @@ HIDDEN = {"hidden": (8, 8)}
 
 
 def small_world_model(*sizes):
-    network = partial(ResidualMLP, width=16, depth=1)
-    return DiffusionWorldModel(*sizes, horizon=2, network=network, forward_members=2)
+    return DiffusionWorldModel(*sizes, horizon=2, network=TINY, forward_members=2)
 
 
 MODULES = [

@@ -29,7 +29,7 @@ KINDS = 8  # recordings of a module at most: each keeps all that an update compu
 WORTHWHILE, SHORT_LIVES = 100, 3  # replays that pay for a recording; how many may fail to in a row
 KNOWN = {"dawm", "lightning", "torch", "torchmetrics", *sys.stdlib_module_names}  # packages whose classes may be parts
 SCALARS = (bool, int, float, str, type(None))
-PYTHONS = torch.nn.Module().__dict__.keys() - {"training"} | {"_trainer", "_replay", "update_index"}  # not settings
+NO_SETTINGS = torch.nn.Module().__dict__.keys() - {"training"} | {"_trainer", "_replay", "update_index"}
 
 
 class Replay:
@@ -131,8 +131,8 @@ def surroundings(module: Any, scheduled: bool) -> list[Any]:
     """What a recording takes for granted: settings of the module's parts and optimisers, and where its tensors lie."""
     found: list[Any] = [torch.get_num_threads()]
     for part in module.modules():
-        found += settings({key: value for key, value in vars(part).items() if key not in PYTHONS})
-    found += [number for t in (*module.parameters(), *state(module)) for number in (t.data_ptr(), t.requires_grad)]
+        found += settings({key: value for key, value in vars(part).items() if key not in NO_SETTINGS})
+    found += [number for t in state(module) for number in (t.data_ptr(), t.requires_grad)]
     left_out = ("params", "lr") if scheduled else ("params",)
     for group in module.parameter_groups():
         found += settings({key: value for key, value in group.items() if key not in left_out})

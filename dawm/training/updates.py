@@ -215,7 +215,7 @@ class UpdateModule(L.LightningModule):
 
 
 def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
-    """Sets the learning rate of a parameter group, in place where it is a tensor that a CUDA graph reads."""
+    """Sets the learning rate of a parameter group, in place where it is a tensor that a graph or a recording reads."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(rate)
     else:
